@@ -1,0 +1,134 @@
+"""The `hawada` command. Composes the configuration, checks it, runs the stage, and turns failures into one sentence.
+
+torch is imported only once a stage really starts, so `--help`, `--cfg job` and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from hawada.config import GPU_SHORTHANDS, conf_dir, register_resolvers, validate
+from hawada.run import Run
+from hawada.stages.plan import PLANS, order
+
+USER_ERROR, FAILURE = 2, 1
+
+register_resolvers()
+_jobs: list[dict[str, Any]] = []  # one record per finished job of this process
+
+
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
+def job(cfg: DictConfig) -> float | None:
+    """Run the configured stage; returns the objective that sweepers may maximise (test accuracy), if there is one."""
+    record: dict[str, Any] = {"overrides": HydraConfig.get().job.override_dirname, "result": {}, "error": None}
+    _jobs.append(record)
+    try:
+        record["result"] = _run(cfg)
+    except Exception as error:
+        record["error"] = error
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the sweeper must know; a single job's error is reported by main, in one sentence
+    slim = record["result"].get("slim") or {}
+    return slim.get("accuracy")
+
+
+def _run(cfg: DictConfig) -> dict[str, Any]:
+    stage = cfg.stage.name
+    stages = order(cfg) if stage == "pipeline" else [stage]
+    validate(cfg, measures=any(PLANS[name].measures for name in stages if name in PLANS))
+    hydra_cfg = HydraConfig.get()
+    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    shared = Path(cfg.output_dir) / cfg.name
+    root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
+    run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
+    if stage in PLANS and not run.check(stage):
+        run.check_upstream(stage)
+    if stage == "pipeline":
+        for name in stages:
+            run.check(name)
+    with run.locked():
+        from hawada.stages import inspect, pipeline
+
+        if "groups" in {key for name in stages if name in PLANS for key in PLANS[name].reads}:
+            pipeline.check_groups(run)
+        if stage == "inspect":
+            return inspect.run_inspect(run)
+        if stage == "pipeline":
+            return pipeline.run_pipeline(cfg, run)
+        return pipeline.run_stage(stage, run)
+
+
+def main() -> None:
+    """Entry point: exit code 0 for success, 2 for a mistake in the configuration, 1 for anything else."""
+    sys.argv[1:] = [_expand(argument) for argument in sys.argv[1:]]
+    debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines and exiting with 1
+    code = 0
+    try:
+        job()
+        if len(_jobs) == 1 and _jobs[0]["error"] is not None:
+            raise _jobs[0]["error"]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if debugging:
+            raise
+        print(f"hawada: {_sentence(error)}", file=sys.stderr)
+        code = USER_ERROR
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        if debugging:
+            raise
+        print(f"hawada: {_sentence(error)} (HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        code = FAILURE
+    if len(_jobs) > 1:
+        from hawada.report.table import print_sweep
+
+        print_sweep(_jobs)
+    elif _jobs and code == 0:
+        code = _exit_code(_jobs[0]["result"])
+    sys.exit(code)
+
+
+def _exit_code(result: dict[str, Any]) -> int:
+    """Only a run that was asked for a latency and did not prove it fails."""
+    verdict = result.get("verdict")
+    if verdict in (None, "met", "already_met", "simulated") or result.get("target_ms", 0) is None:
+        return 0
+    return FAILURE
+
+
+def _expand(argument: str) -> str:
+    """`gpu=4090` as `gpu=rtx4090`: Hydra refuses a choice that looks like a number."""
+    key, equals, value = argument.partition("=")
+    if key != "gpu" or not equals:
+        return argument
+    return "gpu=" + ",".join(GPU_SHORTHANDS.get(choice, choice) for choice in value.split(","))
+
+
+def _swept_keys(arguments: list[str]) -> list[str]:
+    """Keys to which the command line gives several values."""
+    plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    overrides = OverridesParser.create().parse_overrides(plain)
+    return [override.key_or_group for override in overrides if override.is_sweep_override()]
+
+
+def _sentence(error: BaseException) -> str:
+    """An exception as one line that a user understands."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them, and +{unknown[1]}=... adds one"
+    choice = re.search(r"Could not find '([^']+?)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text)
+    if choice:
+        return f"{choice[1]}={choice[2]}: there is no such choice; available are {', '.join(choice[3].split())}"
+    return text or type(error).__name__

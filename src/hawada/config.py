@@ -1,0 +1,166 @@
+"""The configuration: where it lies, what is wrong with it, and how objects are made from it. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+GPU_SHORTHANDS = {"4090": "rtx4090"}
+
+
+def conf_dir() -> str:
+    """The folder with the configuration: inside the wheel, else in the checkout."""
+    package = Path(__file__).resolve().parent
+    return str(next(path for path in (package / "conf", package.parents[1] / "conf") if path.is_dir()))
+
+
+def register_resolvers() -> None:
+    """`${unless:a,b}` is null when `a` is set and `b` otherwise: a default that gives way to an alternative key."""
+    OmegaConf.register_new_resolver("unless", lambda given, default: None if given is not None else default, replace=True)
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """Make the object that a node's `_target_` names; the only place that instantiates.
+
+    Args:
+        node: a config node with `_target_`.
+        arguments: objects handed to the constructor as they are.
+
+    Raises:
+        ValueError: one sentence naming the target, when it cannot be imported or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        partial = instantiate(node, _convert_="all", _partial_=True)
+        return partial(**arguments)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{node.get('_target_')}: {' '.join(str(cause).split())}") from error
+    except TypeError as error:
+        raise ValueError(f"{node.get('_target_')}: {error}; its arguments are the keys beside _target_") from error
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that a number may have; `above` excludes the lower end."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.whole and value != int(value):
+            return False
+        return (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        lower = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"{kind} {lower}" + ("" if math.isinf(self.high) else f" and at most {self.high:g}")
+
+
+POSITIVE, NOT_NEGATIVE = Range(0, above=True), Range(0)
+COUNT, COUNT_OR_ZERO = Range(1, whole=True), Range(0, whole=True)
+
+# Null is allowed where `conf/` has null as a meaning; a key that is absent from a user's own config is not checked.
+RANGES: dict[str, Range] = {
+    "seed": COUNT_OR_ZERO,
+    "budget.target_ms": POSITIVE,
+    "budget.target_ratio": Range(0, 1, above=True),
+    "budget.tolerance": Range(0, 0.5, above=True),
+    "budget.batch": COUNT,
+    "runtime.threads": COUNT,
+    "kd.temperature": POSITIVE,
+    "kd.mse_weight": NOT_NEGATIVE,
+    "lambda.init": NOT_NEGATIVE,
+    "lambda.lr": NOT_NEGATIVE,
+    "penalties.l1": NOT_NEGATIVE,
+    "penalties.structured": NOT_NEGATIVE,
+    "penalties.floor": Range(0, 1),
+    "penalties.ceiling": Range(0, 1),
+    "penalties.bounds": NOT_NEGATIVE,
+    "gate.temperature": POSITIVE,
+    "profile.points": Range(2, whole=True),
+    "profile.calibration": COUNT_OR_ZERO,
+    "profile.held_out": Range(2, whole=True),
+    "train.epochs": COUNT_OR_ZERO,
+    "train.batch_size": COUNT,
+    "train.probe_every": COUNT_OR_ZERO,
+    "train.patience": COUNT_OR_ZERO,
+    "train.minimum_fraction": Range(0, 1),
+    "export.threshold": Range(0, 1, above=True),
+    "export.minimum": COUNT,
+    "export.max_measurements": COUNT,
+    "pretrain.batch_size": COUNT,
+    "pretrain.trainer.epochs": COUNT_OR_ZERO,
+    "pretrain.trainer.lr": POSITIVE,
+    "finetune.batch_size": COUNT,
+    "finetune.recalibration_samples": COUNT_OR_ZERO,
+    "finetune.trainer.epochs": COUNT_OR_ZERO,
+    "finetune.trainer.lr": POSITIVE,
+    "finetune.trainer.label_weight": NOT_NEGATIVE,
+    "evaluate.batch_size": COUNT,
+}
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "gpu.timing": ("measured", "simulated"),
+    "gpu.dtype": ("float32", "bfloat16", "float16"),
+    "gpu.device": ("auto", "cpu", "mps", "cuda"),
+    "export.widths": ("allocation", "gates"),
+    "runtime.mixed_precision": ("no", "bf16", "fp16"),
+}
+
+
+def validate(cfg: DictConfig, *, measures: bool) -> None:
+    """Check everything that can be known before anything heavy is imported.
+
+    Args:
+        cfg: the composed configuration.
+        measures: whether the stage takes latencies, and so needs the device that `gpu=` names.
+
+    Raises:
+        ValueError: one sentence with the key, what came, what was wanted and the remedy.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]}: no value is given; set {missing[0]}=...")
+    for key, allowed in RANGES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{key}: {value} is not {allowed}; set {key} to one")
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value not in choices:
+            raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(str, choices))}; set {key} to one of them")
+    if cfg.budget.target_ms is not None and cfg.budget.target_ratio is not None:
+        raise ValueError(
+            "budget.target_ratio: a target in milliseconds (budget.target_ms or latency_target_ms) is given too; "
+            "set one of the two and leave the other out"
+        )
+    if cfg.penalties.floor > cfg.penalties.ceiling:
+        raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")
+    _check_multiples(cfg.gpu.multiple)
+    root = cfg.data.get("root")
+    if root is not None and not Path(root).exists():
+        raise ValueError(f"data.root: {root} does not exist; set data.root to the folder that holds the data")
+    if measures and cfg.gpu.timing == "measured":
+        from hawada.core.device import check_device
+
+        check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
+
+
+def _check_multiples(multiple: DictConfig) -> None:
+    for kind, values in multiple.items():
+        listed: Sequence[Any] = [values] if not OmegaConf.is_list(values) else list(values)
+        if not listed or any(value not in COUNT for value in listed):
+            raise ValueError(f"gpu.multiple.{kind}: {values} is not {COUNT} or a list of such; use 1 for no rounding")

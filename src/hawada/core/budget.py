@@ -1,0 +1,69 @@
+"""The latency asked for, and what a fresh measurement says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hawada.core.profiler import Comparison, Interval
+
+# What a finished run may say; only these three are a success.
+SUCCESS = ("met", "already_met", "simulated")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A latency target, absolute or relative to the measured teacher, and how far below it is still on target.
+
+    Attributes:
+        target_ms: milliseconds per forward pass, or None.
+        target_ratio: fraction of the teacher's time, or None; with neither there is no target.
+        tolerance: a result in [target * (1 - tolerance), target] is on target.
+    """
+
+    target_ms: float | None
+    target_ratio: float | None
+    tolerance: float
+
+    @property
+    def has_target(self) -> bool:
+        """Whether anything was asked for."""
+        return self.target_ms is not None or self.target_ratio is not None
+
+    def ratio(self, teacher_ms: float) -> float:
+        """The target as a fraction of a teacher that takes `teacher_ms`."""
+        if self.target_ms is not None:
+            return self.target_ms / teacher_ms
+        if self.target_ratio is None:
+            raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
+        return self.target_ratio
+
+    def middle(self, teacher_ms: float) -> float:
+        """The ratio to aim at: the middle of the tolerated range."""
+        return self.ratio(teacher_ms) * (1 - self.tolerance / 2)
+
+    def holds(self, comparison: Comparison) -> bool:
+        """Whether the whole interval of the measured ratio is at or below the target."""
+        return comparison.ratio.high <= self.ratio(comparison.baseline.median)
+
+    def on_target(self, comparison: Comparison) -> bool:
+        """`holds`, and the median is not further below than the tolerance."""
+        lowest = self.ratio(comparison.baseline.median) * (1 - self.tolerance)
+        return self.holds(comparison) and comparison.ratio.median >= lowest
+
+    def verdict(self, comparison: Comparison) -> tuple[str, str]:
+        """(verdict, reason) for a fresh measurement of the teacher against the slim model."""
+        if not self.has_target:
+            return "unverified", "no target was set"
+        if comparison.simulated:
+            return "simulated", "the latency comes from a simulated device"
+        goal, ratio = self.ratio(comparison.baseline.median), comparison.ratio
+        said = f"{_range(ratio)} against a target of {goal:.3f}"
+        if self.holds(comparison):
+            return "met", said
+        if ratio.low > goal:
+            return "missed", said
+        return "unverified", f"too noisy to tell: {said}"
+
+
+def _range(interval: Interval) -> str:
+    return f"ratio {interval.median:.3f} [{interval.low:.3f}, {interval.high:.3f}]"

@@ -1,0 +1,147 @@
+"""The device that is present: which one it is, whether it is the one asked for, and how the CPU is set up.
+
+Nothing here imports torch before it is needed, so that a wrong device is noticed in well under a second.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def present_gpus() -> list[str]:
+    """Product names of the NVIDIA GPUs that the driver lists; empty without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [
+            str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, or None."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
+def check_device(*, gpu: str, device: str, match: str | None) -> None:
+    """Check that the device that measurements need is the one that is here.
+
+    Args:
+        gpu: the `gpu=` choice, for the message.
+        device: `auto`, `cpu`, `mps` or `cuda`.
+        match: regular expression that the GPU's product name must contain, or None for any.
+
+    Raises:
+        ValueError: naming what is here and the remedies.
+    """
+    if device != "cuda":
+        return
+    present = present_gpus()
+    if present and (match is None or any(re.search(match, name, re.IGNORECASE) for name in present)):
+        return
+    here = ", ".join(present) if present else "no NVIDIA GPU"
+    raise ValueError(
+        f"gpu={gpu}: the device present is not {('an ' if match and match[0] in 'AH' else 'a ') + (match or 'GPU')} "
+        f"({here} found) and latency is only measured where the model will run; run this on such a machine, "
+        "use gpu=local for the machine at hand, or rehearse with gpu.timing=simulated"
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu; anything else is taken as it is."""
+    import torch
+
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def set_cpu_threads(threads: int | None) -> int:
+    """Fix the number of intra-op threads and pin the process to as many CPUs; returns the number.
+
+    Args:
+        threads: None means every CPU that this process may use.
+    """
+    import torch
+
+    if hasattr(os, "sched_getaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        count = min(threads or len(allowed), len(allowed))
+        os.sched_setaffinity(0, allowed[:count])
+    else:
+        count = threads or os.cpu_count() or 1
+    torch.set_num_threads(count)
+    return count
+
+
+def fingerprint(device: torch.device) -> dict[str, Any]:
+    """What a latency belongs to: hardware, driver and versions. Two that differ are not compared."""
+    import torch
+
+    record: dict[str, Any] = {
+        "device": device.type,
+        "name": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        record |= {
+            "name": torch.cuda.get_device_name(device),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+            "tf32_conv": torch.backends.cudnn.allow_tf32,
+        }
+    return record
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The fingerprint, the platform and the versions of every library that a result may depend on."""
+    names = ("hawada", "torch", "torchvision", "transformers", "accelerate", "numpy", "scipy", "hydra-core", "omegaconf")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "fingerprint": fingerprint(device),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    """The CPU's product name where the system tells it, else the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,141 @@
+"""Trainable gates: one number in [0, 1] per unit, and what is done to many of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def multiply_along(x: Tensor, gate: Tensor, dim: int, per_unit: int = 1) -> Tensor:
+    """Multiply `x` by one gate value per unit along `dim`.
+
+    Args:
+        x: activation; `x.shape[dim] == len(gate) * per_unit`, or anything when the gate has one value.
+        gate: shape (units,).
+        dim: axis that holds the units.
+        per_unit: consecutive elements of that axis that share a gate value.
+
+    Raises:
+        ValueError: when the axis does not hold that many units.
+    """
+    gate = gate.to(x.dtype)
+    if gate.numel() == 1:
+        return x * gate.reshape(())
+    if per_unit > 1:
+        gate = gate.repeat_interleave(per_unit)
+    if x.shape[dim] != gate.numel():
+        raise ValueError(f"axis {dim} of an activation of shape {tuple(x.shape)} does not hold {gate.numel()} elements")
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return x * gate.view(shape)
+
+
+class SigmoidGate(nn.Module):
+    """g = sigmoid(theta / temperature).
+
+    `theta` is the raw parameter and `gate` its expectation: the value that training multiplies with, that penalties
+    and the latency proxy see and that export reads. Calling the gate multiplies with broadcasting.
+
+    Args:
+        shape: any shape; an int means (units,).
+        init: initial theta; 4.0 gives g = 0.982.
+        temperature: below 1 pushes gates towards 0 and 1.
+    """
+
+    def __init__(self, shape: int | Sequence[int], init: float = 4.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if temperature <= 0:
+            raise ValueError(f"gate.temperature: {temperature} is not above 0; 1.0 is the plain sigmoid")
+        self.theta = nn.Parameter(torch.full(shape, float(init)))
+        self.temperature = float(temperature)
+        self.hard: Tensor | None = None  # a 0/1 mask that stands in for the gate while a choice is being checked
+
+    @property
+    def gate(self) -> Tensor:
+        """Values in [0, 1], the shape of theta, in float32 even under autocast."""
+        if self.hard is not None:
+            return self.hard
+        return torch.sigmoid(self.theta.float() / self.temperature)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate.to(x.dtype)
+
+
+class ChannelGate(SigmoidGate):
+    """One gate per channel: multiplies axis `dim` of e.g. (N, C, H, W)."""
+
+    def __init__(self, channels: int, dim: int = 1, init: float = 4.0, temperature: float = 1.0) -> None:
+        super().__init__(channels, init, temperature)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply_along(x, self.gate, self.dim)
+
+
+class HeadGate(SigmoidGate):
+    """One gate per attention head: multiplies the last axis of (…, heads * head_dim)."""
+
+    def __init__(self, heads: int, head_dim: int, init: float = 4.0, temperature: float = 1.0) -> None:
+        super().__init__(heads, init, temperature)
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply_along(x, self.gate, -1, self.head_dim)
+
+
+class BlockGate(SigmoidGate):
+    """One gate for a whole branch or layer: multiplies everything by the same value."""
+
+    def __init__(self, init: float = 4.0, temperature: float = 1.0) -> None:
+        super().__init__(1, init, temperature)
+
+
+@torch.no_grad()
+def project_gates_into_constraints(
+    gates: Iterable[SigmoidGate], *, minimum: float = 0.0, maximum: float = float("inf")
+) -> None:
+    """Shift each gate's theta so that the expected number of kept units lies in [minimum, maximum].
+
+    All of a gate's theta move by the same amount, so the order of its units never changes. A bound that a gate's own
+    unit count makes impossible is clipped to it.
+
+    Raises:
+        ValueError: when minimum exceeds maximum.
+    """
+    if minimum > maximum:
+        raise ValueError(f"minimum {minimum} kept units exceeds maximum {maximum}")
+    for gate in gates:
+        kept = float(gate.gate.sum())
+        # sigmoid never reaches 0 or 1: stay a little inside, or no finite shift exists
+        slack = 1e-4 * gate.theta.numel()
+        lower = min(minimum, gate.theta.numel() - slack)
+        upper = max(maximum, slack)
+        if lower <= kept <= upper:
+            continue
+        bound = lower if kept < lower else upper
+        low, high = -100.0 * gate.temperature, 100.0 * gate.temperature
+        for _ in range(60):  # bisection: the sum is monotone in the shift
+            shift = (low + high) / 2
+            total = float(torch.sigmoid((gate.theta.double() + shift) / gate.temperature).sum())
+            low, high = (shift, high) if total < bound else (low, shift)
+        gate.theta += high if kept < lower else low
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort parameters for separate optimizers (or settings such as weight decay).
+
+    Returns:
+        `gates`: theta of every gate; `weights`: other parameters with two or more axes;
+        `norms_and_biases`: the rest, which usually takes no weight decay.
+    """
+    sorted_parameters: dict[str, list[nn.Parameter]] = {"gates": [], "weights": [], "norms_and_biases": []}
+    thetas = {id(module.theta) for module in model.modules() if isinstance(module, SigmoidGate)}
+    for parameter in model.parameters():
+        if id(parameter) in thetas:
+            sorted_parameters["gates"].append(parameter)
+        else:
+            sorted_parameters["weights" if parameter.dim() > 1 else "norms_and_biases"].append(parameter)
+    return sorted_parameters

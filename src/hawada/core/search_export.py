@@ -1,0 +1,279 @@
+"""Which units to keep so that the *measured* latency meets the budget: allocate, slice, measure, correct, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hawada.core.budget import Budget
+from hawada.core.export import ExportPolicy, Rounding, top_units
+from hawada.core.profiler import Comparison
+from hawada.core.proxy_cost import SoftWidths
+from hawada.core.structure import Group, Keep, Widths, full_widths, widths_of, without_orphans
+
+
+class Proxy(Protocol):
+    """What the search needs of a latency proxy."""
+
+    def predict(self, widths: SoftWidths) -> Tensor:
+        """Milliseconds for the widths of every group."""
+        ...
+
+    def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
+        """Take in one measured model."""
+        ...
+
+
+class Allocation:
+    """Greedy choice of widths: the least saliency lost per predicted millisecond saved, one move after another.
+
+    A move takes a group to *any* smaller allowed width, not only the next one, so plateaus of the latency are stepped
+    over; removing a branch costs its own gate and all that is left inside.
+
+    Args:
+        groups: every group of the model.
+        saliency: per group (units,), larger is more worth keeping; e.g. effective gates. A group without an entry
+            keeps all its units while its parent stays, and counts 1 for each.
+        proxy: predicts milliseconds.
+        policy: allowed widths.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], saliency: Mapping[str, Tensor], proxy: Proxy, policy: ExportPolicy
+    ) -> None:
+        self.groups = {group.name: group for group in groups}
+        self.saliency = {group.name: saliency.get(group.name, torch.ones(group.units)) for group in groups}
+        self.proxy = proxy
+        self.allowed = {g.name: policy.widths(g) if g.name in saliency else [g.units] for g in groups}
+        self.children = {
+            name: [child.name for child in groups if child.parent == name] for name in self.groups
+        }
+        self._worth: dict[str, list[float]] = {}  # saliency of the best k units, for k = 0..units
+        for name in self.groups:
+            ordered = self.saliency[name].detach().float().cpu().sort(descending=True).values.double()
+            self._worth[name] = [0.0, *ordered.cumsum(0).tolist()]
+
+    def worth(self, widths: Mapping[str, int]) -> float:
+        """Saliency that the given widths retain."""
+        return sum(self._worth[name][width] for name, width in widths.items())
+
+    def keep(self, widths: Mapping[str, int]) -> Keep:
+        """The most salient units of every group in these numbers."""
+        chosen = {name: top_units(self.saliency[name], width) for name, width in widths.items()}
+        return without_orphans(chosen, list(self.groups.values()))
+
+    def shrink_to(self, aim_ms: float, start: Mapping[str, int] | None = None) -> Widths:
+        """Widths predicted to take at most `aim_ms`, or the smallest there are; then grown while they still do.
+
+        Args:
+            aim_ms: predicted milliseconds not to exceed.
+            start: widths to begin with; None means full.
+        """
+        widths = dict(start or full_widths(list(self.groups.values())))
+        predicted = self._predict(widths)
+        moves: dict[str, list[tuple[float, float, Widths]]] = {}  # group -> (saliency lost, ms saved, widths changed)
+        while predicted > aim_ms:
+            for name in self.groups:
+                if name not in moves:
+                    moves[name] = self._moves(name, widths, predicted)
+            best = min(
+                (move for options in moves.values() for move in options), key=lambda m: (m[0] / m[1], m[0]), default=None
+            )
+            if best is None:
+                break
+            enough = [move for options in moves.values() for move in options if predicted - move[1] <= aim_ms]
+            if enough:  # the last move: the cheapest that suffices
+                best = min(enough, key=lambda m: (m[0], m[1]))
+            widths.update(best[2])
+            predicted = self._predict(widths)
+            for name in best[2]:  # only moves that share a structure with what changed look different now
+                for related in (name, self.groups[name].parent, *self._siblings(name)):
+                    if related is not None:
+                        moves.pop(related, None)
+        return self._grow(widths, aim_ms)
+
+    def _grow(self, widths: Widths, aim_ms: float) -> Widths:
+        """Give back what still fits, the most saliency per millisecond first."""
+        while True:
+            best: tuple[float, str, int] | None = None
+            predicted = self._predict(widths)
+            for name, group in self.groups.items():
+                larger = [width for width in self.allowed[name] if width > widths[name]]
+                if not larger or group.removes or (group.parent is not None and widths.get(group.parent) == 0):
+                    continue
+                extra = self._predict(widths | {name: larger[0]}) - predicted
+                if predicted + extra <= aim_ms:
+                    gain = self._worth[name][larger[0]] - self._worth[name][widths[name]]
+                    rate = gain / max(extra, 1e-9)
+                    if best is None or rate > best[0]:
+                        best = (rate, name, larger[0])
+            if best is None:
+                return widths
+            widths = widths | {best[1]: best[2]}
+
+    def _moves(self, name: str, widths: Widths, predicted: float) -> list[tuple[float, float, Widths]]:
+        """Every way to make one group smaller that saves time."""
+        moves = []
+        for width in self.allowed[name]:
+            if width >= widths[name]:
+                break
+            change: Widths = {name: width}
+            if self.groups[name].removes and width == 0:
+                change |= dict.fromkeys(self._descendants(name), 0)
+            lost = sum(self._worth[other][widths[other]] - self._worth[other][new] for other, new in change.items())
+            saved = predicted - self._predict(widths | change)
+            if saved > 0:
+                moves.append((lost, saved, change))
+        return moves
+
+    def _predict(self, widths: Mapping[str, int]) -> float:
+        return float(self.proxy.predict(widths))
+
+    def _siblings(self, name: str) -> list[str]:
+        parent = self.groups[name].parent
+        return self._descendants(name) + (self.children[parent] if parent is not None else [])
+
+    def _descendants(self, name: str) -> list[str]:
+        return [d for child in self.children[name] for d in (child, *self._descendants(child))]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sliced model that was measured.
+
+    Attributes:
+        multiple: rounding multiple it was allocated with.
+        keep: its kept indices.
+        predicted_ratio: what the proxy said before the measurement, relative to the teacher.
+        comparison: what was measured.
+        worth: saliency retained.
+    """
+
+    multiple: int
+    keep: Keep
+    predicted_ratio: float
+    comparison: Comparison
+    worth: float
+
+
+@dataclass
+class SearchResult:
+    """The chosen candidate, whether it is on target, and all that were measured, in order."""
+
+    chosen: Candidate
+    on_target: bool
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+@dataclass
+class BudgetSearch:
+    """Everything that stays the same while candidates are tried.
+
+    Attributes:
+        groups: every group of the model.
+        saliency: per group, (units,).
+        proxy: fitted in milliseconds of a teacher that takes `teacher_ms`; every measurement is added to it.
+        policy: allowed widths; `multiple` replaces the rounding of kinds that it rounds at all.
+        measure: slices and measures a choice against the teacher, interleaved.
+        budget: the goal.
+        teacher_ms: the teacher's time that the proxy was fitted with.
+        start: widths to shrink from (those that the gates ask for), or None for the full model.
+    """
+
+    groups: Sequence[Group]
+    saliency: Mapping[str, Tensor]
+    proxy: Proxy
+    policy: ExportPolicy
+    measure: Callable[[Keep], Comparison]
+    budget: Budget
+    teacher_ms: float
+    start: Widths | None = None
+
+    def try_aim(self, aim_ratio: float, multiple: int) -> Candidate:
+        """Allocate for a predicted ratio, measure the choice and add it to the proxy's fit."""
+        rounding = {kind: Rounding(multiple, old.mode) for kind, old in self.policy.rounding.items()}
+        policy = ExportPolicy(self.policy.threshold, rounding, self.policy.minimum)
+        allocation = Allocation(self.groups, self.saliency, self.proxy, policy)
+        widths = allocation.shrink_to(aim_ratio * self.teacher_ms, self.start)
+        keep = allocation.keep(widths)
+        predicted = float(self.proxy.predict(widths)) / self.teacher_ms
+        comparison = self.measure(keep)
+        self.proxy.add_sample(widths_of(keep), comparison.ratio.median * self.teacher_ms, weight=3.0)
+        return Candidate(multiple, keep, predicted, comparison, allocation.worth(widths_of(keep)))
+
+
+def grid_search_latency(search: BudgetSearch, multiples: Sequence[int]) -> list[Candidate]:
+    """One candidate per rounding multiple, each aimed at the middle of the budget and measured; the best comes first.
+
+    The best retains the most saliency among those that hold the budget; when none holds it, the fastest.
+    """
+    if not multiples:
+        raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
+    aim = search.budget.middle(search.teacher_ms)
+    candidates = [search.try_aim(aim, multiple) for multiple in multiples]
+
+    def rank(candidate: Candidate) -> tuple[bool, float]:
+        holds = search.budget.holds(candidate.comparison)
+        return (not holds, -candidate.worth if holds else candidate.comparison.ratio.median)
+
+    return sorted(candidates, key=rank)
+
+
+def search_export(search: BudgetSearch, multiples: Sequence[int], max_measurements: int = 10) -> SearchResult:
+    """Find the model that measurably meets the budget.
+
+    The first measurements choose the rounding multiple; the later ones correct the aim inside the bracket of what was
+    measured too fast and too slow, until one is on target.
+
+    Args:
+        search: the problem.
+        multiples: rounding multiples to try.
+        max_measurements: the most models to slice and measure in all.
+
+    Returns:
+        The slowest measured candidate whose interval holds the budget; when none does, the fastest, not on target.
+    """
+    tried = grid_search_latency(search, multiples)
+    multiple = tried[0].multiple
+    seen = {str(candidate.keep) for candidate in tried}
+    while len(tried) < max_measurements and not any(search.budget.on_target(c.comparison) for c in tried):
+        aim = _next_aim(search, tried)
+        candidate = search.try_aim(aim, multiple)
+        tried.append(candidate)
+        if str(candidate.keep) in seen and len(tried) >= 4:
+            break  # the widths are too coarse to come closer
+        seen.add(str(candidate.keep))
+    holding = [candidate for candidate in tried if search.budget.holds(candidate.comparison)]
+    on_target = [candidate for candidate in holding if search.budget.on_target(candidate.comparison)]
+    if on_target:
+        chosen = max(on_target, key=lambda candidate: candidate.worth)
+    elif holding:
+        chosen = max(holding, key=lambda candidate: candidate.comparison.ratio.median)
+    else:
+        chosen = min(tried, key=lambda candidate: candidate.comparison.ratio.median)
+    return SearchResult(chosen, bool(on_target), tried)
+
+
+def _next_aim(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
+    """The predicted ratio to ask for next, from how the refitted proxy sees what was measured.
+
+    Between a candidate that was too fast and one that was too slow, interpolate; on one side only, scale by the
+    nearest candidate's error.
+    """
+    goal = search.budget.middle(search.teacher_ms)
+    points = []  # (predicted by the present fit, measured)
+    for candidate in tried:
+        middle = search.budget.middle(candidate.comparison.baseline.median)
+        predicted = float(search.proxy.predict(widths_of(candidate.keep))) / search.teacher_ms
+        points.append((predicted, candidate.comparison.ratio.median * goal / middle))
+    fast = max((point for point in points if point[1] <= goal), key=lambda point: point[1], default=None)
+    slow = min((point for point in points if point[1] > goal), key=lambda point: point[1], default=None)
+    if fast and slow and fast[0] < slow[0]:
+        share = (goal - fast[1]) / (slow[1] - fast[1])
+        return fast[0] + min(max(share, 0.1), 0.9) * (slow[0] - fast[0])
+    nearest = min(points, key=lambda point: abs(point[1] - goal))
+    return goal * nearest[0] / nearest[1]

@@ -1,0 +1,116 @@
+"""Cutting single modules: each function returns a new, smaller module and leaves the given one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Indices = Sequence[int] | Tensor | None
+Module = TypeVar("Module", bound=nn.Module)
+Norm = TypeVar("Norm", nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+
+
+def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
+    """The entries `index` along `dim`, as a contiguous copy without history; None keeps all.
+
+    Raises:
+        ValueError: when the index is empty or points outside the axis.
+    """
+    tensor = tensor.detach()
+    if index is None:
+        return tensor.clone()
+    positions = torch.as_tensor(index, dtype=torch.long, device=tensor.device)
+    size = tensor.shape[dim]
+    if positions.numel() == 0:
+        raise ValueError(f"nothing would be left of an axis of {size}; keep at least one element")
+    if int(positions.min()) < 0 or int(positions.max()) >= size:
+        raise ValueError(f"index {int(positions.max())} is outside an axis of {size} elements")
+    return tensor.index_select(dim, positions).contiguous()
+
+
+def slice_linear(linear: nn.Linear, *, out_features: Indices = None, in_features: Indices = None) -> nn.Linear:
+    """A Linear with the given output rows and input columns."""
+    weight = slice_tensor(slice_tensor(linear.weight, 0, out_features), 1, in_features)
+    sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
+    bias = None if linear.bias is None else slice_tensor(linear.bias, 0, out_features)
+    return _filled(sliced, linear, weight=weight, bias=bias)
+
+
+def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: Indices = None) -> nn.Conv2d:
+    """A Conv2d with the given output and input channels.
+
+    Raises:
+        ValueError: for a grouped convolution, whose channels cannot be chosen freely.
+    """
+    if conv.groups != 1:
+        raise ValueError(f"a convolution with groups={conv.groups} has no freely removable channels; groups=1 wanted")
+    weight = slice_tensor(slice_tensor(conv.weight, 0, out_channels), 1, in_channels)
+    sliced = nn.Conv2d(
+        weight.shape[1],
+        weight.shape[0],
+        kernel_size=conv.kernel_size,  # type: ignore[arg-type]
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        device="meta",
+    )
+    bias = None if conv.bias is None else slice_tensor(conv.bias, 0, out_channels)
+    return _filled(sliced, conv, weight=weight, bias=bias)
+
+
+def slice_norm(norm: Norm, index: Indices) -> Norm:
+    """A BatchNorm or one-axis LayerNorm over the given features, with their affine parameters and statistics.
+
+    A sliced LayerNorm normalises over the kept features only: it equals the original on inputs whose other features
+    were excluded from the statistics, not on inputs where they are zero.
+    """
+    tensors = {
+        name: None if tensor is None else (slice_tensor(tensor, 0, index) if tensor.dim() else tensor.detach().clone())
+        for name, tensor in [*norm._parameters.items(), *norm._buffers.items()]
+    }
+    if isinstance(norm, nn.LayerNorm):
+        if len(norm.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm over {norm.normalized_shape} has more than one axis; one wanted")
+        size = norm.normalized_shape[0] if index is None else len(index)
+        sliced: nn.Module = nn.LayerNorm(
+            size, norm.eps, norm.elementwise_affine, bias=norm.bias is not None, device="meta"
+        )
+    else:
+        size = norm.num_features if index is None else len(index)
+        sliced = type(norm)(size, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+    return _filled(sliced, norm, **tensors)  # type: ignore[return-value, type-var]
+
+
+def slice_embedding(
+    embedding: nn.Embedding, *, embedding_dim: Indices = None, num_embeddings: Indices = None
+) -> nn.Embedding:
+    """An Embedding with the given columns (and rows); padding_idx follows its row.
+
+    Raises:
+        ValueError: when the padding row itself would be cut.
+    """
+    weight = slice_tensor(slice_tensor(embedding.weight, 0, num_embeddings), 1, embedding_dim)
+    padding = embedding.padding_idx
+    if padding is not None and num_embeddings is not None:
+        rows = [int(row) for row in num_embeddings]
+        if padding not in rows:
+            raise ValueError(f"row {padding} is the padding row and cannot be cut; keep it in num_embeddings")
+        padding = rows.index(padding)
+    sliced = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, device="meta")
+    return _filled(sliced, embedding, weight=weight)
+
+
+def _filled(sliced: Module, original: nn.Module, **tensors: Tensor | None) -> Module:
+    """Put real tensors into a module made on the meta device; training mode and requires_grad follow the original."""
+    for name, tensor in tensors.items():
+        if name in original._parameters and tensor is not None:
+            wanted = original._parameters[name].requires_grad  # type: ignore[union-attr]
+            sliced._parameters[name] = nn.Parameter(tensor, requires_grad=wanted)
+        elif name in original._buffers:
+            sliced._buffers[name] = tensor
+    return sliced.train(original.training)

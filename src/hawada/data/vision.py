@@ -1,0 +1,227 @@
+"""Image classification data: scikit-learn's digits, CIFAR-10 and ImageNet-style folders."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageTensors(Dataset[Batch]):
+    """Images that fit into memory; whole batches are fetched and augmented at once.
+
+    Args:
+        images: uint8, (N, 3, H, W).
+        labels: int64, (N,).
+        mean: per channel, of images scaled to [0, 1].
+        std: likewise.
+        augment: images (B, 3, H, W), float -> the same shape, or None.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.images, self.labels, self.augment = images, labels, augment
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        index = torch.as_tensor(indices)
+        images = (self.images[index].float() / 255 - self.mean) / self.std  # (B, 3, H, W)
+        return (self.augment(images) if self.augment else images), self.labels[index]
+
+
+class RandomShift:
+    """Shifts each image by up to `pixels` either way, zero-padded, and mirrors half of them when `flip`."""
+
+    def __init__(self, pixels: int, flip: bool) -> None:
+        self.pixels, self.flip = pixels, flip
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size, pad = images.shape[-1], self.pixels
+        padded = F.pad(images, (pad, pad, pad, pad))
+        corners = torch.randint(0, 2 * pad + 1, (len(images), 2)).tolist()
+        shifted = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)])
+        if self.flip:
+            mirrored = torch.rand(len(images)) < 0.5
+            shifted[mirrored] = shifted[mirrored].flip(-1)
+        return shifted
+
+
+class VisionData:
+    """Training and test images of one data set.
+
+    Calibration batches come from the training images without augmentation; nothing but `test_loader` shows the test
+    images.
+
+    Args:
+        train: augmented training images.
+        plain: the same without augmentation.
+        test: test images.
+        workers: loader processes.
+    """
+
+    def __init__(self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], workers: int = 0) -> None:
+        self.train, self.plain, self.test, self.workers = train, plain, test, workers
+
+    def train_loader(self, batch_size: int, seed: int) -> DataLoader[Any]:
+        """Shuffled, in an order that depends on the seed alone; yields (images, labels)."""
+        generator = torch.Generator().manual_seed(seed)
+        return self._loader(self.train, batch_size, shuffle=True, generator=generator)
+
+    def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Any]:
+        """The same random `samples` training images every time, without augmentation."""
+        size = len(self.plain)  # type: ignore[arg-type]
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:samples].tolist()
+        return self._loader(Subset(self.plain, chosen), batch_size)
+
+    def test_loader(self, batch_size: int) -> DataLoader[Any]:
+        """Every test image once."""
+        return self._loader(self.test, batch_size)
+
+    def _loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+        whole = isinstance(dataset.dataset if isinstance(dataset, Subset) else dataset, ImageTensors)
+        if isinstance(dataset, Subset) and whole:
+            dataset = _view(dataset)
+        collate = (lambda batch: batch) if whole else None
+        return DataLoader(dataset, batch_size, num_workers=self.workers, collate_fn=collate, **options)
+
+
+def _view(subset: Subset[Any]) -> ImageTensors:
+    """The chosen images as a data set of their own, so that they are fetched in whole batches."""
+    source: Any = subset.dataset
+    view = ImageTensors(source.images[subset.indices], source.labels[subset.indices], mean=(0, 0, 0), std=(1, 1, 1))
+    view.mean, view.std = source.mean, source.std
+    return view
+
+
+def digits(image_size: int = 32, test_samples: int = 500) -> VisionData:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to (3, image_size, image_size); no download.
+
+    The test split is stratified and always the same.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=test_samples, random_state=0, stratify=labels)
+    grey = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    large = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    pixels = (large * 255).round().byte().expand(-1, 3, -1, -1).contiguous()
+    return _in_memory(
+        (pixels[train], torch.tensor(labels[train])),
+        (pixels[test], torch.tensor(labels[test])),
+        RandomShift(image_size // 8, flip=False),
+        mean=(0.3, 0.3, 0.3),
+        std=(0.35, 0.35, 0.35),
+    )
+
+
+def cifar10(root: str, samples: int | None = None) -> VisionData:
+    """CIFAR-10 (Krizhevsky, 2009) from local files: its binary version, or `train.npz` and `test.npz`.
+
+    The archives hold `labels` and either `images`, uint8 (N, 32, 32, 3), or `jpeg` bytes with `offsets`. The pickled
+    Python version is not read.
+
+    Args:
+        root: folder with `data_batch_1.bin` … `test_batch.bin`, or the two archives.
+        samples: use only the first so many training images.
+    """
+    folder = Path(root)
+    if (folder / "test_batch.bin").is_file():
+        train = _binary_batches([folder / f"data_batch_{number}.bin" for number in range(1, 6)])
+        test = _binary_batches([folder / "test_batch.bin"])
+    else:
+        train, test = _archive(folder / "train.npz"), _archive(folder / "test.npz")
+    train = (train[0][:samples], train[1][:samples])
+    return _in_memory(train, test, RandomShift(4, flip=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | None = None) -> VisionData:
+    """ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
+
+    Args:
+        root: folder with `train` and `val`.
+        image_size: side of the square crop, in pixels.
+        workers: loader processes.
+        samples: use only so many training images, the same random ones every time.
+    """
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    for part in ("train", "val"):
+        if not (Path(root) / part).is_dir():
+            raise ValueError(f"data.root: {root} has no folder {part}; ImageNet's layout is train/<class>/ and val/<class>/")
+    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    varied = transforms.Compose(
+        [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish]
+    )
+    central = transforms.Compose([transforms.Resize(image_size * 256 // 224), transforms.CenterCrop(image_size), *finish])
+    train: Dataset[Any] = ImageFolder(f"{root}/train", varied)
+    plain: Dataset[Any] = ImageFolder(f"{root}/train", central)
+    if samples is not None:
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()  # type: ignore[arg-type]
+        train, plain = Subset(train, chosen), Subset(plain, chosen)
+    return VisionData(train, plain, ImageFolder(f"{root}/val", central), workers)
+
+
+def _in_memory(
+    train: Batch, test: Batch, augment: Callable[[Tensor], Tensor], *, mean: Sequence[float], std: Sequence[float]
+) -> VisionData:
+    return VisionData(
+        ImageTensors(*train, mean=mean, std=std, augment=augment),
+        ImageTensors(*train, mean=mean, std=std),
+        ImageTensors(*test, mean=mean, std=std),
+    )
+
+
+def _binary_batches(paths: Sequence[Path]) -> Batch:
+    """CIFAR-10's binary version: per image one byte of label, then 3 x 32 x 32 bytes."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"data.root: {path} is missing; the binary version has five data_batch files and test_batch.bin")
+    rows = torch.from_numpy(np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073))
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
+
+
+def _archive(path: Path) -> Batch:
+    """Images and labels of an .npz archive; JPEG bytes are decoded."""
+    from PIL import Image
+
+    if not path.is_file():
+        raise ValueError(f"data.root: {path} is missing; give CIFAR-10's binary version, or train.npz and test.npz")
+    with np.load(path, allow_pickle=False) as archive:
+        labels = torch.from_numpy(archive["labels"].astype(np.int64))
+        if "images" in archive:
+            images = archive["images"]
+        else:
+            data, offsets = archive["jpeg"].tobytes(), archive["offsets"]
+            images = np.stack(
+                [
+                    np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB"))
+                    for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+                ]
+            )
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels  # (N, H, W, 3) -> (N, 3, H, W)

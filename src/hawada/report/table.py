@@ -1,0 +1,66 @@
+"""The result on screen: one table, the verdict, and how to load what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hawada.core.budget import SUCCESS
+from hawada.report.progress import console
+
+
+def print_result(result: Mapping[str, Any], root: Path) -> None:
+    """Teacher beside slim, the target and the verdict; for a run that ended early only the verdict."""
+    colour = "green" if result["verdict"] in SUCCESS else "red"
+    if "slim" not in result:
+        console.print(f"[bold {colour}]{result['verdict']}[/]: {result['reason']}")
+        return
+    teacher, slim, ratio = result["teacher"], result["slim"], result["latency_ratio"]
+    table = Table(title=f"{root.name}: teacher and slim", title_justify="left")
+    for name, justify in (("", "left"), ("teacher", "right"), ("slim", "right"), ("slim / teacher", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for key, label in (("params", "parameters"), ("macs", "MACs")):
+        table.add_row(label, f"{teacher[key]:,}", f"{slim[key]:,}", f"{slim[key] / teacher[key]:.3f}")
+    table.add_row(
+        "latency ms", _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio)
+    )
+    table.add_row("speed-up", "1.00x", f"{1 / ratio['median']:.2f}x", "")
+    table.add_row("accuracy", f"{teacher['accuracy']:.2%}", f"{slim['accuracy']:.2%}", "")
+    table.add_row("agreement", "", f"{result['agreement']:.2%}", "")
+    if result["target_ms"] is not None:
+        table.add_row("target", "", f"{result['target_ms']:.3f} ms", f"{result['target_ratio']:.3f}")
+    table.add_row("verdict", "", f"[bold {colour}]{result['verdict']}[/]", "")
+    console.print(table)
+    console.print(f"{result['reason']}\n\nslim model: {slim['path']}", soft_wrap=True)
+    console.print(f"  import hawada\n  model = hawada.load({slim['path']!r})\n  logits = model(images)", soft_wrap=True)
+
+
+def print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
+    """One row per job of a multirun: its overrides, then what came out or why it failed."""
+    table = Table(title=f"{len(jobs)} jobs", title_justify="left")
+    for name in ("overrides", "verdict", "ratio", "slim ms", "accuracy", "agreement", "gate KD"):
+        table.add_column(name, justify="left" if name in ("overrides", "verdict") else "right", overflow="fold")
+    for job in jobs:
+        result = job["result"]
+        if job["error"] is not None:
+            table.add_row(job["overrides"], f"[red]failed[/]: {' '.join(str(job['error']).split())}")
+        elif "slim" in result:
+            table.add_row(
+                job["overrides"],
+                result["verdict"],
+                f"{result['latency_ratio']['median']:.3f}",
+                f"{result['slim']['latency_ms']['median']:.2f}",
+                f"{result['slim']['accuracy']:.2%}",
+                f"{result['agreement']:.2%}",
+                f"{result['kd']:.4f}" if result.get("kd") is not None else "",
+            )
+        else:
+            table.add_row(job["overrides"], result.get("verdict", "done"))
+    console.print(table)
+
+
+def _interval(interval: Mapping[str, float]) -> str:
+    return f"{interval['median']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

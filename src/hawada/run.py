@@ -1,0 +1,238 @@
+"""The run directory: one folder an experiment, one below it a stage; locked, resumable, never overwritten unasked."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from hawada.stages.plan import PLANS, everything_read, upstream
+
+MANIFEST = "manifest.json"
+
+
+class Run:
+    """The directory of one experiment.
+
+    A stage is finished when its folder has a manifest, which is written last and holds the SHA-256 of every other
+    file and the config that the stage was handed.
+
+    Args:
+        root: outputs/<name>, or in a multirun the job's own subdirectory.
+        cfg: the whole configuration.
+        shared: in a multirun, outputs/<name>: stages that no swept key touches are done once, there.
+        swept: keys that differ between jobs.
+        overwrite: redo stages whose results came from another configuration.
+    """
+
+    def __init__(
+        self, root: Path, cfg: DictConfig, *, shared: Path | None = None, swept: Iterable[str] = (), overwrite: bool = False
+    ) -> None:
+        self.root, self.cfg, self.overwrite = root, cfg, overwrite
+        self.shared, self.swept = shared or root, tuple(swept)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes."""
+        touched = any(_overlap(key, read) for key in self.swept for read in everything_read(stage, self.cfg))
+        return (self.root if touched else self.shared) / stage
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage's result is there."""
+        return (self.folder(stage) / MANIFEST).is_file()
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a finished stage wrote."""
+        return json.loads((self.folder(stage) / "result.json").read_text())
+
+    def settings(self, stage: str) -> DictConfig:
+        """The part of the configuration that a stage may read; anything else raises when it is read."""
+        settings = OmegaConf.create()
+        for key in PLANS[stage].reads:
+            OmegaConf.update(settings, key, _plain(OmegaConf.select(self.cfg, key)))
+        OmegaConf.set_struct(settings, True)
+        return settings
+
+    def check(self, stage: str) -> bool:
+        """Whether a stage is already done with this very configuration and from what is upstream of it now.
+
+        Raises:
+            ValueError: when its results, or those of a stage before it, came from another configuration.
+        """
+        if not self.is_finished(stage):
+            return False
+        different = self._different_keys(stage)
+        if not different:
+            return self._manifest(stage)["upstream"] == self._upstream_now(stage)
+        if self.overwrite:
+            return False
+        raise ValueError(
+            f"{self.folder(stage)} holds results made with {_described(different)}; "
+            "choose another name=..., or set overwrite=true to replace them"
+        )
+
+    def check_upstream(self, stage: str) -> None:
+        """Check that every stage before this one is done, with this configuration.
+
+        Raises:
+            ValueError: naming the stage to run, or the keys that differ.
+        """
+        for earlier in upstream(stage, self.cfg):
+            if not self.is_finished(earlier):
+                raise ValueError(
+                    f"stage={stage}: it needs what stage={earlier} writes to {self.folder(earlier)}, which is not there; "
+                    f"run stage={earlier} first, or stage=pipeline for everything"
+                )
+            different = self._different_keys(earlier)
+            if different:
+                raise ValueError(
+                    f"stage={stage}: {earlier} ran with {_described(different)}; "
+                    f"use the same values, another name=..., or run stage={earlier} overwrite=true first"
+                )
+
+    @contextmanager
+    def writing(self, stage: str) -> Iterator[Path]:
+        """A stage's empty folder; what an unfinished or replaced attempt left there is removed first."""
+        folder = self.folder(stage)
+        clear(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(self.settings(stage)))
+        yield folder
+
+    def finish(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a stage's result and then its manifest."""
+        folder = self.folder(stage)
+        write_json(folder / "result.json", result)
+        files = {
+            str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path != folder / MANIFEST
+        }
+        write_json(
+            folder / MANIFEST,
+            {
+                "stage": stage,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "config": self._read_values(stage),
+                "upstream": self._upstream_now(stage),
+                "files": files,
+            },
+        )
+        return dict(result)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the experiment's lock, so that two runs never write to one directory.
+
+        Raises:
+            ValueError: when the directory cannot be written or another run holds it.
+        """
+        handles = []
+        try:
+            for folder in dict.fromkeys((self.shared, self.root)):
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    handle = open(folder / ".lock", "a+")
+                except OSError as error:
+                    raise ValueError(
+                        f"output_dir: cannot write to {folder} ({error.strerror}); set output_dir to a folder you may write"
+                    ) from None
+                handles.append(handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"{folder} is in use by another run; wait for it, or choose another name=...") from None
+            yield
+        finally:
+            for handle in handles:
+                handle.close()
+
+    def _manifest(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.folder(stage) / MANIFEST).read_text())
+
+    def _upstream_now(self, stage: str) -> dict[str, str | None]:
+        """Digests of the manifests that a stage's result was, or would be, made from."""
+        manifests = {earlier: self.folder(earlier) / MANIFEST for earlier in upstream(stage, self.cfg)}
+        return {name: sha256(path) if path.is_file() else None for name, path in manifests.items()}
+
+    def _read_values(self, stage: str) -> dict[str, Any]:
+        """Flat `key: value` of what a stage reads."""
+        values: dict[str, Any] = {}
+        for key in PLANS[stage].reads:
+            _flatten(key, _plain(OmegaConf.select(self.cfg, key)), values)
+        return values
+
+    def _different_keys(self, stage: str) -> dict[str, Any]:
+        """Keys whose value was another when the stage ran, with that value."""
+        before = self._manifest(stage)["config"]
+        now = json.loads(json.dumps(self._read_values(stage)))
+        return {key: before.get(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
+
+
+def _described(different: Mapping[str, Any]) -> str:
+    items = [f"{key}={value}" for key, value in different.items()]
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether one key is the other or contains it."""
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
+
+
+def _plain(node: Any) -> Any:
+    """A config node as resolved lists and dicts; anything else as it is."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            _flatten(f"{prefix}.{key}", inner, into)
+    else:
+        into[prefix] = value
+
+
+def clear(folder: Path) -> None:
+    """Remove a stage's folder, its manifest first, so that an interruption never leaves a valid-looking one."""
+    import shutil
+
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+class MetricsLog:
+    """One JSON object a line, appended and flushed as it happens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,111 @@
+"""Judges the slim model: a fresh measurement beside the teacher, quality on test data, and a reload in a new process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, predict_classes
+from hawada.core.profiler import Interval
+from hawada.report.progress import Progress
+from hawada.run import Run
+from hawada.stages.export import EQUALITY
+from hawada.stages.workspace import Workspace
+
+RELOAD = """
+import sys, torch, hawada
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(int(sys.argv[4]))
+model = hawada.load(sys.argv[1], trust=[sys.argv[5]])
+inputs = load_file(sys.argv[2])
+with torch.no_grad():
+    save_file({"output": model(*(inputs[name] for name in sorted(inputs))).contiguous()}, sys.argv[3])
+"""
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write the figures that `outputs/<name>/result.json` promises."""
+    work = Workspace(cfg, run)
+    teacher, slim = work.teacher(), work.saved_model("finetune", "slim")
+    slim_path, teacher_path = run.folder("finetune") / "slim", run.folder("export") / "teacher"
+    with run.writing("evaluate") as folder, Progress("evaluate", None) as progress:
+        progress.say("reloading in a fresh process")
+        reloaded = prove_reload(work, slim, slim_path, folder)
+        progress.say("scoring")
+        models = {"teacher": teacher, "slim": slim}
+        loader = work.data.test_loader(cfg.evaluate.batch_size)
+        predicted, accuracy = {}, {}
+        for name, model in models.items():
+            predicted[name], labels = predict_classes(model.to(work.device), loader, work.adapter.logits)
+            accuracy[name] = float((predicted[name] == labels).float().mean())
+        costs = {
+            name: {"params": count_parameters(model), "macs": count_macs(model.float(), work.adapter.example_inputs(1))}
+            for name, model in models.items()
+        }
+        progress.say("measuring")
+        comparison = work.compare(work.timed(teacher), work.timed(slim))
+        verdict, reason = work.budget.verdict(comparison)
+        teacher_ms = comparison.baseline.median
+        paths = {"teacher": teacher_path, "slim": slim_path}
+        latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
+        return run.finish(
+            "evaluate",
+            {
+                "verdict": verdict,
+                "reason": reason,
+                "target_ms": work.budget.ratio(teacher_ms) * teacher_ms if work.budget.has_target else None,
+                "target_ratio": work.budget.ratio(teacher_ms) if work.budget.has_target else None,
+                "latency_ratio": _short(comparison.ratio),
+                **{
+                    name: {
+                        "latency_ms": _short(latency[name]) | {"p95": latency[name].p95},
+                        **costs[name],
+                        "accuracy": accuracy[name],
+                        "path": work.absolute(paths[name]),
+                    }
+                    for name in models
+                },
+                "agreement": float((predicted["teacher"] == predicted["slim"]).float().mean()),
+                "kd": run.result("train").get("kd"),
+                "proxy": run.result("profile")["fidelity"],
+                "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
+                "environment": work.environment(),
+                "measured": asdict(comparison),
+            },
+        )
+
+
+def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -> dict[str, float]:
+    """Difference of logits between a model in memory and its files loaded by a new process.
+
+    Raises:
+        RuntimeError: when the process fails or the logits differ by more than `EQUALITY`.
+    """
+    inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
+    example = work.adapter.example_inputs(min(8, work.cfg.budget.batch))
+    save_file({f"{index:03d}": x for index, x in enumerate(example)}, inputs)
+    target = work.adapter_spec["_target_"]
+    command = [sys.executable, "-c", RELOAD, str(path), str(inputs), str(output), str(torch.get_num_threads()), target]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{path} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+    with torch.no_grad():
+        here = model(*example)
+    record = compare_outputs(here, load_file(output)["output"])
+    inputs.unlink()
+    output.unlink()
+    if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
+        raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")
+    return record
+
+
+def _short(interval: Interval) -> dict[str, float]:
+    return {"median": interval.median, "low": interval.low, "high": interval.high}

@@ -1,0 +1,118 @@
+"""Chooses what to keep so that the measured latency meets the budget, slices it and proves the slices equal the gates."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import nn
+
+from hawada.adapters.base import save_model
+from hawada.core.evaluate import compare_outputs
+from hawada.core.export import keep_from_gates, materialize
+from hawada.core.profiler import Comparison
+from hawada.core.search_export import BudgetSearch, Candidate, search_export
+from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.core.student import Student
+from hawada.report.progress import Progress
+from hawada.run import Run, write_json
+from hawada.stages.train import load_proxy
+from hawada.stages.workspace import Workspace
+
+EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write `export/slim` and `export/teacher`, what was measured on the way, and the equivalence proof."""
+    work = Workspace(cfg, run)
+    trained = run.result("train")
+    if "verdict" in trained:
+        raise ValueError(f"stage=export: nothing to export, {trained['verdict']}: {trained['reason']}")
+    teacher = work.teacher()
+    student = load_student(work, teacher)
+    with run.writing("export") as folder, Progress("export", None) as progress:
+        progress.say("choosing widths and measuring")
+        keep, record = _choose(work, student, teacher, run.result("profile")["teacher_ms"], progress)
+        slim = materialize(student.model, work.groups, keep).eval()
+        equivalence = prove_equivalence(work, student, slim, keep)
+        for name, model, kept in (("slim", slim, keep), ("teacher", teacher, keep_all(work.groups))):
+            save_model(
+                folder / name, model, adapter_spec=work.adapter_spec, teacher=work.meta, groups=work.groups, keep=kept
+            )
+        write_json(folder / "keep.json", {name: list(kept) for name, kept in keep.items()})
+        return run.finish("export", {**record, "widths": widths_of(keep), "equivalence": equivalence})
+
+
+def load_student(work: Workspace, teacher: nn.Module) -> Student:
+    """The gated model as training left it."""
+    folder = work.run.folder("train")
+    student = Student(copy.deepcopy(teacher), work.gated_groups, work.new_gate)
+    for name, theta in load_file(folder / "gates.safetensors").items():
+        with torch.no_grad():
+            student.gate_of(name).theta.copy_(theta)
+    if (folder / "weights.safetensors").is_file():
+        student.model.load_state_dict(load_file(folder / "weights.safetensors"))
+    return student.eval()
+
+
+def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: Keep) -> dict[str, float]:
+    """Difference of logits between the hard-gated student and the slim model on example inputs.
+
+    Raises:
+        RuntimeError: when they differ by more than `EQUALITY`: the adapter's declaration is wrong.
+    """
+    inputs = work.adapter.example_inputs(min(8, work.cfg.budget.batch))
+    slim = copy.deepcopy(slim).cpu().float()
+    with torch.no_grad(), student.hard_gated({g.name: keep[g.name] for g in student.groups}):
+        gated = work.adapter.logits(student.cpu()(*inputs))
+        sliced = work.adapter.logits(slim(*inputs))
+    record = compare_outputs(gated, sliced)
+    if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
+        raise RuntimeError(f"the sliced model differs from the gated one by {record['max_abs_diff']:.3g}: a group is wrong")
+    return record
+
+
+def _choose(
+    work: Workspace, student: Student, teacher: nn.Module, teacher_ms: float, progress: Progress
+) -> tuple[Keep, dict[str, Any]]:
+    """Kept indices and what was measured to find them."""
+    reference = work.timed(copy.deepcopy(teacher))
+
+    def measure(keep: Keep) -> Comparison:
+        comparison = work.compare(reference, work.timed(materialize(student.model, work.groups, keep)))
+        progress.say(f"measured {comparison.ratio.median:.3f} of the teacher")
+        return comparison
+
+    policy = work.policy()
+    from_gates = keep_all(work.groups) | keep_from_gates(student.own_gates(), student.groups, policy)
+    if not work.budget.has_target:
+        return from_gates, {"on_target": None, "measured": measure(from_gates).as_dict(), "candidates": []}
+    search = BudgetSearch(
+        groups=work.groups,
+        saliency=student.effective_gates(),
+        proxy=load_proxy(work, "train"),
+        policy=policy,
+        measure=measure,
+        budget=work.budget,
+        teacher_ms=teacher_ms,
+        start=widths_of(from_gates) if work.cfg.export.widths == "gates" else None,
+    )
+    found = search_export(search, work.multiples, work.cfg.export.max_measurements)
+    return found.chosen.keep, {
+        "on_target": found.on_target,
+        "measured": found.chosen.comparison.as_dict(),
+        "candidates": [_described(candidate) for candidate in found.candidates],
+    }
+
+
+def _described(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "multiple": candidate.multiple,
+        "predicted_ratio": candidate.predicted_ratio,
+        "ratio": candidate.comparison.ratio.as_dict(),
+        "worth": candidate.worth,
+        "widths": widths_of(candidate.keep),
+    }

@@ -1,0 +1,57 @@
+"""Finetunes the slim model against the teacher (and labels); needs no particular device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hawada.adapters.base import save_model
+from hawada.config import build
+from hawada.core.finetune import recalibrate_batchnorm
+from hawada.report.progress import Progress
+from hawada.run import MetricsLog, Run
+from hawada.stages.workspace import Workspace
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write `finetune/slim`."""
+    work = Workspace(cfg, run)
+    slim, teacher = work.saved_model("export", "slim"), work.teacher()
+    slim.to(work.accelerator.device)
+    samples, batch_size = cfg.finetune.recalibration_samples, cfg.finetune.batch_size
+    if samples:
+        recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
+    loader = work.data.train_loader(batch_size, cfg.seed)
+    trainer = build(cfg.finetune.trainer)
+    history: list[dict[str, float]] = []
+    with run.writing("finetune") as folder:
+        log = MetricsLog(folder / "metrics.jsonl")
+
+        def on_epoch(epoch: int, losses: dict[str, float]) -> None:
+            history.append(losses)
+            log.write({"epoch": epoch, **losses})
+
+        with Progress("finetune", trainer.epochs * len(loader)) as progress:
+            trainer.fit(
+                slim,
+                loader,
+                teacher=teacher,
+                loss=build(cfg.kd),
+                logits=work.adapter.logits,
+                accelerator=work.accelerator,
+                on_step=lambda losses: progress.step(**losses),
+                on_epoch=on_epoch,
+            )
+        if samples:
+            recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
+        save_model(
+            folder / "slim",
+            slim,
+            adapter_spec=work.adapter_spec,
+            teacher=work.meta,
+            groups=work.groups,
+            keep=json.loads((run.folder("export") / "keep.json").read_text()),
+        )
+        return run.finish("finetune", {"epochs": len(history), **(history[-1] if history else {})})

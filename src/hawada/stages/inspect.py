@@ -1,0 +1,30 @@
+"""Shows the groups that would be gated: shapes, and the statistics of trained gates where there are some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from hawada.adapters.attach import group_table
+from hawada.core.student import Student
+from hawada.report.progress import console
+from hawada.run import Run
+from hawada.stages.export import load_student
+from hawada.stages.workspace import Workspace
+
+
+def run_inspect(run: Run) -> dict[str, Any]:
+    """Print one row per group; writes nothing."""
+    work = Workspace(run.settings("train"), run)
+    trained = run.is_finished("train") and (run.folder("train") / "gates.safetensors").is_file()
+    model = work.adapter.skeleton()
+    student = load_student(work, model) if trained else Student(model, work.gated_groups, work.new_gate)
+    rows = group_table(student)
+    table = Table(title=f"{len(rows)} groups" + (", gates as trained" if trained else ", gates as they start"))
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    return {"groups": rows}

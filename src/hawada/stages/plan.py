@@ -1,0 +1,80 @@
+"""Which configuration each stage reads, and which stages must have finished before it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: also its folder's.
+        reads: config keys that it is handed; a change of one of them makes its old result another experiment's.
+        needs: stages whose results it reads, apart from the teacher's.
+        teacher: whether it loads the teacher, and so needs `pretrain` for a model that is trained here.
+        measures: whether it takes latencies.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    teacher: bool = False
+    measures: bool = False
+
+
+_MODEL = ("seed", "model", "runtime")
+_LATENCY = ("gpu", "budget.batch", "measure")
+
+PLANS: dict[str, StagePlan] = {
+    plan.name: plan
+    for plan in (
+        StagePlan("pretrain", reads=(*_MODEL, "data", "pretrain")),
+        StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy", "export.minimum"), measures=True),
+        StagePlan(
+            "train",
+            reads=(*_MODEL, *_LATENCY, "data", "budget", "kd", "lambda", "penalties", "penalty", "gate", "groups", "train")
+            + ("proxy", "export.threshold", "export.minimum"),
+            needs=("profile",),
+            teacher=True,
+            measures=True,
+        ),
+        StagePlan(
+            "export",
+            reads=(*_MODEL, *_LATENCY, "budget", "export", "gate", "groups", "proxy"),
+            needs=("profile", "train"),
+            teacher=True,
+            measures=True,
+        ),
+        StagePlan("finetune", reads=(*_MODEL, "data", "kd", "finetune"), needs=("export",), teacher=True),
+        StagePlan(
+            "evaluate",
+            reads=(*_MODEL, *_LATENCY, "data", "budget", "evaluate"),
+            needs=("profile", "train", "export", "finetune"),
+            teacher=True,
+            measures=True,
+        ),
+    )
+}
+
+
+def order(cfg: DictConfig) -> list[str]:
+    """The stages of a whole pipeline, in order."""
+    return [name for name in PLANS if name != "pretrain" or cfg.model.pretrain]
+
+
+def upstream(name: str, cfg: DictConfig) -> list[str]:
+    """Stages that must have finished before `name`, in order."""
+    plan = PLANS[name]
+    return [n for n in order(cfg) if n in plan.needs or (n == "pretrain" and (plan.teacher and n != name))]
+
+
+def everything_read(name: str, cfg: DictConfig) -> set[str]:
+    """Config keys that a stage's result depends on, its upstream's included."""
+    keys = set(PLANS[name].reads)
+    for earlier in upstream(name, cfg):
+        keys |= everything_read(earlier, cfg)
+    return keys

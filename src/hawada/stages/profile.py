@@ -1,0 +1,88 @@
+"""Measures the machine: a table of every site, and whole sliced models that calibrate the proxy and test it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch import nn
+
+from hawada.core.export import materialize, smallest_keep
+from hawada.core.profiler import bootstrap_median, sample_rounds, summarize
+from hawada.core.proxy_cost import build_table, fidelity, random_keep
+from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.report.progress import Progress
+from hawada.run import Run, write_json
+from hawada.stages.workspace import Workspace
+
+CHUNK = 8  # sliced models held in memory at once
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write `profile/table.json`, `profile/proxy.json` and how well the proxy predicts unseen models.
+
+    The latency does not depend on the weights' values, so the untrained architecture is measured.
+    """
+    work = Workspace(cfg, run)
+    teacher = work.timed(work.adapter.skeleton())
+    policy = work.policy()
+    with run.writing("profile") as folder, Progress("profile", None) as progress:
+        progress.say("timing sites")
+        table = build_table(
+            teacher,
+            work.groups,
+            work.sites,
+            work.inputs,
+            work.clock,
+            policy=policy,
+            points=cfg.profile.points,
+            rounds=work.rounds,
+        )
+        write_json(folder / "table.json", {**table.as_dict(), "environment": work.environment()})
+        proxy = work.new_proxy(table)
+        fastest = smallest_keep(work.groups, policy)
+        random = np.random.default_rng(cfg.seed)
+        count = cfg.profile.calibration + cfg.profile.held_out
+        keeps = [keep_all(work.groups), fastest, *(random_keep(work.groups, policy, random) for _ in range(count))]
+        progress.say(f"measuring {count + 2} whole models")
+        measured = _measure(work, teacher, keeps)
+        teacher_ms = measured[0]["latency_ms"]["median"]
+        fitted, unseen = keeps[: 2 + cfg.profile.calibration], keeps[2 + cfg.profile.calibration :]
+        for keep, record in zip(fitted, measured, strict=False):
+            proxy.add_sample(widths_of(keep), record["ratio"]["median"] * teacher_ms)
+        real = [record["ratio"]["median"] * teacher_ms for record in measured[len(fitted) :]]
+        predicted = [float(proxy.predict(widths_of(keep))) for keep in unseen]
+        for keep, ms in zip(unseen, real, strict=True):
+            proxy.add_sample(widths_of(keep), ms)
+        write_json(folder / "proxy.json", proxy.state())
+        return run.finish(
+            "profile",
+            {
+                "teacher_ms": teacher_ms,
+                "teacher": measured[0]["latency_ms"],
+                "fastest_ratio": measured[1]["ratio"],
+                "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
+                "fidelity": fidelity(predicted, real),
+                "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
+                "models": [
+                    {"widths": widths_of(keep), **record} for keep, record in zip(keeps, measured, strict=True)
+                ],
+                "simulated": work.clock.simulated,
+                "environment": work.environment(),
+            },
+        )
+
+
+def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep]) -> list[dict[str, Any]]:
+    """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
+    records: list[dict[str, Any]] = []
+    baseline = work.clock.prepare(teacher, work.inputs)
+    for start in range(0, len(keeps), CHUNK):
+        models = [materialize(teacher, work.groups, keep) for keep in keeps[start : start + CHUNK]]
+        samplers = [baseline, *(work.clock.prepare(model, work.inputs) for model in models)]
+        samples = sample_rounds(samplers, work.rounds, work.cfg.seed)
+        for column in range(1, samples.shape[1]):
+            ratio = bootstrap_median(samples[:, column] / samples[:, 0])
+            records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})
+    return records

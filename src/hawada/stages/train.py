@@ -1,0 +1,142 @@
+"""Trains the gates against the teacher under the latency budget."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from torch import nn
+
+from hawada.config import build
+from hawada.core.gates import parameter_groups
+from hawada.core.proxy_cost import LatencyTable
+from hawada.core.student import Student
+from hawada.core.train import LagrangeTrainer, Step
+from hawada.report.progress import Progress
+from hawada.run import MetricsLog, Run, write_json
+from hawada.stages.workspace import Workspace
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes.
+
+    When the budget needs no training (the teacher meets it, or nothing can), only that is written.
+    """
+    work = Workspace(cfg, run)
+    profile = run.result("profile")
+    verdict = foregone_verdict(work, profile)
+    with run.writing("train") as folder:
+        if verdict is not None:
+            return run.finish("train", verdict)
+        trainer = make_trainer(work, profile["teacher_ms"])
+        loader = work.data.train_loader(cfg.train.batch_size, cfg.seed)
+        log = MetricsLog(folder / "metrics.jsonl")
+        history: list[Step] = []
+
+        def on_epoch(epoch: int, step: Step) -> None:
+            history.append(step)
+            log.write({"epoch": epoch, **step.as_dict()})
+
+        with Progress("train", cfg.train.epochs * len(loader)) as progress:
+            stopped = trainer.fit(
+                loader,
+                epochs=cfg.train.epochs,
+                probe_every=cfg.train.probe_every,
+                patience=cfg.train.patience,
+                on_step=lambda step: progress.step(**step.as_dict()),
+                on_epoch=on_epoch,
+            )
+            progress.done()
+        student = trainer.gated
+        own = student.own_gates()
+        save_file({name: gate.detach().cpu() for name, gate in _thetas(student).items()}, folder / "gates.safetensors")
+        if trainer.weight_optimizer is not None:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
+            save_file(weights, folder / "weights.safetensors")
+        write_json(folder / "proxy.json", trainer.proxy.state())  # type: ignore[attr-defined]
+        last = history[-1].as_dict() if history else {}
+        return run.finish(
+            "train",
+            {
+                "stopped": stopped,
+                "epochs": len(history),
+                **last,
+                "target_ms": trainer.target_ms,
+                "open_units": {name: int((gate >= 0.5).sum()) for name, gate in own.items()},
+            },
+        )
+
+
+def foregone_verdict(work: Workspace, profile: dict[str, Any]) -> dict[str, Any] | None:
+    """`already_met` or `infeasible` with the reason, when the profile alone decides; else None."""
+    if not work.budget.has_target:
+        return None
+    goal, teacher_ms, fastest_ms = work.budget.ratio(profile["teacher_ms"]), profile["teacher_ms"], profile["fastest_ms"]
+    if goal >= 1:
+        return {
+            "verdict": "already_met",
+            "reason": f"the teacher takes {teacher_ms:.3f} ms, the target is {goal * teacher_ms:.3f} ms",
+        }
+    if goal < profile["fastest_ratio"]["low"]:
+        return {
+            "verdict": "infeasible",
+            "reason": f"the fastest is {fastest_ms:.3f} ms, the target is {goal * teacher_ms:.3f} ms",
+        }
+    return None
+
+
+def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
+    """Student, teacher, proxy, optimizers and losses as configured."""
+    cfg = work.cfg
+    teacher = work.teacher()
+    student = Student(copy.deepcopy(teacher), work.gated_groups, work.new_gate)
+    weights = cfg.train.weight_optimizer
+    sorted_parameters = parameter_groups(student)
+    budget = work.budget
+    return LagrangeTrainer(
+        student,
+        teacher,
+        proxy=load_proxy(work, "profile"),
+        gate_optimizer=build(cfg.train.gate_optimizer, params=sorted_parameters["gates"]),
+        weight_optimizer=None
+        if weights is None
+        else build(weights, params=sorted_parameters["weights"] + sorted_parameters["norms_and_biases"]),
+        loss=build(cfg.kd),
+        penalties=[build(node) for node in cfg.penalty.values()],
+        groups=work.groups,
+        target_ms=budget.middle(teacher_ms) * teacher_ms if budget.has_target else None,
+        teacher_ms=teacher_ms,
+        lambda_init=cfg["lambda"].init,
+        lambda_lr=cfg["lambda"].lr,
+        minimum_fraction=cfg.train.minimum_fraction,
+        logits=work.adapter.logits,
+        measure=_probe_function(work, teacher, teacher_ms),
+        policy=work.policy(),
+        accelerator=work.accelerator,
+    )
+
+
+def load_proxy(work: Workspace, stage: str) -> Any:
+    """The configured proxy over the profiled table, with the samples that a stage left."""
+    table = LatencyTable.from_dict(json.loads((work.run.folder("profile") / "table.json").read_text()))
+    proxy = work.new_proxy(table)
+    proxy.load_state(json.loads((work.run.folder(stage) / "proxy.json").read_text()))
+    return proxy
+
+
+def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
+    """Measures a sliced student beside the teacher; the ratio, which drift does not touch, gives the milliseconds."""
+
+    def measure(slim: nn.Module) -> float:
+        reference = work.timed(copy.deepcopy(teacher))
+        return work.compare(reference, work.timed(slim)).ratio.median * teacher_ms
+
+    return measure
+
+
+def _thetas(student: Student) -> dict[str, torch.Tensor]:
+    return {group.name: student.gate_of(group.name).theta for group in student.groups}
