@@ -128,7 +128,9 @@ def _sentence(error: BaseException) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them, and +{unknown[1]}=... adds one"
-    choice = re.search(r"Could not find '([^']+?)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text)
+    choice = re.search(
+        r"Could not find '([^']+?)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
+    )
     if choice:
         return f"{choice[1]}={choice[2]}: there is no such choice; available are {', '.join(choice[3].split())}"
     return text or type(error).__name__

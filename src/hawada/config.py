@@ -21,7 +21,9 @@ def conf_dir() -> str:
 
 def register_resolvers() -> None:
     """`${unless:a,b}` is null when `a` is set and `b` otherwise: a default that gives way to an alternative key."""
-    OmegaConf.register_new_resolver("unless", lambda given, default: None if given is not None else default, replace=True)
+    OmegaConf.register_new_resolver(
+        "unless", lambda given, default: None if given is not None else default, replace=True
+    )
 
 
 def build(node: Any, **arguments: Any) -> Any:
@@ -163,4 +165,4 @@ def _check_multiples(multiple: DictConfig) -> None:
     for kind, values in multiple.items():
         listed: Sequence[Any] = [values] if not OmegaConf.is_list(values) else list(values)
         if not listed or any(value not in COUNT for value in listed):
-            raise ValueError(f"gpu.multiple.{kind}: {values} is not {COUNT} or a list of such; use 1 for no rounding")
+            raise ValueError(f"gpu.multiple.{kind!s}: {values} is not {COUNT} or a list of such; use 1 for no rounding")

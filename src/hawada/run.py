@@ -34,7 +34,13 @@ class Run:
     """
 
     def __init__(
-        self, root: Path, cfg: DictConfig, *, shared: Path | None = None, swept: Iterable[str] = (), overwrite: bool = False
+        self,
+        root: Path,
+        cfg: DictConfig,
+        *,
+        shared: Path | None = None,
+        swept: Iterable[str] = (),
+        overwrite: bool = False,
     ) -> None:
         self.root, self.cfg, self.overwrite = root, cfg, overwrite
         self.shared, self.swept = shared or root, tuple(swept)
@@ -87,8 +93,8 @@ class Run:
         for earlier in upstream(stage, self.cfg):
             if not self.is_finished(earlier):
                 raise ValueError(
-                    f"stage={stage}: it needs what stage={earlier} writes to {self.folder(earlier)}, which is not there; "
-                    f"run stage={earlier} first, or stage=pipeline for everything"
+                    f"stage={stage}: it needs what stage={earlier} writes to {self.folder(earlier)}, "
+                    f"which is not there; run stage={earlier} first, or stage=pipeline for everything"
                 )
             different = self._different_keys(earlier)
             if different:
@@ -139,16 +145,19 @@ class Run:
             for folder in dict.fromkeys((self.shared, self.root)):
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
-                    handle = open(folder / ".lock", "a+")
+                    handle = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below)
                 except OSError as error:
                     raise ValueError(
-                        f"output_dir: cannot write to {folder} ({error.strerror}); set output_dir to a folder you may write"
+                        f"output_dir: cannot write to {folder} ({error.strerror}); "
+                        "set output_dir to a folder you may write"
                     ) from None
                 handles.append(handle)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise ValueError(f"{folder} is in use by another run; wait for it, or choose another name=...") from None
+                    raise ValueError(
+                        f"{folder} is in use by another run; wait for it, or choose another name=..."
+                    ) from None
             yield
         finally:
             for handle in handles:

@@ -121,7 +121,7 @@ def project_gates_into_constraints(
             shift = (low + high) / 2
             total = float(torch.sigmoid((gate.theta.double() + shift) / gate.temperature).sum())
             low, high = (shift, high) if total < bound else (low, shift)
-        gate.theta += high if kept < lower else low
+        gate.theta.add_(high if kept < lower else low)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:

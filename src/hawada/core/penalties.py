@@ -36,8 +36,8 @@ class StructuredConsistency:
     def __call__(self, gates: Gates, groups: Sequence[Group]) -> Tensor:
         families: dict[str, list[str]] = {}
         for group in groups:
-            if group.parent in gates and group.name in gates:
-                families.setdefault(group.parent, [group.parent]).append(group.name)  # type: ignore[arg-type]
+            if group.parent is not None and group.parent in gates and group.name in gates:
+                families.setdefault(group.parent, [group.parent]).append(group.name)
         if not families:
             return next(iter(gates.values())).new_zeros(())
         spreads = [

@@ -142,9 +142,7 @@ def summarize(samples: Samples) -> Latency:
     return Latency(interval.median, interval.low, interval.high, float(np.percentile(samples, 95)), len(samples))
 
 
-def sample_rounds(
-    samplers: Sequence[Callable[[], float]], rounds: Rounds, seed: int = 0, baseline: int = 0
-) -> Samples:
+def sample_rounds(samplers: Sequence[Callable[[], float]], rounds: Rounds, seed: int = 0, baseline: int = 0) -> Samples:
     """Take one sample of each in every round, in a fresh random order; returns milliseconds, (rounds, samplers).
 
     A clock that drifts by tens of percent moves all samples of a round together, so ratios within a round hold.

@@ -123,7 +123,9 @@ def build_table(
         module = model.get_submodule(site.module)
         signature = (repr(module), tuple(tuple(x.shape) for x in captured[site.module]), grid)
         if signature not in measured:
-            measured[signature] = _time_grid(model, groups, site, grid, captured[site.module], clock, rounds or Rounds())
+            measured[signature] = _time_grid(
+                model, groups, site, grid, captured[site.module], clock, rounds or Rounds()
+            )
         tables.append(SiteTable(site, grid, measured[signature]))
     return LatencyTable(tables)
 

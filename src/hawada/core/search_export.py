@@ -28,6 +28,11 @@ class Proxy(Protocol):
         ...
 
 
+def saliency_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Effective gates, each divided by its group's unit count: a wide group is not worth more for being wide."""
+    return {name: gate.detach() / gate.numel() for name, gate in gates.items()}
+
+
 class Allocation:
     """Greedy choice of widths: the least saliency lost per predicted millisecond saved, one move after another.
 
@@ -36,8 +41,8 @@ class Allocation:
 
     Args:
         groups: every group of the model.
-        saliency: per group (units,), larger is more worth keeping; e.g. effective gates. A group without an entry
-            keeps all its units while its parent stays, and counts 1 for each.
+        saliency: per group (units,), larger is more worth keeping; see `saliency_from_gates`. A group without an entry
+            keeps all its units while its parent stays, and counts 1 in all.
         proxy: predicts milliseconds.
         policy: allowed widths.
     """
@@ -46,12 +51,12 @@ class Allocation:
         self, groups: Sequence[Group], saliency: Mapping[str, Tensor], proxy: Proxy, policy: ExportPolicy
     ) -> None:
         self.groups = {group.name: group for group in groups}
-        self.saliency = {group.name: saliency.get(group.name, torch.ones(group.units)) for group in groups}
+        self.saliency = {
+            group.name: saliency.get(group.name, torch.full((group.units,), 1 / group.units)) for group in groups
+        }
         self.proxy = proxy
         self.allowed = {g.name: policy.widths(g) if g.name in saliency else [g.units] for g in groups}
-        self.children = {
-            name: [child.name for child in groups if child.parent == name] for name in self.groups
-        }
+        self.children = {name: [child.name for child in groups if child.parent == name] for name in self.groups}
         self._worth: dict[str, list[float]] = {}  # saliency of the best k units, for k = 0..units
         for name in self.groups:
             ordered = self.saliency[name].detach().float().cpu().sort(descending=True).values.double()
@@ -81,7 +86,9 @@ class Allocation:
                 if name not in moves:
                     moves[name] = self._moves(name, widths, predicted)
             best = min(
-                (move for options in moves.values() for move in options), key=lambda m: (m[0] / m[1], m[0]), default=None
+                (move for options in moves.values() for move in options),
+                key=lambda m: (m[0] / m[1], m[0]),
+                default=None,
             )
             if best is None:
                 break

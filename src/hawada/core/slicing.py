@@ -83,7 +83,7 @@ def slice_norm(norm: Norm, index: Indices) -> Norm:
     else:
         size = norm.num_features if index is None else len(index)
         sliced = type(norm)(size, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
-    return _filled(sliced, norm, **tensors)  # type: ignore[return-value, type-var]
+    return _filled(sliced, norm, **tensors)  # type: ignore[return-value]
 
 
 def slice_embedding(

@@ -121,7 +121,7 @@ class Student(nn.Module):
             yield self
         finally:
             for gate in self.gates:
-                gate.hard = None
+                gate.hard = None  # type: ignore[assignment]
 
     def _by_name(self) -> dict[str, SigmoidGate]:
         return {group.name: gate for group, gate in zip(self.groups, self.gates, strict=True)}  # type: ignore[misc]

@@ -122,7 +122,7 @@ class LagrangeTrainer:
 
     def predicted_ms(self) -> Tensor:
         """The proxy's milliseconds for the present soft widths; differentiable in the gates."""
-        return self.proxy.predict(full_widths(self.groups) | self.gated.soft_widths())
+        return self.proxy.predict({**full_widths(self.groups), **self.gated.soft_widths()})
 
     def step_lambda(self, latency_gap: float) -> float:
         """Dual ascent by one step; returns the new multiplier.
@@ -169,8 +169,15 @@ class LagrangeTrainer:
                 on_step(steps[-1])
         if not steps:
             raise ValueError("the training data is empty; check data.root and data.samples")
-        means = {name: sum(getattr(s, name) for s in steps) / len(steps) for name in ("kd", "penalty", "proxy_ms", "gap")}
-        return Step(**means, lambda_=self.lambda_, measured_ms=self.measured_ms)
+        count = len(steps)
+        return Step(
+            kd=sum(step.kd for step in steps) / count,
+            penalty=sum(step.penalty for step in steps) / count,
+            proxy_ms=sum(step.proxy_ms for step in steps) / count,
+            gap=sum(step.gap for step in steps) / count,
+            lambda_=self.lambda_,
+            measured_ms=self.measured_ms,
+        )
 
     def fit(
         self,
@@ -231,10 +238,10 @@ class LagrangeTrainer:
         if self.minimum_fraction > 0:
             for group, gate in zip(self.gated.groups, self.gated.gates, strict=True):
                 project_gates_into_constraints([gate], minimum=self.minimum_fraction * group.units)  # type: ignore[list-item]
-        values = [float(value.detach()) for value in (kd, penalty, predicted, gap)]
         if self.target_ms is not None:
-            self.step_lambda(values[3])
-        return Step(*values, lambda_=self.lambda_, measured_ms=self.measured_ms)
+            self.step_lambda(float(gap.detach()))
+        kd_value, penalty_value, ms, gap_value = (float(value.detach()) for value in (kd, penalty, predicted, gap))
+        return Step(kd_value, penalty_value, ms, gap_value, self.lambda_, self.measured_ms)
 
     def _distill(self, inputs: Tensor, teacher_logits: Tensor) -> Tensor:
         with self.accelerator.autocast():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class RandomShift:
         size, pad = images.shape[-1], self.pixels
         padded = F.pad(images, (pad, pad, pad, pad))
         corners = torch.randint(0, 2 * pad + 1, (len(images), 2)).tolist()
-        shifted = torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)])
+        shifted = torch.stack(
+            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)]
+        )
         if self.flip:
             mirrored = torch.rand(len(images)) < 0.5
             shifted[mirrored] = shifted[mirrored].flip(-1)
@@ -173,12 +176,14 @@ def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | 
 
     for part in ("train", "val"):
         if not (Path(root) / part).is_dir():
-            raise ValueError(f"data.root: {root} has no folder {part}; ImageNet's layout is train/<class>/ and val/<class>/")
+            raise ValueError(
+                f"data.root: {root} has no folder {part}; ImageNet's layout is train/<class>/ and val/<class>/"
+            )
     finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    varied = transforms.Compose(
-        [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish]
+    varied = transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish])
+    central = transforms.Compose(
+        [transforms.Resize(image_size * 256 // 224), transforms.CenterCrop(image_size), *finish]
     )
-    central = transforms.Compose([transforms.Resize(image_size * 256 // 224), transforms.CenterCrop(image_size), *finish])
     train: Dataset[Any] = ImageFolder(f"{root}/train", varied)
     plain: Dataset[Any] = ImageFolder(f"{root}/train", central)
     if samples is not None:
@@ -201,7 +206,9 @@ def _binary_batches(paths: Sequence[Path]) -> Batch:
     """CIFAR-10's binary version: per image one byte of label, then 3 x 32 x 32 bytes."""
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"data.root: {path} is missing; the binary version has five data_batch files and test_batch.bin")
+            raise ValueError(
+                f"data.root: {path} is missing; the binary version has five data_batch files and test_batch.bin"
+            )
     rows = torch.from_numpy(np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073))
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
@@ -219,9 +226,6 @@ def _archive(path: Path) -> Batch:
         else:
             data, offsets = archive["jpeg"].tobytes(), archive["offsets"]
             images = np.stack(
-                [
-                    np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB"))
-                    for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-                ]
+                [np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB")) for start, end in pairwise(offsets)]
             )
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels  # (N, H, W, 3) -> (N, 3, H, W)

@@ -24,9 +24,7 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for key, label in (("params", "parameters"), ("macs", "MACs")):
         table.add_row(label, f"{teacher[key]:,}", f"{slim[key]:,}", f"{slim[key] / teacher[key]:.3f}")
-    table.add_row(
-        "latency ms", _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio)
-    )
+    table.add_row("latency ms", _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio))
     table.add_row("speed-up", "1.00x", f"{1 / ratio['median']:.2f}x", "")
     table.add_row("accuracy", f"{teacher['accuracy']:.2%}", f"{slim['accuracy']:.2%}", "")
     table.add_row("agreement", "", f"{result['agreement']:.2%}", "")

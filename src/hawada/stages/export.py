@@ -1,4 +1,4 @@
-"""Chooses what to keep so that the measured latency meets the budget, slices it and proves the slices equal the gates."""
+"""Chooses what to keep so that the measured latency meets the budget, slices it, proves slices and gates equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hawada.adapters.base import save_model
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import keep_from_gates, materialize
 from hawada.core.profiler import Comparison
-from hawada.core.search_export import BudgetSearch, Candidate, search_export
+from hawada.core.search_export import BudgetSearch, Candidate, saliency_from_gates, search_export
 from hawada.core.structure import Keep, keep_all, widths_of
 from hawada.core.student import Student
 from hawada.report.progress import Progress
@@ -71,7 +71,9 @@ def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: 
         sliced = work.adapter.logits(slim(*inputs))
     record = compare_outputs(gated, sliced)
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
-        raise RuntimeError(f"the sliced model differs from the gated one by {record['max_abs_diff']:.3g}: a group is wrong")
+        raise RuntimeError(
+            f"the sliced model differs from the gated one by {record['max_abs_diff']:.3g}: a group is wrong"
+        )
     return record
 
 
@@ -92,7 +94,7 @@ def _choose(
         return from_gates, {"on_target": None, "measured": measure(from_gates).as_dict(), "candidates": []}
     search = BudgetSearch(
         groups=work.groups,
-        saliency=student.effective_gates(),
+        saliency=saliency_from_gates(student.effective_gates()),
         proxy=load_proxy(work, "train"),
         policy=policy,
         measure=measure,

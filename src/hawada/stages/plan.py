@@ -28,6 +28,7 @@ class StagePlan:
 
 _MODEL = ("seed", "model", "runtime")
 _LATENCY = ("gpu", "budget.batch", "measure")
+_TRAINING = ("data", "budget", "kd", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
@@ -36,8 +37,7 @@ PLANS: dict[str, StagePlan] = {
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy", "export.minimum"), measures=True),
         StagePlan(
             "train",
-            reads=(*_MODEL, *_LATENCY, "data", "budget", "kd", "lambda", "penalties", "penalty", "gate", "groups", "train")
-            + ("proxy", "export.threshold", "export.minimum"),
+            reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold", "export.minimum"),
             needs=("profile",),
             teacher=True,
             measures=True,

@@ -65,9 +65,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
                 "fidelity": fidelity(predicted, real),
                 "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
-                "models": [
-                    {"widths": widths_of(keep), **record} for keep, record in zip(keeps, measured, strict=True)
-                ],
+                "models": [{"widths": widths_of(keep), **record} for keep, record in zip(keeps, measured, strict=True)],
                 "simulated": work.clock.simulated,
                 "environment": work.environment(),
             },

@@ -75,7 +75,11 @@ def foregone_verdict(work: Workspace, profile: dict[str, Any]) -> dict[str, Any]
     """`already_met` or `infeasible` with the reason, when the profile alone decides; else None."""
     if not work.budget.has_target:
         return None
-    goal, teacher_ms, fastest_ms = work.budget.ratio(profile["teacher_ms"]), profile["teacher_ms"], profile["fastest_ms"]
+    goal, teacher_ms, fastest_ms = (
+        work.budget.ratio(profile["teacher_ms"]),
+        profile["teacher_ms"],
+        profile["fastest_ms"],
+    )
     if goal >= 1:
         return {
             "verdict": "already_met",

@@ -17,7 +17,7 @@ from hawada.adapters.attach import GroupFilter, select_groups
 from hawada.adapters.base import Adapter, load_model
 from hawada.config import build
 from hawada.core.budget import Budget
-from hawada.core.device import environment, resolve_device, set_cpu_threads
+from hawada.core.device import environment, prepare_cpu, resolve_device
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.gates import SigmoidGate
 from hawada.core.profiler import Clock, Comparison, Inputs, Rounds, compare
@@ -41,7 +41,7 @@ class Workspace:
 
     def __init__(self, cfg: DictConfig, run: Run) -> None:
         self.cfg, self.run = cfg, run
-        set_cpu_threads(cfg.runtime.threads)
+        prepare_cpu(cfg.runtime.threads)
         random.seed(cfg.seed)
         np.random.seed(cfg.seed)
         torch.manual_seed(cfg.seed)
@@ -152,9 +152,7 @@ class Workspace:
 
     def policy(self, multiple: int | None = None) -> ExportPolicy:
         """Allowed widths; by kind the given multiple, else the smallest that the device lists."""
-        rounding = {
-            kind: Rounding(multiple or min(_listed(values))) for kind, values in self.cfg.gpu.multiple.items()
-        }
+        rounding = {kind: Rounding(multiple or min(_listed(values))) for kind, values in self.cfg.gpu.multiple.items()}
         threshold = self.cfg.export.threshold if "threshold" in self.cfg.export else 0.5
         return ExportPolicy(threshold, rounding, self.cfg.export.minimum)
 

@@ -40,7 +40,9 @@ class ResNetAdapter(Adapter):
         path: str | None = None,
     ) -> None:
         if (arch in BLOCKS) != (layers is not None):
-            raise ValueError(f"model.adapter: arch={arch} with layers={layers}; layers go with basic or bottleneck only")
+            raise ValueError(
+                f"model.adapter: arch={arch} with layers={layers}; layers go with basic or bottleneck only"
+            )
         if arch not in BLOCKS and arch not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"model.adapter.arch: torchvision has no model {arch!r}; resnet18 is one")
         self.arch, self.layers, self.num_classes = arch, layers, num_classes
@@ -48,14 +50,16 @@ class ResNetAdapter(Adapter):
 
     def skeleton(self) -> nn.Module:
         if self.layers is not None:
-            return ResNet(BLOCKS[self.arch], list(self.layers), num_classes=self.num_classes).eval()  # type: ignore[arg-type]
+            return ResNet(BLOCKS[self.arch], list(self.layers), num_classes=self.num_classes).eval()
         return torchvision.models.get_model(self.arch, weights=None, num_classes=self.num_classes).eval()
 
     def teacher(self) -> nn.Module:
         if self.path is not None:
             return self._from_path(Path(self.path))
         if self.weights is None:
-            raise ValueError("model.adapter: no weights and no path; set model.adapter.path or run stage=pretrain first")
+            raise ValueError(
+                "model.adapter: no weights and no path; set model.adapter.path or run stage=pretrain first"
+            )
         try:
             weights = torchvision.models.get_model_weights(self.arch)[self.weights]
             state = weights.get_state_dict(progress=False, check_hash=True)
