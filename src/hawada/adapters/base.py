@@ -41,6 +41,13 @@ class Adapter(ABC):
             ValueError: when the weights cannot be had, naming the local-path option.
         """
 
+    def check_teacher(self) -> None:  # noqa: B027 (a family without files to check has nothing to override)
+        """Check quickly that `teacher()` will find its weights; nothing is loaded.
+
+        Raises:
+            ValueError: naming the local-path option.
+        """
+
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:
         """Everything that may be removed from `model`, a skeleton or teacher of this adapter."""

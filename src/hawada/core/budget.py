@@ -54,6 +54,23 @@ class Budget:
         goal, ratio = self.ratio(comparison.baseline.median), comparison.ratio
         return ratio.high <= goal * (1 - MARGIN * self.tolerance) and ratio.median >= goal * (1 - self.tolerance)
 
+    def foregone(self, teacher_ms: float, fastest: Interval) -> tuple[str, str] | None:
+        """(verdict, reason) when profiling alone decides, before anything is trained; else None.
+
+        Args:
+            teacher_ms: measured milliseconds of the teacher.
+            fastest: measured ratio of the smallest model that the groups allow.
+        """
+        if not self.has_target:
+            return None
+        goal = self.ratio(teacher_ms)
+        wanted = f"the target is {goal * teacher_ms:.3f} ms"
+        if goal >= 1:
+            return "already_met", f"the teacher takes {teacher_ms:.3f} ms, {wanted}"
+        if goal < fastest.low:
+            return "infeasible", f"the fastest is {fastest.median * teacher_ms:.3f} ms, {wanted}"
+        return None
+
     def verdict(self, comparison: Comparison) -> tuple[str, str]:
         """(verdict, reason) for a fresh measurement of the teacher against the slim model."""
         if not self.has_target:

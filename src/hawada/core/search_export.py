@@ -104,23 +104,34 @@ class Allocation:
         return self._grow(widths, aim_ms)
 
     def _grow(self, widths: Widths, aim_ms: float) -> Widths:
-        """Give back what still fits, the most saliency per millisecond first."""
+        """Give back what still fits, the most saliency per millisecond first: wider groups, or removed branches."""
         while True:
-            best: tuple[float, str, int] | None = None
             predicted = self._predict(widths)
-            for name, group in self.groups.items():
-                larger = [width for width in self.allowed[name] if width > widths[name]]
-                if not larger or group.removes or (group.parent is not None and widths.get(group.parent) == 0):
-                    continue
-                extra = self._predict(widths | {name: larger[0]}) - predicted
-                if predicted + extra <= aim_ms:
-                    gain = self._worth[name][larger[0]] - self._worth[name][widths[name]]
-                    rate = gain / max(extra, 1e-9)
-                    if best is None or rate > best[0]:
-                        best = (rate, name, larger[0])
+            best: tuple[float, Widths] | None = None
+            for name in self.groups:
+                for change in self._enlargements(name, widths):
+                    extra = self._predict(widths | change) - predicted
+                    if predicted + extra <= aim_ms:
+                        gain = sum(
+                            self._worth[other][new] - self._worth[other][widths[other]] for other, new in change.items()
+                        )
+                        rate = gain / max(extra, 1e-9)
+                        if best is None or rate > best[0]:
+                            best = (rate, change)
             if best is None:
                 return widths
-            widths = widths | {best[1]: best[2]}
+            widths = widths | best[1]
+
+    def _enlargements(self, name: str, widths: Widths) -> list[Widths]:
+        """Ways to make one group larger: the next width, or for a removed branch itself with all its groups narrow."""
+        parent = self.groups[name].parent
+        larger = [width for width in self.allowed[name] if width > widths[name]]
+        if not larger or (parent is not None and widths[parent] == 0):
+            return []
+        if not self.groups[name].removes:
+            return [{name: larger[0]}]
+        inside = self._descendants(name)
+        return [{name: 1} | {child: 1 if self.groups[child].removes else self.allowed[child][0] for child in inside}]
 
     def _moves(self, name: str, widths: Widths, predicted: float) -> list[tuple[float, float, Widths]]:
         """Every way to make one group smaller that saves time."""

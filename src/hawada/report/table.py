@@ -61,4 +61,4 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _interval(interval: Mapping[str, float]) -> str:
-    return f"{interval['median']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+    return f"{interval['median']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"

@@ -28,9 +28,6 @@ EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `export/slim` and `export/teacher`, what was measured on the way, and the equivalence proof."""
     work = Workspace(cfg, run)
-    trained = run.result("train")
-    if "verdict" in trained:
-        raise ValueError(f"stage=export: nothing to export, {trained['verdict']}: {trained['reason']}")
     teacher = work.teacher()
     student = load_student(work, teacher)
     with run.writing("export") as folder, Progress("export", None) as progress:

@@ -13,6 +13,8 @@ from hawada.run import Run
 from hawada.stages.export import load_student
 from hawada.stages.workspace import Workspace
 
+SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
+
 
 def run_inspect(run: Run) -> dict[str, Any]:
     """Print one row per group; writes nothing."""
@@ -22,9 +24,9 @@ def run_inspect(run: Run) -> dict[str, Any]:
     student = load_student(work, model) if trained else Student(model, work.gated_groups, work.new_gate)
     rows = group_table(student)
     table = Table(title=f"{len(rows)} groups" + (", gates as trained" if trained else ", gates as they start"))
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for name in SHOWN:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=name == "group")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in SHOWN))
     console.print(table)
     return {"groups": rows}

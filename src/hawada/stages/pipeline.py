@@ -7,19 +7,36 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from hawada.core.profiler import Interval
 from hawada.report.progress import console
 from hawada.report.table import print_result
 from hawada.run import Run, write_json
-from hawada.stages.plan import order
+from hawada.stages.plan import PLANS, order
 from hawada.stages.workspace import Workspace
 
 
+def check(stages: list[str], run: Run) -> None:
+    """Check the group filter on the bare architecture, and that the teacher can be had, before any work is done.
+
+    Raises:
+        ValueError: when the filter matches nothing, or the weights are neither here nor within reach.
+    """
+    work = Workspace(run.settings("train"), run)
+    if any("groups" in PLANS[stage].reads for stage in stages):
+        work.gated_groups  # noqa: B018
+    if not work.cfg.model.pretrain and any(PLANS[stage].teacher for stage in stages):
+        work.adapter.check_teacher()
+
+
 def run_stage(stage: str, run: Run) -> dict[str, Any]:
-    """Run one stage unless it is finished with this configuration; returns its result."""
+    """Run one stage unless it is finished with this configuration, or the budget needs no training."""
     if run.check(stage):
-        console.print(f"[bold]{stage:>9}[/] already done in {run.folder(stage)}")
+        console.print(f"[bold]{stage:>9}[/] already done in {run.folder(stage)}", soft_wrap=True)
         return run.result(stage)
     run.check_upstream(stage)
+    if stage == "train" and (foregone := foregone_result(run)):
+        print_result(foregone, run.root)
+        return foregone
     module = importlib.import_module(f"hawada.stages.{stage}")
     return module.run(run.settings(stage), run)
 
@@ -29,19 +46,26 @@ def run_pipeline(cfg: DictConfig, run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for stage in order(cfg):
         result = run_stage(stage, run)
-        if "verdict" in result and stage == "train":  # the profile alone decided: nothing is trained
-            profile = run.result("profile")
-            result = result | {"teacher": {"latency_ms": profile["teacher"]}, "environment": profile["environment"]}
+        if stage == "profile" and (foregone := foregone_result(run)):
+            result = foregone
             break
     write_json(run.root / "result.json", result)
     print_result(result, run.root)
     return result
 
 
-def check_groups(run: Run) -> None:
-    """Check the group filter on the bare architecture, before any weights are loaded.
-
-    Raises:
-        ValueError: when it matches nothing.
-    """
-    Workspace(run.settings("train"), run).gated_groups  # noqa: B018
+def foregone_result(run: Run) -> dict[str, Any] | None:
+    """The result when the profile alone decides: the teacher meets the budget already, or nothing can."""
+    profile = run.result("profile")
+    budget = Workspace(run.settings("train"), run).budget
+    decided = budget.foregone(profile["teacher_ms"], Interval(**profile["fastest_ratio"]))
+    if decided is None:
+        return None
+    verdict, reason = decided
+    return {
+        "verdict": verdict,
+        "reason": reason,
+        "target_ms": budget.ratio(profile["teacher_ms"]) * profile["teacher_ms"],
+        "teacher": {"latency_ms": profile["teacher"]},
+        "environment": profile["environment"],
+    }

@@ -33,8 +33,8 @@ _TRAINING = ("data", "budget", "kd", "lambda", "penalties", "penalty", "gate", "
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
-        StagePlan("pretrain", reads=(*_MODEL, "data", "pretrain")),
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy", "export.minimum"), measures=True),
+        StagePlan("pretrain", reads=(*_MODEL, "data", "pretrain")),
         StagePlan(
             "train",
             reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold", "export.minimum"),
@@ -69,7 +69,7 @@ def order(cfg: DictConfig) -> list[str]:
 def upstream(name: str, cfg: DictConfig) -> list[str]:
     """Stages that must have finished before `name`, in order."""
     plan = PLANS[name]
-    return [n for n in order(cfg) if n in plan.needs or (n == "pretrain" and (plan.teacher and n != name))]
+    return [n for n in order(cfg) if n in plan.needs or (n == "pretrain" and plan.teacher)]
 
 
 def everything_read(name: str, cfg: DictConfig) -> set[str]:

@@ -22,16 +22,10 @@ from hawada.stages.workspace import Workspace
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes.
-
-    When the budget needs no training (the teacher meets it, or nothing can), only that is written.
-    """
+    """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes."""
     work = Workspace(cfg, run)
     profile = run.result("profile")
-    verdict = foregone_verdict(work, profile)
     with run.writing("train") as folder:
-        if verdict is not None:
-            return run.finish("train", verdict)
         trainer = make_trainer(work, profile["teacher_ms"])
         loader = work.data.train_loader(cfg.train.batch_size, cfg.seed)
         log = MetricsLog(folder / "metrics.jsonl")
@@ -69,28 +63,6 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "open_units": {name: int((gate >= 0.5).sum()) for name, gate in own.items()},
             },
         )
-
-
-def foregone_verdict(work: Workspace, profile: dict[str, Any]) -> dict[str, Any] | None:
-    """`already_met` or `infeasible` with the reason, when the profile alone decides; else None."""
-    if not work.budget.has_target:
-        return None
-    goal, teacher_ms, fastest_ms = (
-        work.budget.ratio(profile["teacher_ms"]),
-        profile["teacher_ms"],
-        profile["fastest_ms"],
-    )
-    if goal >= 1:
-        return {
-            "verdict": "already_met",
-            "reason": f"the teacher takes {teacher_ms:.3f} ms, the target is {goal * teacher_ms:.3f} ms",
-        }
-    if goal < profile["fastest_ratio"]["low"]:
-        return {
-            "verdict": "infeasible",
-            "reason": f"the fastest is {fastest_ms:.3f} ms, the target is {goal * teacher_ms:.3f} ms",
-        }
-    return None
 
 
 def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:

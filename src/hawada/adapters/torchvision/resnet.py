@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hawada.adapters.base import MANIFEST, Adapter, load_model
@@ -53,32 +56,52 @@ class ResNetAdapter(Adapter):
             return ResNet(BLOCKS[self.arch], list(self.layers), num_classes=self.num_classes).eval()
         return torchvision.models.get_model(self.arch, weights=None, num_classes=self.num_classes).eval()
 
+    def check_teacher(self) -> None:
+        if self.path is not None:
+            path = Path(self.path)
+            if not path.is_file() and not (path / MANIFEST).is_file():
+                raise ValueError(
+                    f"model.adapter.path: {path} is neither a .safetensors file nor a folder that a run saved"
+                )
+            return
+        url = self._weights().url
+        if (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
+            return
+        try:
+            socket.create_connection((urlsplit(url).hostname, 443), timeout=5).close()
+        except OSError as error:
+            raise self._unreachable(error) from None
+
     def teacher(self) -> nn.Module:
         if self.path is not None:
             return self._from_path(Path(self.path))
-        if self.weights is None:
-            raise ValueError(
-                "model.adapter: no weights and no path; set model.adapter.path or run stage=pretrain first"
-            )
         try:
-            weights = torchvision.models.get_model_weights(self.arch)[self.weights]
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except KeyError:
-            raise ValueError(f"model.adapter.weights: {self.arch} has no weights {self.weights!r}") from None
+            state = self._weights().get_state_dict(progress=False, check_hash=True)
         except OSError as error:
-            raise ValueError(
-                f"model.adapter.weights: {self.weights} could not be downloaded ({error}); "
-                "get the file elsewhere and set model.adapter.path to a local .safetensors"
-            ) from None
+            raise self._unreachable(error) from None
         model = self.skeleton()
         model.load_state_dict(state)
         return model
 
+    def _weights(self) -> WeightsEnum:
+        """torchvision's entry for the named weights."""
+        if self.weights is None or self.arch in BLOCKS:
+            raise ValueError("model.adapter: no weights and no path; set model.adapter.path or model.pretrain=true")
+        try:
+            return torchvision.models.get_model_weights(self.arch)[self.weights]
+        except KeyError:
+            raise ValueError(f"model.adapter.weights: {self.arch} has no weights {self.weights!r}") from None
+
+    def _unreachable(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"model.adapter.weights: {self.weights} is not in torch's cache and cannot be downloaded ({error}); "
+            "connect to the network, or set model.adapter.path to a local .safetensors"
+        )
+
     def _from_path(self, path: Path) -> nn.Module:
         if (path / MANIFEST).is_file():
             return load_model(path)
-        if not path.is_file():
-            raise ValueError(f"model.adapter.path: {path} is neither a .safetensors file nor a saved model's folder")
+        self.check_teacher()
         model = self.skeleton()
         try:
             model.load_state_dict(load_file(path))
