@@ -32,7 +32,8 @@ _jobs: list[dict[str, Any]] = []  # one record per finished job of this process
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def job(cfg: DictConfig) -> float | None:
     """Run the configured stage; returns the objective that sweepers may maximise (test accuracy), if there is one."""
-    record: dict[str, Any] = {"overrides": HydraConfig.get().job.override_dirname, "result": {}, "error": None}
+    given = [str(override).partition("=") for override in HydraConfig.get().overrides.task]
+    record: dict[str, Any] = {"overrides": {key: value for key, _, value in given}, "result": {}, "error": None}
     _jobs.append(record)
     try:
         record["result"] = _run(cfg)
@@ -64,9 +65,12 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
         pipeline.check([name for name in stages if name in PLANS], run)
         if stage == "inspect":
             return inspect.run_inspect(run)
-        if stage == "pipeline":
-            return pipeline.run_pipeline(cfg, run)
-        return pipeline.run_stage(stage, run)
+        result = pipeline.run_pipeline(run) if stage == "pipeline" else pipeline.run_stage(stage, run)
+    if "verdict" in result and not sweeping:
+        from hawada.report.table import print_result
+
+        print_result(result, root)
+    return result
 
 
 def main() -> None:
@@ -93,7 +97,7 @@ def main() -> None:
         if len(_jobs) > 1:
             from hawada.report.table import print_sweep
 
-            print_sweep(_jobs)
+            print_sweep(_jobs, _swept_keys(sys.argv[1:]))
     sys.exit(code or max((_exit_code(record["result"]) for record in _jobs), default=0))
 
 

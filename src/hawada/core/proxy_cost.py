@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class SiteTable:
         values = torch.as_tensor(self.ms, dtype=torch.float64)
         for name, points in zip(self.site.groups, self.grid, strict=True):
             axis = torch.tensor(points, dtype=torch.float64)
-            width = torch.as_tensor(widths[name], dtype=torch.float64).cpu().clamp(axis[0], axis[-1])
+            width = torch.as_tensor(widths[name]).cpu().double().clamp(axis[0], axis[-1])
             if len(points) == 1:
                 values = values[0]
                 continue
@@ -96,6 +96,7 @@ def build_table(
     policy: ExportPolicy,
     points: int = 9,
     rounds: Rounds | None = None,
+    on_site: Callable[[str], None] | None = None,
 ) -> LatencyTable:
     """Slice a copy of each distinct site to a grid of widths and time it on the inputs it really gets.
 
@@ -110,6 +111,7 @@ def build_table(
         policy: its rounding decides which widths exist.
         points: grid points per group with many units (fewer when several groups touch a site).
         rounds: how long to measure.
+        on_site: called with each site's path when it is done.
     """
     by_name = {group.name: group for group in groups}
     captured = _capture_inputs(model, [site.module for site in sites], inputs)
@@ -127,6 +129,8 @@ def build_table(
                 model, groups, site, grid, captured[site.module], clock, rounds or Rounds()
             )
         tables.append(SiteTable(site, grid, measured[signature]))
+        if on_site is not None:
+            on_site(site.module)
     return LatencyTable(tables)
 
 

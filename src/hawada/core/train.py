@@ -159,7 +159,7 @@ class LagrangeTrainer:
             on_step: called after every step, for live display.
 
         Raises:
-            FloatingPointError: when the loss is not finite. The step that caused it changed nothing.
+            FloatingPointError: when a loss is not finite; the optimizer step that it was for is not taken.
         """
         steps: list[Step] = []
         for batch in loader:
@@ -234,7 +234,7 @@ class LagrangeTrainer:
         predicted = self.predicted_ms()
         penalty = combined_penalty(self.gated.effective_gates(), self.gated.groups, self.penalties)
         gap = (predicted - (self.target_ms or 0.0)) / self.teacher_ms
-        self._descend(kd + self.lambda_ * torch.relu(gap).to(kd.device) + penalty, self.gate_optimizer)
+        self._descend(kd + self.lambda_ * torch.relu(gap).to(kd) + penalty, self.gate_optimizer)
         if self.minimum_fraction > 0:
             for group, gate in zip(self.gated.groups, self.gated.gates, strict=True):
                 project_gates_into_constraints([gate], minimum=self.minimum_fraction * group.units)  # type: ignore[list-item]

@@ -13,13 +13,18 @@ from hawada.report.progress import console
 
 
 def print_result(result: Mapping[str, Any], root: Path) -> None:
-    """Teacher beside slim, the target and the verdict; for a run that ended early only the verdict."""
+    """Teacher beside slim, the target and the verdict; for a run that ended early only the verdict.
+
+    Args:
+        result: what a pipeline or `stage=evaluate` returned.
+        root: the experiment's directory.
+    """
     colour = "green" if result["verdict"] in SUCCESS else "red"
     if "slim" not in result:
         console.print(f"[bold {colour}]{result['verdict']}[/]: {result['reason']}")
         return
     teacher, slim, ratio = result["teacher"], result["slim"], result["latency_ratio"]
-    table = Table(title=f"{root.name}: teacher and slim", title_justify="left")
+    table = Table(title=root.name, title_justify="left")
     for name, justify in (("", "left"), ("teacher", "right"), ("slim", "right"), ("slim / teacher", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for key, label in (("params", "parameters"), ("macs", "MACs")):
@@ -36,18 +41,26 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
     console.print(f"  import hawada\n  model = hawada.load({slim['path']!r})\n  logits = model(images)", soft_wrap=True)
 
 
-def print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
-    """One row per job of a multirun: its overrides, then what came out or why it failed."""
+def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """One row per job of a multirun: what was swept, then what came out or why it failed.
+
+    Args:
+        jobs: each with `overrides` (by key), `result` and `error` (or None).
+        keys: the swept keys.
+    """
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
-    for name in ("overrides", "verdict", "ratio", "slim ms", "accuracy", "agreement", "gate KD"):
-        table.add_column(name, justify="left" if name in ("overrides", "verdict") else "right", overflow="fold")
+    for name in (*keys, "verdict", "ratio", "slim ms", "accuracy", "agreement", "gate KD"):
+        table.add_column(name, justify="left" if name in (*keys, "verdict") else "right", overflow="fold")
+    failures = []
     for job in jobs:
-        result = job["result"]
+        swept, result = [job["overrides"].get(key, "") for key in keys], job["result"]
         if job["error"] is not None:
-            table.add_row(job["overrides"], f"[red]failed[/]: {' '.join(str(job['error']).split())}")
+            table.add_row(*swept, "[red]failed[/]")
+            failures.append(", ".join(f"{key}={value}" for key, value in zip(keys, swept, strict=True)))
+            failures[-1] += f" failed: {' '.join(str(job['error']).split())}"
         elif "slim" in result:
             table.add_row(
-                job["overrides"],
+                *swept,
                 result["verdict"],
                 f"{result['latency_ratio']['median']:.3f}",
                 f"{result['slim']['latency_ms']['median']:.2f}",
@@ -56,8 +69,10 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]]) -> None:
                 f"{result['kd']:.4f}" if result.get("kd") is not None else "",
             )
         else:
-            table.add_row(job["overrides"], result.get("verdict", "done"))
+            table.add_row(*swept, result.get("verdict", "done"))
     console.print(table)
+    for failure in failures:
+        console.print(failure, soft_wrap=True)
 
 
 def _interval(interval: Mapping[str, float]) -> str:

@@ -36,10 +36,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     work = Workspace(cfg, run)
     teacher, slim = work.teacher(), work.saved_model("finetune", "slim")
     slim_path, teacher_path = run.folder("finetune") / "slim", run.folder("export") / "teacher"
-    with run.writing("evaluate") as folder, Progress("evaluate", None) as progress:
+    with run.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
         reloaded = prove_reload(work, slim, slim_path, folder)
-        progress.say("scoring")
+        progress.step("scoring")
         models = {"teacher": teacher, "slim": slim}
         loader = work.data.test_loader(cfg.evaluate.batch_size)
         predicted, accuracy = {}, {}
@@ -50,8 +50,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             name: {"params": count_parameters(model), "macs": count_macs(model.float(), work.adapter.example_inputs(1))}
             for name, model in models.items()
         }
-        progress.say("measuring")
+        progress.step("measuring")
         comparison = measure_until_clear(work, work.timed(teacher), work.timed(slim))
+        progress.step("")
         verdict, reason = work.budget.verdict(comparison)
         teacher_ms = comparison.baseline.median
         paths = {"teacher": teacher_path, "slim": slim_path}

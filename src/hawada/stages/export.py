@@ -30,9 +30,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     work = Workspace(cfg, run)
     teacher = work.teacher()
     student = load_student(work, teacher)
-    with run.writing("export") as folder, Progress("export", None) as progress:
+    with run.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
         progress.say("choosing widths and measuring")
         keep, record = _choose(work, student, teacher, run.result("profile")["teacher_ms"], progress)
+        progress.done()
         slim = materialize(student.model, work.groups, keep).eval()
         equivalence = prove_equivalence(work, student, slim, keep)
         for name, model, kept in (("slim", slim, keep), ("teacher", teacher, keep_all(work.groups))):
@@ -82,7 +83,7 @@ def _choose(
 
     def measure(keep: Keep) -> Comparison:
         comparison = work.compare(reference, work.timed(materialize(student.model, work.groups, keep)))
-        progress.say(f"measured {comparison.ratio.median:.3f} of the teacher")
+        progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
         return comparison
 
     policy = work.policy()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from omegaconf import DictConfig
-
 from hawada.core.profiler import Interval
 from hawada.report.progress import console
-from hawada.report.table import print_result
 from hawada.run import Run, write_json
 from hawada.stages.plan import PLANS, order
 from hawada.stages.workspace import Workspace
@@ -35,22 +32,20 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
         return run.result(stage)
     run.check_upstream(stage)
     if stage == "train" and (foregone := foregone_result(run)):
-        print_result(foregone, run.root)
         return foregone
     module = importlib.import_module(f"hawada.stages.{stage}")
     return module.run(run.settings(stage), run)
 
 
-def run_pipeline(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run_pipeline(run: Run) -> dict[str, Any]:
     """Everything from a teacher to a verdict; writes `result.json` beside the stages' folders."""
     result: dict[str, Any] = {}
-    for stage in order(cfg):
+    for stage in order(run.cfg):
         result = run_stage(stage, run)
         if stage == "profile" and (foregone := foregone_result(run)):
             result = foregone
             break
     write_json(run.root / "result.json", result)
-    print_result(result, run.root)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     work = Workspace(cfg, run)
     teacher = work.timed(work.adapter.skeleton())
     policy = work.policy()
-    with run.writing("profile") as folder, Progress("profile", None) as progress:
-        progress.say("timing sites")
+    count = cfg.profile.calibration + cfg.profile.held_out
+    chunks = math.ceil((count + 2) / CHUNK)
+    with run.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
         table = build_table(
             teacher,
             work.groups,
@@ -38,15 +40,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             policy=policy,
             points=cfg.profile.points,
             rounds=work.rounds,
+            on_site=lambda site: progress.step(f"timed {site}"),
         )
         write_json(folder / "table.json", {**table.as_dict(), "environment": work.environment()})
         proxy = work.new_proxy(table)
         fastest = smallest_keep(work.groups, policy)
         random = np.random.default_rng(cfg.seed)
-        count = cfg.profile.calibration + cfg.profile.held_out
         keeps = [keep_all(work.groups), fastest, *(random_keep(work.groups, policy, random) for _ in range(count))]
         progress.say(f"measuring {count + 2} whole models")
-        measured = _measure(work, teacher, keeps)
+        measured = _measure(work, teacher, keeps, progress)
         teacher_ms = measured[0]["latency_ms"]["median"]
         fitted, unseen = keeps[: 2 + cfg.profile.calibration], keeps[2 + cfg.profile.calibration :]
         for keep, record in zip(fitted, measured, strict=False):
@@ -72,7 +74,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         )
 
 
-def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep]) -> list[dict[str, Any]]:
+def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
     baseline = work.clock.prepare(teacher, work.inputs)
@@ -83,4 +85,5 @@ def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep]) -> list[dic
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
             records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})
+        progress.step(f"measured {len(records)} whole models")
     return records

@@ -41,7 +41,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 epochs=cfg.train.epochs,
                 probe_every=cfg.train.probe_every,
                 patience=cfg.train.patience,
-                on_step=lambda step: progress.step(**step.as_dict()),
+                on_step=lambda step: progress.step(
+                    None,
+                    **{"KD": step.kd, "proxy ms": step.proxy_ms, "real ms": step.measured_ms, "lambda": step.lambda_},
+                ),
                 on_epoch=on_epoch,
             )
             progress.done()
