@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,26 @@ from hawada.core.profiler import Clock, Inputs, Rounds, relative_medians
 from hawada.core.structure import Group, Keep, Site, keep_all, without_orphans
 
 SoftWidths = Mapping[str, Tensor | float | int]
+
+
+class Proxy(Protocol):
+    """What training and search need of a latency proxy, whatever it is made of."""
+
+    def predict(self, widths: SoftWidths) -> Tensor:
+        """Milliseconds for the widths of every group: a scalar, differentiable in soft widths."""
+        ...
+
+    def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
+        """Take in one measured model."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned, for JSON."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -198,7 +218,6 @@ class LatencyProxy:
 
     Overhead and scales come from non-negative least squares on whole sliced models, with a weak pull of the scales
     towards 1 (sites timed alone do not add up to the model). Every figure that is measured later joins the fit.
-    Replaceable by `_target_`: another proxy needs `predict`, `add_sample`, `state` and `load_state`.
 
     Args:
         table: site times.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,20 +11,8 @@ from torch import Tensor
 from hawada.core.budget import Budget
 from hawada.core.export import ExportPolicy, Rounding, top_units
 from hawada.core.profiler import Comparison
-from hawada.core.proxy_cost import SoftWidths
+from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, full_widths, widths_of, without_orphans
-
-
-class Proxy(Protocol):
-    """What the search needs of a latency proxy."""
-
-    def predict(self, widths: SoftWidths) -> Tensor:
-        """Milliseconds for the widths of every group."""
-        ...
-
-    def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
-        """Take in one measured model."""
-        ...
 
 
 def saliency_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hawada.core.export import ExportPolicy, keep_from_gates, materialize
 from hawada.core.gates import parameter_groups, project_gates_into_constraints
 from hawada.core.penalties import Penalty, combined_penalty
-from hawada.core.search_export import Proxy
+from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, full_widths, keep_all, widths_of
 from hawada.core.student import Student
 

@@ -36,7 +36,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     work = Workspace(cfg, run)
     teacher, slim = work.teacher(), work.saved_model("finetune", "slim")
     slim_path, teacher_path = run.folder("finetune") / "slim", run.folder("export") / "teacher"
-    with run.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
+    with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
         reloaded = prove_reload(work, slim, slim_path, folder)
         progress.step("scoring")

@@ -30,7 +30,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     work = Workspace(cfg, run)
     teacher = work.teacher()
     student = load_student(work, teacher)
-    with run.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
+    with work.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
         progress.say("choosing widths and measuring")
         keep, record = _choose(work, student, teacher, run.result("profile")["teacher_ms"], progress)
         progress.done()

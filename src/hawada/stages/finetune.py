@@ -26,7 +26,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     loader = work.data.train_loader(batch_size, cfg.seed)
     trainer = build(cfg.finetune.trainer)
     history: list[dict[str, float]] = []
-    with run.writing("finetune") as folder:
+    with work.writing("finetune") as folder:
         log = MetricsLog(folder / "metrics.jsonl")
 
         def on_epoch(epoch: int, losses: dict[str, float]) -> None:

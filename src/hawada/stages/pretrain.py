@@ -21,7 +21,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     loader = work.data.train_loader(cfg.pretrain.batch_size, cfg.seed)
     model = work.adapter.skeleton()
     trainer = build(cfg.pretrain.trainer)
-    with run.writing("pretrain") as folder:
+    with work.writing("pretrain") as folder:
         log = MetricsLog(folder / "metrics.jsonl")
         with Progress("pretrain", trainer.epochs * len(loader)) as progress:
             trainer.fit(

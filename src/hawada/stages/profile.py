@@ -30,7 +30,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     policy = work.policy()
     count = cfg.profile.calibration + cfg.profile.held_out
     chunks = math.ceil((count + 2) / CHUNK)
-    with run.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
+    with work.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
         table = build_table(
             teacher,
             work.groups,

@@ -13,7 +13,7 @@ from torch import nn
 
 from hawada.config import build
 from hawada.core.gates import parameter_groups
-from hawada.core.proxy_cost import LatencyTable
+from hawada.core.proxy_cost import LatencyTable, Proxy
 from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
@@ -25,7 +25,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes."""
     work = Workspace(cfg, run)
     profile = run.result("profile")
-    with run.writing("train") as folder:
+    with work.writing("train") as folder:
         trainer = make_trainer(work, profile["teacher_ms"])
         loader = work.data.train_loader(cfg.train.batch_size, cfg.seed)
         log = MetricsLog(folder / "metrics.jsonl")
@@ -54,7 +54,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if trainer.weight_optimizer is not None:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
             save_file(weights, folder / "weights.safetensors")
-        write_json(folder / "proxy.json", trainer.proxy.state())  # type: ignore[attr-defined]
+        write_json(folder / "proxy.json", trainer.proxy.state())
         last = history[-1].as_dict() if history else {}
         return run.finish(
             "train",
@@ -99,7 +99,7 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
     )
 
 
-def load_proxy(work: Workspace, stage: str) -> Any:
+def load_proxy(work: Workspace, stage: str) -> Proxy:
     """The configured proxy over the profiled table, with the samples that a stage left."""
     table = LatencyTable.from_dict(json.loads((work.run.folder("profile") / "table.json").read_text()))
     proxy = work.new_proxy(table)

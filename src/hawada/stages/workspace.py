@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from hawada.core.device import environment, prepare_cpu, resolve_device
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.gates import SigmoidGate
 from hawada.core.profiler import Clock, Comparison, Inputs, Rounds, compare
-from hawada.core.proxy_cost import LatencyTable
+from hawada.core.proxy_cost import LatencyTable, Proxy
 from hawada.core.structure import Group, Site
 from hawada.data.vision import VisionData
-from hawada.run import Run
+from hawada.run import Run, write_json
 
 # Relative width of the band below the target, where the budget does not set one: a CPU cannot be timed as sharply.
 TOLERANCE = {"cuda": 0.03}
@@ -163,13 +165,20 @@ class Workspace:
         listed = {v for kind, values in self.cfg.gpu.multiple.items() if kind in kinds for v in _listed(values)}
         return sorted(listed) or [1]
 
-    def new_proxy(self, table: LatencyTable) -> Any:
+    def new_proxy(self, table: LatencyTable) -> Proxy:
         """The latency proxy as configured, without samples."""
         return build(self.cfg.proxy, table=table)
 
     def environment(self) -> dict[str, Any]:
         """Machine and versions."""
         return environment(self.device)
+
+    @contextmanager
+    def writing(self, stage: str) -> Iterator[Path]:
+        """The stage's empty folder, with its configuration and a record of the environment."""
+        with self.run.writing(stage) as folder:
+            write_json(folder / "environment.json", self.environment())
+            yield folder
 
     def absolute(self, path: Path) -> str:
         """A path as results name it."""
