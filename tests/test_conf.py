@@ -54,11 +54,13 @@ def give_data_root(cfg: DictConfig, folder: Path) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize(("model", "gpu"), product(options("model"), options("gpu")))
+@pytest.mark.parametrize(("model", "gpu"), list(product(options("model"), options("gpu"))))
 def test_every_model_composes_with_every_gpu_and_stage(model: str, gpu: str, tmp_path: Path) -> None:
     with composer() as make:
         for stage in options("stage"):
-            cfg = give_data_root(make(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path)
+            cfg = give_data_root(
+                make(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path
+            )
             validate(cfg, measures=True)
             assert (cfg.name, cfg.gpu.name) == (f"{cfg.model.name}-{gpu}", gpu)
 
@@ -96,7 +98,9 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-@pytest.mark.parametrize("target", sorted({name for path in FILES for name in targets(yaml.safe_load(path.read_text()))}))
+@pytest.mark.parametrize(
+    "target", sorted({name for path in FILES for name in targets(yaml.safe_load(path.read_text()))})
+)
 def test_every_target_can_be_imported(target: str) -> None:
     module, _, name = target.rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))

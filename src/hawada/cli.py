@@ -54,17 +54,17 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     shared = Path(cfg.output_dir) / cfg.name
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
-    if stage in PLANS and not run.check(stage):
+    planned = [name for name in stages if name in PLANS]
+    for name in planned:
+        run.check(name)
+    if stage in PLANS:
         run.check_upstream(stage)
-    if stage == "pipeline":
-        for name in stages:
-            run.check(name)
-    with run.locked():
-        from hawada.stages import inspect, pipeline
+    from hawada.stages import inspect, pipeline
 
-        pipeline.check([name for name in stages if name in PLANS], run)
-        if stage == "inspect":
-            return inspect.run_inspect(run)
+    pipeline.check(planned, run)
+    if stage == "inspect":
+        return inspect.run_inspect(run)
+    with run.locked():
         result = pipeline.run_pipeline(run) if stage == "pipeline" else pipeline.run_stage(stage, run)
     if "verdict" in result and not sweeping:
         from hawada.report.table import print_result
@@ -76,6 +76,8 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
 def main() -> None:
     """Entry point: exit code 0 for success, 2 for a mistake in the configuration, 1 for anything else."""
     sys.argv[1:] = [_expand(argument) for argument in sys.argv[1:]]
+    if {"-m", "--multirun"} & set(sys.argv):
+        sys.argv.append(_name_jobs_by_what_is_swept(sys.argv[1:]))
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines and exiting with 1
     code = 0
@@ -115,11 +117,21 @@ def _expand(argument: str) -> str:
     return "gpu=" + ",".join(GPU_SHORTHANDS.get(choice, choice) for choice in value.split(","))
 
 
-def _swept_keys(arguments: list[str]) -> list[str]:
-    """Keys to which the command line gives several values."""
+def _swept_keys(arguments: list[str], swept: bool = True) -> list[str]:
+    """Keys to which the command line gives several values (or with `swept=False`, one)."""
     plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     overrides = OverridesParser.create().parse_overrides(plain)
-    return [override.key_or_group for override in overrides if override.is_sweep_override()]
+    return [override.key_or_group for override in overrides if override.is_sweep_override() == swept]
+
+
+def _name_jobs_by_what_is_swept(arguments: list[str]) -> str:
+    """The Hydra setting that leaves keys with one value out of the names of a multirun's directories."""
+    try:
+        fixed = ["name", "output_dir", "overwrite", *_swept_keys(arguments, swept=False)]
+    except HydraException:
+        fixed = []  # Hydra itself will say what is wrong with the arguments
+    quoted = ",".join(f"'{key}'" for key in fixed if not key.startswith("hydra."))
+    return f"hydra.job.config.override_dirname.exclude_keys=[{quoted}]"
 
 
 def _sentence(error: BaseException) -> str:

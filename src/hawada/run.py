@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,7 +48,8 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
-        touched = any(_overlap(key, read) for key in self.swept for read in everything_read(stage, self.cfg))
+        sources = _sources(self.cfg, everything_read(stage, self.cfg))
+        touched = any(_overlap(key, source) for key in self.swept for source in sources)
         return (self.root if touched else self.shared) / stage
 
     def is_finished(self, stage: str) -> bool:
@@ -198,6 +200,23 @@ def _overlap(first: str, second: str) -> bool:
 def _plain(node: Any) -> Any:
     """A config node as resolved lists and dicts; anything else as it is."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _sources(cfg: DictConfig, keys: Iterable[str]) -> set[str]:
+    """The given keys and every key that their values are interpolated from, however indirectly."""
+    found: set[str] = set()
+    waiting = list(keys)
+    while waiting:
+        key = waiting.pop()
+        if key in found:
+            continue
+        found.add(key)
+        parent, _, last = key.rpartition(".")
+        container = OmegaConf.select(cfg, parent) if parent else cfg
+        raw = OmegaConf.to_container(container, resolve=False) if OmegaConf.is_config(container) else {}
+        node = raw.get(last) if isinstance(raw, dict) else None
+        waiting.extend(re.findall(r"\$\{([A-Za-z_][\w.]*)\}", json.dumps(node, default=str)))
+    return found
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:

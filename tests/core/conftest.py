@@ -8,7 +8,14 @@ from torch import nn
 
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
-torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Block(nn.Module):
@@ -54,9 +61,7 @@ class LinearProxy:
 
 def block_groups(path):
     return [
-        Group(
-            f"{path}.branch", "branch", 1, (GatePoint(f"{path}.down", dim=-1),), removes=(Removal(path),)
-        ),
+        Group(f"{path}.branch", "branch", 1, (GatePoint(f"{path}.down", dim=-1),), removes=(Removal(path),)),
         Group(
             f"{path}.hidden",
             "channel",

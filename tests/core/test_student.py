@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hawada.core.gates import SigmoidGate
-from hawada.core.student import Student
 from hawada.core.structure import GatePoint, Group, keep_all
+from hawada.core.student import Student
 
 
 def set_gates(student, theta):
@@ -101,7 +101,9 @@ def test_bf16_autocast(toy, groups, inputs):
         logits = student(inputs)
     assert logits.dtype == expected.dtype == torch.bfloat16
     logits.float().square().mean().backward()
-    assert all(bool(torch.isfinite(gate.theta.grad).all()) and gate.theta.dtype == torch.float32 for gate in student.gates)
+    assert all(
+        bool(torch.isfinite(gate.theta.grad).all()) and gate.theta.dtype == torch.float32 for gate in student.gates
+    )
     set_gates(student, 50.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(student(inputs), expected)
@@ -156,8 +158,12 @@ def failing_factory(units):
 @pytest.mark.parametrize(
     ("change", "factory", "error", "message"),
     [
-        ({"gated_at": (GatePoint("first.down", side="inside"),)}, SigmoidGate, ValueError,
-         "second.hidden: side 'inside' of first.down is not input or output"),
+        (
+            {"gated_at": (GatePoint("first.down", side="inside"),)},
+            SigmoidGate,
+            ValueError,
+            "second.hidden: side 'inside' of first.down is not input or output",
+        ),
         ({"gated_at": (GatePoint("third"),)}, SigmoidGate, ValueError, "the model has no module 'third'"),
         ({}, failing_factory, RuntimeError, "no such gate"),
     ],

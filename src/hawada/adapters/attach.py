@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -48,7 +47,7 @@ class GroupFilter:
 
 
 def select_groups(groups: Sequence[Group], model: nn.Module, filter_fn: GroupFilterFn | None) -> list[Group]:
-    """The groups that pass; a group whose parent does not pass loses the parent.
+    """The groups that pass.
 
     Raises:
         ValueError: when none passes, listing what is there.
@@ -58,8 +57,7 @@ def select_groups(groups: Sequence[Group], model: nn.Module, filter_fn: GroupFil
         there = ", ".join(f"{group.name} ({group.kind})" for group in groups[:12])
         more = f" and {len(groups) - 12} more" if len(groups) > 12 else ""
         raise ValueError(f"groups: the filter matches none of {there}{more}; change groups.name or groups.kind")
-    names = {group.name for group in chosen}
-    return [group if group.parent in names else replace(group, parent=None) for group in chosen]
+    return chosen
 
 
 def attach_adapters(

@@ -19,7 +19,7 @@ from hawada.core.structure import Group, Site
 
 MANIFEST = "hawada.json"
 WEIGHTS = "model.safetensors"
-TRUSTED = ("hawada.", "torchvision.")
+TRUSTED = ("hawada.",)
 
 
 class Adapter(ABC):
@@ -102,7 +102,12 @@ def save_model(
 
 
 def load_model(path: Path, trust: Sequence[str] = ()) -> nn.Module:
-    """Read what `save_model` wrote, in eval mode on the CPU. Nothing is unpickled.
+    """Read what `save_model` wrote, in eval mode on the CPU; see `load_with_adapter`."""
+    return load_with_adapter(path, trust)[1]
+
+
+def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, nn.Module]:
+    """Read what `save_model` wrote, and the adapter that describes it. Nothing is unpickled.
 
     Args:
         path: the folder.
@@ -111,22 +116,28 @@ def load_model(path: Path, trust: Sequence[str] = ()) -> nn.Module:
     Raises:
         ValueError: when the folder is not a saved model, is damaged, or names an adapter that is not trusted.
     """
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
+    for name in (MANIFEST, WEIGHTS):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} holds no {name}: not a saved model, or its writing was interrupted")
+    trusted = (*TRUSTED, trust) if isinstance(trust, str) else (*TRUSTED, *trust)
     manifest = json.loads((path / MANIFEST).read_text())
     if hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest() != manifest["sha256"]:
         raise ValueError(f"{path / WEIGHTS} does not match the checksum in {MANIFEST}: copy or export it again")
     spec = dict(manifest["adapter"])
     target = spec.pop("_target_")
-    if not target.startswith((*TRUSTED, *trust)):
+    if not target.startswith(trusted):
         package = target.partition(".")[0]
         raise ValueError(f"{path} wants to run {target}; if you trust it, pass trust=['{package}.']")
     module, _, name = target.rpartition(".")
+    adapter_class = getattr(importlib.import_module(module), name)
+    if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
+        raise ValueError(f"{path} wants to call {target}, which is not an adapter; do not use this file")
+    adapter = adapter_class(**spec)
     with torch.device("meta"):
-        model = getattr(importlib.import_module(module), name)(**spec).skeleton()
+        model = adapter.skeleton()
     model = set_structure(model, manifest["attributes"], manifest["replaced"])
     _fill(model, load_file(path / WEIGHTS), path)
-    return model.eval()
+    return adapter, model.eval()
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

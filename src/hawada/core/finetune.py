@@ -146,6 +146,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     """Replace BatchNorm statistics by plain averages over `batches` of (inputs, …); weights stay. Returns the model.
 
     Slicing changes what the norms see, so their old statistics are wrong until this is done.
+
+    Raises:
+        ValueError: when there are no batches; the model is of no use then.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
     if not norms:
@@ -158,8 +161,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         norm.reset_running_stats()
         norm.momentum = None  # None averages over every batch alike
         norm.train()
+    count = 0
     for batch in batches:
         model(batch[0].to(device))
+        count += 1
+    if count == 0:
+        raise ValueError("BatchNorm statistics cannot be recomputed on no data; check finetune.recalibration_samples")
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.train(training)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+TINY_MS = 1e-9  # an identity takes no time on a simulated device; ratios to it must not divide by zero
 Inputs = tuple[Tensor, ...]
 Samples = NDArray[np.float64]
 
@@ -93,8 +94,8 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half the interval relative to the median."""
-        return (self.high - self.low) / 2 / self.median
+        """Half the interval relative to the median; 0 for what takes no time."""
+        return (self.high - self.low) / 2 / self.median if self.median > 0 else 0.0
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -158,7 +159,7 @@ def sample_rounds(samplers: Sequence[Callable[[], float]], rounds: Rounds, seed:
         if len(rows) < rounds.min_rounds:
             continue
         table = np.asarray(rows)
-        ratios = table / table[:, [baseline]]
+        ratios = table / np.maximum(table[:, [baseline]], TINY_MS)
         others = [index for index in range(len(samplers)) if index != baseline] or [baseline]
         checked = table if others == [baseline] else ratios
         widths = [bootstrap_median(checked[:, index], resamples=200).half_width for index in others]
@@ -238,5 +239,6 @@ def relative_medians(
     """Milliseconds of many modules measured together; the first is the baseline to which the others are tied."""
     names = list(models)
     samples = sample_rounds([clock.prepare(models[name], inputs[name]) for name in names], rounds, seed)
-    ratios = np.median(samples / samples[:, [0]], axis=0)
-    return {name: float(ratio * np.median(samples[:, 0])) for name, ratio in zip(names, ratios, strict=True)}
+    ratios = np.median(samples / np.maximum(samples[:, [0]], TINY_MS), axis=0)
+    baseline = max(float(np.median(samples[:, 0])), TINY_MS)
+    return {name: float(ratio) * baseline for name, ratio in zip(names, ratios, strict=True)}

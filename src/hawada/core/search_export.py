@@ -63,9 +63,12 @@ class Allocation:
 
         Args:
             aim_ms: predicted milliseconds not to exceed.
-            start: widths to begin with; None means full.
+            start: widths to begin with, moved to the nearest allowed ones; None means full.
         """
-        widths = dict(start or full_widths(list(self.groups.values())))
+        widths = full_widths(list(self.groups.values()))
+        if start is not None:
+            nearest = {n: min(allowed, key=lambda w: abs(w - start[n])) for n, allowed in self.allowed.items()}
+            widths = widths_of(self.keep(nearest))
         predicted = self._predict(widths)
         moves: dict[str, list[tuple[float, float, Widths]]] = {}  # group -> (saliency lost, ms saved, widths changed)
         while predicted > aim_ms:
@@ -84,10 +87,10 @@ class Allocation:
                 best = min(enough, key=lambda m: (m[0], m[1]))
             widths.update(best[2])
             predicted = self._predict(widths)
-            for name in best[2]:  # only moves that share a structure with what changed look different now
-                for related in (name, self.groups[name].parent, *self._siblings(name)):
-                    if related is not None:
-                        moves.pop(related, None)
+            for name in best[2]:  # only moves within the structure that changed look different now
+                root = self._root(name)
+                for related in (root, *self._descendants(root)):
+                    moves.pop(related, None)
         return self._grow(widths, aim_ms)
 
     def _grow(self, widths: Widths, aim_ms: float) -> Widths:
@@ -138,9 +141,9 @@ class Allocation:
     def _predict(self, widths: Mapping[str, int]) -> float:
         return float(self.proxy.predict(widths))
 
-    def _siblings(self, name: str) -> list[str]:
+    def _root(self, name: str) -> str:
         parent = self.groups[name].parent
-        return self._descendants(name) + (self.children[parent] if parent is not None else [])
+        return name if parent is None else self._root(parent)
 
     def _descendants(self, name: str) -> list[str]:
         return [d for child in self.children[name] for d in (child, *self._descendants(child))]

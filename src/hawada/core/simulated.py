@@ -48,9 +48,9 @@ class SimulatedClock:
 
     def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
         meter = _Roofline(self)
-        shapes = copy.deepcopy(model).to("meta")
+        shapes, meta_inputs = copy.deepcopy(model).to("meta"), [x.to("meta") for x in inputs]
         with torch.no_grad(), meter:
-            shapes(*(x.to("meta") for x in inputs))
+            shapes(*meta_inputs)
         return lambda: meter.milliseconds * float(max(0.1, 1 + self.noise * self._random.standard_normal()))
 
 

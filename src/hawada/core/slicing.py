@@ -26,8 +26,9 @@ def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
     size = tensor.shape[dim]
     if positions.numel() == 0:
         raise ValueError(f"nothing would be left of an axis of {size}; keep at least one element")
-    if int(positions.min()) < 0 or int(positions.max()) >= size:
-        raise ValueError(f"index {int(positions.max())} is outside an axis of {size} elements")
+    outside = positions[(positions < 0) | (positions >= size)]
+    if len(outside):
+        raise ValueError(f"index {int(outside[0])} is outside an axis of {size} elements")
     return tensor.index_select(dim, positions).contiguous()
 
 

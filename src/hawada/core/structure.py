@@ -149,6 +149,12 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
     if len(by_name) != len(groups):
         raise ValueError("two groups share a name; group names must be unique")
     for group in groups:
+        above, seen = group.parent, {group.name}
+        while above in by_name:
+            if above in seen:
+                raise ValueError(f"{group.name}: its parents form a circle; a parent must lie further out")
+            seen.add(above)
+            above = by_name[above].parent
         if group.units < 1:
             raise ValueError(f"{group.name}: {group.units} units; a group needs at least one")
         if group.parent is not None and (group.parent not in by_name or by_name[group.parent].units != 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Student(nn.Module):
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], gate: GateFactory = SigmoidGate) -> None:
         super().__init__()
+        names = {group.name for group in groups}
+        groups = [group if group.parent in names else replace(group, parent=None) for group in groups]
         check_groups(groups, model)
         for group in groups:
             for point in group.gated_at:

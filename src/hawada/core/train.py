@@ -222,6 +222,8 @@ class LagrangeTrainer:
                 best, waited = min(best, step.kd), 0 if improved else waited + 1
                 if patience and waited >= patience:
                     return "settled"
+            else:
+                best, waited = math.inf, 0
         return "finished"
 
     def _step(self, inputs: Tensor) -> Step:

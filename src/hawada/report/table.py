@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hawada.core.budget import SUCCESS
@@ -21,10 +22,10 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
     """
     colour = "green" if result["verdict"] in SUCCESS else "red"
     if "slim" not in result:
-        console.print(f"[bold {colour}]{result['verdict']}[/]: {result['reason']}")
+        console.print(f"[bold {colour}]{result['verdict']}[/]: {escape(result['reason'])}")
         return
     teacher, slim, ratio = result["teacher"], result["slim"], result["latency_ratio"]
-    table = Table(title=root.name, title_justify="left")
+    table = Table(title=escape(root.name), title_justify="left")
     for name, justify in (("", "left"), ("teacher", "right"), ("slim", "right"), ("slim / teacher", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for key, label in (("params", "parameters"), ("macs", "MACs")):
@@ -37,8 +38,9 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         table.add_row("target", "", f"{result['target_ms']:.3f} ms", f"{result['target_ratio']:.3f}")
     table.add_row("verdict", "", f"[bold {colour}]{result['verdict']}[/]", "")
     console.print(table)
-    console.print(f"{result['reason']}\n\nslim model: {slim['path']}", soft_wrap=True)
-    console.print(f"  import hawada\n  model = hawada.load({slim['path']!r})\n  logits = model(images)", soft_wrap=True)
+    console.print(f"{escape(result['reason'])}\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
+    code = f"  import hawada\n  model = hawada.load({slim['path']!r})\n  logits = model(images)"
+    console.print(escape(code), soft_wrap=True)
 
 
 def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -50,14 +52,14 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
     for name in (*keys, "verdict", "ratio", "slim ms", "accuracy", "agreement", "gate KD"):
-        table.add_column(name, justify="left" if name in (*keys, "verdict") else "right", overflow="fold")
+        table.add_column(escape(name), justify="left" if name in (*keys, "verdict") else "right", overflow="fold")
     failures = []
     for job in jobs:
-        swept, result = [job["overrides"].get(key, "") for key in keys], job["result"]
+        swept, result = [escape(job["overrides"].get(key, "")) for key in keys], job["result"]
         if job["error"] is not None:
             table.add_row(*swept, "[red]failed[/]")
             failures.append(", ".join(f"{key}={value}" for key, value in zip(keys, swept, strict=True)))
-            failures[-1] += f" failed: {' '.join(str(job['error']).split())}"
+            failures[-1] += f" failed: {escape(' '.join(str(job['error']).split()))}"
         elif "slim" in result:
             table.add_row(
                 *swept,

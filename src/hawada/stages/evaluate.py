@@ -21,13 +21,15 @@ from hawada.stages.export import EQUALITY
 from hawada.stages.workspace import Workspace
 
 RELOAD = """
-import sys, torch, hawada
+import pathlib, sys, torch
 from safetensors.torch import load_file, save_file
+from hawada.adapters.base import load_with_adapter
 torch.set_num_threads(int(sys.argv[4]))
-model = hawada.load(sys.argv[1], trust=[sys.argv[5]])
+adapter, model = load_with_adapter(pathlib.Path(sys.argv[1]), trust=[sys.argv[5]])
 inputs = load_file(sys.argv[2])
 with torch.no_grad():
-    save_file({"output": model(*(inputs[name] for name in sorted(inputs))).contiguous()}, sys.argv[3])
+    output = adapter.logits(model(*(inputs[name] for name in sorted(inputs))))
+    save_file({"logits": output.contiguous()}, sys.argv[3])
 """
 
 
@@ -114,8 +116,8 @@ def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -
     if done.returncode != 0:
         raise RuntimeError(f"{path} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
     with torch.no_grad():
-        here = model(*example)
-    record = compare_outputs(here, load_file(output)["output"])
+        here = work.adapter.logits(model(*example))
+    record = compare_outputs(here, load_file(output)["logits"])
     inputs.unlink()
     output.unlink()
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:

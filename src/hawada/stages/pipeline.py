@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from rich.markup import escape
+
 from hawada.core.profiler import Interval
 from hawada.report.progress import console
 from hawada.run import Run, write_json
@@ -27,10 +29,10 @@ def check(stages: list[str], run: Run) -> None:
 
 def run_stage(stage: str, run: Run) -> dict[str, Any]:
     """Run one stage unless it is finished with this configuration, or the budget needs no training."""
-    if run.check(stage):
-        console.print(f"[bold]{stage:>9}[/] already done in {run.folder(stage)}", soft_wrap=True)
-        return run.result(stage)
     run.check_upstream(stage)
+    if run.check(stage):
+        console.print(f"[bold]{stage:>9}[/] already done in {escape(str(run.folder(stage)))}", soft_wrap=True)
+        return run.result(stage)
     if stage == "train" and (foregone := foregone_result(run)):
         return foregone
     module = importlib.import_module(f"hawada.stages.{stage}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 import torchvision
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
@@ -76,12 +77,12 @@ class ResNetAdapter(Adapter):
         if self.path is not None:
             return self._from_path(Path(self.path))
         try:
-            state = self._weights().get_state_dict(progress=False, check_hash=True)
+            state = self._weights().get_state_dict(progress=False, check_hash=True, weights_only=True)
         except OSError as error:
             raise self._unreachable(error) from None
-        model = self.skeleton()
-        model.load_state_dict(state)
-        return model
+        except RuntimeError as error:
+            raise ValueError(f"model.adapter.weights: {error}; set model.adapter.path to a local file") from None
+        return self._filled(state, f"model.adapter.weights: {self.weights}")
 
     def _weights(self) -> WeightsEnum:
         """torchvision's entry for the named weights."""
@@ -99,15 +100,21 @@ class ResNetAdapter(Adapter):
         )
 
     def _from_path(self, path: Path) -> nn.Module:
-        if (path / MANIFEST).is_file():
-            return load_model(path)
         self.check_teacher()
+        try:
+            state = load_model(path).state_dict() if path.is_dir() else load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"model.adapter.path: {path} is not a safetensors file ({error})") from None
+        return self._filled(state, f"model.adapter.path: {path}")
+
+    def _filled(self, state: Mapping[str, Tensor], source: str) -> nn.Module:
+        """The architecture with these tensors, every one of which must fit."""
         model = self.skeleton()
         try:
-            model.load_state_dict(load_file(path))
+            model.load_state_dict(state)
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"model.adapter.path: {path} does not fit {self.arch}: {first}") from None
+            raise ValueError(f"{source} does not fit {self.arch} with {self.num_classes} classes: {first}") from None
         return model
 
     def groups(self, model: nn.Module) -> list[Group]:

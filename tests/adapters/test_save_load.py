@@ -1,0 +1,205 @@
+import hashlib
+import json
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hawada
+from hawada.adapters.base import MANIFEST, WEIGHTS, load_model, save_model
+from hawada.adapters.torchvision.resnet import ResNetAdapter
+from hawada.core.export import materialize
+from hawada.core.structure import keep_all
+
+SPEC = {"arch": "basic", "layers": [2, 2, 1, 1], "num_classes": 10, "image_size": 32}
+TARGET = "hawada.adapters.torchvision.resnet.ResNetAdapter"
+
+
+@pytest.fixture
+def save(tiny, tmp_path):
+    adapter, model = tiny
+    groups = adapter.groups(model)
+
+    def write(changes=(), target=TARGET):
+        keep = keep_all(groups) | dict(changes)
+        slim = materialize(model, groups, keep)
+        path = tmp_path / "slim"
+        spec = {"_target_": target, **SPEC}
+        save_model(path, slim, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
+        return path, slim
+
+    return write
+
+
+def edit_manifest(path, **changes):
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layer1.0.conv1": (0, 9, 63), "layer4.0.conv1": tuple(range(0, 512, 2))},
+        {"layer1.1.branch": ()},  # without downsample
+        {"layer2.0.branch": ()},  # with downsample
+        {"layer1.0.branch": (), "layer3.0.branch": (), "layer2.1.conv1": (5,)},
+    ],
+)
+def test_round_trip(save, tiny, changes):
+    path, slim = save(changes)
+    inputs = tiny[0].example_inputs(2)
+    for loaded in (load_model(path), hawada.load(str(path))):
+        assert list(loaded.state_dict()) == list(slim.state_dict())
+        assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in slim.state_dict().items())
+        assert not loaded.training
+        assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+        assert torch.allclose(loaded(*inputs), slim(*inputs), atol=1e-5)
+        assert [repr(module) for module in loaded.modules()] == [repr(module) for module in slim.modules()]
+
+
+def test_a_loaded_model_trains(save):
+    model = load_model(save({"layer2.0.branch": ()})[0]).train()
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_weights_are_plain_safetensors_and_the_manifest_plain_json(save):
+    path, slim = save({"layer1.0.conv1": (0, 9)})
+    assert set(load_file(path / WEIGHTS)) == set(slim.state_dict())
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["keep"]["layer1.0.conv1"] == [0, 9]
+    assert {file.name for file in path.iterdir()} == {MANIFEST, WEIGHTS}
+
+
+def test_a_saved_folder_is_a_teacher(save, tiny):
+    path, same = save({})
+    adapter = ResNetAdapter(**SPEC, path=str(path))
+    adapter.check_teacher()
+    inputs = adapter.example_inputs(2)
+    assert torch.equal(adapter.teacher()(*inputs), same(*inputs))
+
+
+def test_a_slim_folder_is_refused_as_a_teacher(save):
+    path, _ = save({"layer1.0.conv1": (0, 9)})
+    with pytest.raises(ValueError, match=r"model\.adapter\.path: .*does not fit basic"):
+        ResNetAdapter(**SPEC, path=str(path)).teacher()
+
+
+def test_saving_again_replaces_what_was_there(save):
+    save({"layer1.1.branch": ()})
+    path, slim = save({"layer1.0.conv1": (0, 9)})
+    loaded = load_model(path).state_dict()
+    assert list(loaded) == list(slim.state_dict()) and loaded["layer1.0.conv1.weight"].shape[0] == 2
+
+
+def test_damaged_weights_are_noticed(save):
+    path, _ = save()
+    data = bytearray((path / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match=r"does not match the checksum in hawada\.json: copy or export it again"):
+        load_model(path)
+
+
+def test_missing_weights_are_noticed(save):
+    path, _ = save()
+    (path / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=WEIGHTS):
+        load_model(path)
+
+
+def test_a_folder_without_manifest_is_no_model(save, tmp_path):
+    path, _ = save()
+    (path / MANIFEST).unlink()
+    for folder in (path, tmp_path / "nothing"):
+        with pytest.raises(
+            ValueError, match=r"holds no hawada\.json: not a saved model, or its writing was interrupted"
+        ):
+            load_model(folder)
+
+
+def test_weights_of_another_structure_are_refused(save):
+    path, _ = save()
+    edit_manifest(path, replaced={"layer1.1": []})
+    with pytest.raises(
+        ValueError, match=r"does not fit its manifest: layer1\.1\..* is on one side only; export it again"
+    ):
+        load_model(path)
+
+
+def test_an_adapter_that_is_not_trusted_is_not_even_imported(save, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path, _ = save(target="stranger.Adapter")
+    message = r"wants to run stranger\.Adapter; if you trust it, pass trust=\['stranger\.'\]"
+    for trust in ((), ("strange_friend.",)):
+        with pytest.raises(ValueError, match=message):
+            load_model(path, trust)
+    assert "stranger" not in sys.modules
+
+
+def test_a_package_whose_name_begins_like_ours_is_not_trusted(save):
+    path, _ = save(target="hawada_evil.Adapter")
+    with pytest.raises(ValueError, match=r"wants to run hawada_evil\.Adapter"):
+        load_model(path)
+
+
+def test_a_trusted_adapter_is_used(save, tiny, monkeypatch):
+    class Mine(ResNetAdapter):
+        pass
+
+    monkeypatch.setitem(sys.modules, "mypackage", types.SimpleNamespace(Mine=Mine))
+    path, slim = save(target="mypackage.Mine")
+    inputs = tiny[0].example_inputs(1)
+    assert torch.allclose(load_model(path, ["mypackage."])(*inputs), slim(*inputs), atol=1e-5)
+
+
+def test_a_manifest_cannot_call_what_is_no_adapter(save, tmp_path):
+    """Trusting a package means its adapters, not every function in it: this one would write a file."""
+    path, _ = save()
+    source = tmp_path / "source"
+    source.write_text("payload")
+    spec = {
+        "_target_": "torchvision.datasets.utils.download_url",
+        "url": source.as_uri(),
+        "root": str(tmp_path / "out"),
+    }
+    edit_manifest(path, adapter=spec)
+    with pytest.raises(ValueError, match=r"torchvision\.datasets\.utils\.download_url"):
+        load_model(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finetuned_model_keeps_its_numbers(tiny, tmp_path):
+    adapter, model = tiny
+    groups = adapter.groups(model)
+    keep = keep_all(groups) | {"layer2.0.conv1": (1, 2)}
+    slim = materialize(model, groups, keep).half()
+    with torch.no_grad():
+        slim.fc.bias.add_(1.0)
+    save_model(tmp_path, slim, adapter_spec={"_target_": TARGET, **SPEC}, teacher=model, groups=groups, keep=keep)
+    loaded = load_model(tmp_path)
+    assert loaded.fc.bias.dtype == torch.float16 and torch.equal(loaded.fc.bias, slim.fc.bias)
+
+
+def test_only_the_structure_of_the_teacher_matters(tiny, tmp_path):
+    adapter, model = tiny
+    with torch.device("meta"):
+        skeleton = adapter.skeleton()
+    keep = keep_all(adapter.groups(model)) | {"layer2.0.conv1": (1, 2)}
+    slim = materialize(model, adapter.groups(model), keep)
+    spec = {"_target_": TARGET, **SPEC}
+    save_model(tmp_path, slim, adapter_spec=spec, teacher=skeleton, groups=adapter.groups(skeleton), keep=keep)
+    inputs = adapter.example_inputs(1)
+    assert torch.allclose(load_model(tmp_path)(*inputs), slim(*inputs), atol=1e-5)
+
+
+def test_weights_with_an_unknown_tensor_are_refused(save):
+    path, slim = save()
+    save_file({**slim.state_dict(), "zzz": torch.zeros(1)}, path / WEIGHTS)
+    edit_manifest(path, sha256=hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="zzz is on one side only"):
+        load_model(path)

@@ -1,0 +1,269 @@
+import copy
+import json
+
+import pytest
+import torch
+
+from hawada.core.distill import KDConfig, mse_reg
+from hawada.core.export import ExportPolicy
+from hawada.core.penalties import L1
+from hawada.core.structure import full_widths
+from hawada.core.student import Student
+from hawada.core.train import LagrangeTrainer, Step
+
+TEACHER_MS = 9.0
+
+
+@pytest.fixture
+def make_trainer(toy, groups, linear_proxy, accelerator):
+    def make(*, lr=0.05, weight_lr=None, gated=None, **options):
+        student = Student(copy.deepcopy(toy), gated or groups)
+        thetas = [gate.theta for gate in student.gates]
+        settings = {
+            "proxy": linear_proxy(),
+            "gate_optimizer": torch.optim.Adam(thetas, lr=lr),
+            "weight_optimizer": weight_lr and torch.optim.SGD(student.model.parameters(), lr=weight_lr),
+            "loss": KDConfig(1.0),
+            "groups": groups,
+            "target_ms": None,
+            "teacher_ms": TEACHER_MS,
+            "accelerator": accelerator,
+        }
+        return LagrangeTrainer(student, toy, **(settings | options))
+
+    return make
+
+
+@pytest.fixture
+def loader(inputs):
+    return [(inputs[:8],), (inputs[8:], torch.zeros(8))]
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_lambda_rises_only_above_the_target_and_falls_with_slack(make_trainer, loader):
+    slow = make_trainer(target_ms=4.0, lambda_init=1.0, lr=0.0).train_epoch(loader)
+    fast = make_trainer(target_ms=8.95, lambda_init=1.0, lr=0.0).train_epoch(loader)
+    assert slow.gap > 0 and slow.lambda_ == pytest.approx(1.0 + 2 * 0.1 * slow.gap)
+    assert fast.gap < 0 and fast.lambda_ == pytest.approx(1.0 + 2 * 0.1 * fast.gap)
+
+
+def test_the_gap_is_relative_to_the_teacher(make_trainer, loader):
+    trainer = make_trainer(target_ms=4.5, lr=0.0)
+    step = trainer.train_epoch(loader)
+    assert step.proxy_ms == pytest.approx(float(trainer.predicted_ms().detach()))
+    assert step.gap == pytest.approx((step.proxy_ms - 4.5) / TEACHER_MS)
+
+
+def test_lambda_is_never_negative(make_trainer):
+    trainer = make_trainer(target_ms=5.0, lambda_init=0.1, lambda_lr=1.0)
+    assert trainer.step_lambda(-0.05) == pytest.approx(0.05)
+    assert trainer.step_lambda(-3.0) == 0.0
+    assert trainer.step_lambda(0.2) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("options", [{"target_ms": 4.0, "lambda_lr": 0.0}, {"target_ms": None, "lambda_lr": 5.0}])
+def test_lambda_is_fixed_without_a_rate_or_a_target(make_trainer, loader, options):
+    trainer = make_trainer(lambda_init=0.7, **options)
+    before = float(trainer.predicted_ms())
+    step = trainer.train_epoch(loader)
+    assert step.lambda_ == trainer.lambda_ == 0.7
+    assert float(trainer.predicted_ms()) < before  # the cost still counts
+
+
+@pytest.mark.parametrize("options", [{"lambda_init": -0.1}, {"lambda_lr": -1.0}])
+def test_a_negative_lambda_is_refused(make_trainer, options):
+    with pytest.raises(ValueError, match=r"lambda\.init .* and lambda\.lr .* must not be negative"):
+        make_trainer(**options)
+
+
+def test_below_the_target_latency_does_not_push(make_trainer, loader):
+    trainer = make_trainer(target_ms=8.95, lambda_init=100.0, lambda_lr=0.0, loss=lambda s, t: (s * 0.0).sum())
+    before = states(trainer.gated.gates)
+    trainer.train_epoch(loader)
+    assert same(before, states(trainer.gated.gates))
+
+
+def test_penalties_push_and_are_reported(make_trainer, loader):
+    trainer = make_trainer(lambda_init=0.0, penalties=[L1(5.0)], loss=lambda s, t: (s * 0.0).sum())
+    before = states(trainer.gated.gates)
+    step = trainer.train_epoch(loader)
+    assert 4.0 < step.penalty < 5.0 and step.kd == 0.0
+    assert all(bool((gate.theta < before[f"{i}.theta"]).all()) for i, gate in enumerate(trainer.gated.gates))
+
+
+def test_only_gates_train_by_default(make_trainer, loader, toy):
+    trainer = make_trainer(target_ms=4.0)
+    teacher, weights, gates = states(toy), states(trainer.gated.model), states(trainer.gated.gates)
+    trainer.train_epoch(loader)
+    assert same(weights, states(trainer.gated.model)) and same(teacher, states(toy))
+    assert not same(gates, states(trainer.gated.gates))
+    assert {name for name, p in trainer.gated.named_parameters() if p.requires_grad} == {
+        f"gates.{index}.theta" for index in range(4)
+    }
+
+
+def test_weights_train_with_an_optimizer_and_statistics_stay_frozen(make_trainer, loader, toy):
+    trainer = make_trainer(target_ms=4.0, weight_lr=0.1)
+    teacher, before = states(toy), states(trainer.gated.model)
+    for _ in range(2):
+        trainer.train_epoch(loader)
+    after = states(trainer.gated.model)
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    assert all(torch.equal(before[name], after[name]) for name in before if "running" in name or "tracked" in name)
+    assert same(teacher, states(toy))
+
+
+def test_the_weights_see_distillation_alone(make_trainer, loader):
+    """However heavy penalties and lambda are, the weights' first step is the same."""
+    light = make_trainer(target_ms=4.0, weight_lr=0.1, lr=0.0)
+    heavy = make_trainer(target_ms=4.0, weight_lr=0.1, lr=0.0, lambda_init=1e3, penalties=[L1(1e3)])
+    for trainer in (light, heavy):
+        trainer.train_epoch(loader)
+    assert same(states(light.gated.model), states(heavy.gated.model))
+
+
+@pytest.mark.parametrize("fraction", [0.6, 0.9])
+def test_the_minimum_fraction_is_kept(make_trainer, loader, fraction):
+    trainer = make_trainer(target_ms=1.0, lambda_init=50.0, lr=1.0, minimum_fraction=fraction)
+    for _ in range(5):
+        trainer.train_epoch(loader)
+    for group, gate in zip(trainer.gated.groups, trainer.gated.gates, strict=True):
+        assert float(gate.gate.detach().sum()) >= fraction * group.units - 1e-3
+
+
+def test_groups_without_a_gate_count_as_full(make_trainer, groups):
+    trainer = make_trainer(gated=groups[:2])
+    with trainer.gated.hard_gated({"first.branch": (), "first.hidden": ()}):
+        assert float(trainer.predicted_ms()) == 5.0
+
+
+def test_nan_stops_with_the_last_good_gates(make_trainer, inputs):
+    trainer = make_trainer(target_ms=4.0, weight_lr=0.01)
+    kept = []
+    poisoned = torch.full_like(inputs, float("nan"))
+
+    class Loader:
+        epoch = 0
+
+        def __iter__(self):
+            self.epoch += 1
+            yield (inputs,)
+            if self.epoch == 3:
+                yield (poisoned,)
+
+    stopped = trainer.fit(Loader(), epochs=9, on_epoch=lambda epoch, step: kept.append(states(trainer.gated)))
+    assert stopped == "nan"
+    assert len(kept) == 2
+    assert same(kept[-1], states(trainer.gated))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(make_trainer, inputs):
+    trainer = make_trainer(target_ms=4.0)
+    before = states(trainer.gated)
+    with pytest.raises(FloatingPointError, match="the loss is not finite"):
+        trainer.train_epoch([(torch.full_like(inputs, float("inf")),)])
+    assert same(before, states(trainer.gated))
+    assert trainer.lambda_ == 1.0
+
+
+def test_empty_data_is_refused(make_trainer):
+    with pytest.raises(ValueError, match=r"the training data is empty; check data\.root and data\.samples"):
+        make_trainer().train_epoch([])
+
+
+def test_a_probe_measures_the_sliced_student_and_adds_a_sample(make_trainer, inputs, groups):
+    seen = []
+    trainer = make_trainer(measure=lambda model: seen.append(model) or 7.5, policy=ExportPolicy(0.5))
+    with torch.no_grad():
+        trainer.gated.gate_of("first.hidden").theta[:5] = -4.0
+        trainer.gated.gate_of("second.branch").theta.fill_(-4.0)
+    assert trainer.probe() == trainer.measured_ms == 7.5
+    expected = full_widths(groups) | {"first.hidden": 3, "second.branch": 0, "second.hidden": 0}
+    assert trainer.proxy.samples == [(expected, 7.5, 1.0)]
+    assert seen[0].first.up.out_features == 3 and not hasattr(seen[0].second, "up")
+    assert seen[0](inputs).shape == (16, 3)
+
+
+def test_probes_come_after_every_so_many_epochs(make_trainer, loader):
+    trainer = make_trainer(measure=lambda model: 7.5)
+    steps = []
+    assert trainer.fit(loader, epochs=5, probe_every=2, on_epoch=lambda epoch, step: steps.append(step)) == "finished"
+    assert len(trainer.proxy.samples) == 2
+    assert [step.measured_ms for step in steps] == [None, None, 7.5, 7.5, 7.5]
+
+
+def test_without_a_measure_function_there_is_no_measuring(make_trainer):
+    with pytest.raises(ValueError, match="this trainer has no measure function; pass measure= to take real latencies"):
+        make_trainer().probe()
+
+
+def scripted(trainer, kds, gaps):
+    """The trainer with epochs that went as told."""
+    epochs = iter([Step(kd, 0.0, 5.0, gap, 1.0) for kd, gap in zip(kds, gaps, strict=True)])
+    trainer.train_epoch = lambda loader, on_step=None: next(epochs)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("kds", "gaps", "reason", "epochs"),
+    [
+        ([1.0] * 6, [0.01] * 6, "settled", 3),
+        ([1.0] * 6, [0.5] * 6, "finished", 6),  # never near the target
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [0.01] * 6, "finished", 6),  # still improving
+        ([1.0] * 6, [0.5, 0.5, 0.01, -0.01, 0.01, 0.01], "settled", 5),
+        ([1.0] * 6, [0.01, 0.01, 0.5, 0.01, 0.5, 0.5], "finished", 6),  # near it, but never two epochs on end
+    ],
+)
+def test_training_stops_early_when_the_gates_have_settled(make_trainer, kds, gaps, reason, epochs):
+    seen = []
+    trainer = scripted(make_trainer(target_ms=5.0), kds, gaps)
+    stopped = trainer.fit([], epochs=6, patience=2, settle=0.02, on_epoch=lambda epoch, step: seen.append(epoch))
+    assert (stopped, len(seen)) == (reason, epochs)
+
+
+def test_patience_0_never_stops_early(make_trainer):
+    assert scripted(make_trainer(target_ms=5.0), [1.0] * 8, [0.0] * 8).fit([], epochs=8) == "finished"
+
+
+@pytest.mark.parametrize("target_ms", [4.0, 6.5])
+def test_gates_settle_near_the_target(make_trainer, loader, target_ms):
+    """The gap starts at 0.25 and more; gates that swing around the target do not pass."""
+    trainer = make_trainer(target_ms=target_ms, loss=lambda s, t: 10 * mse_reg(s, t), lambda_lr=0.05, lr=0.02)
+    gaps = []
+    trainer.fit(loader, epochs=200, on_epoch=lambda epoch, step: gaps.append(step.gap))
+    assert gaps[0] > 0.2 and max(map(abs, gaps[-20:])) < 0.02
+    assert trainer.lambda_ > 0
+
+
+def test_a_larger_fixed_lambda_gives_a_faster_student(make_trainer, loader):
+    found = []
+    for fixed in (0.001, 0.01, 0.1):
+        trainer = make_trainer(lambda_init=fixed, lambda_lr=0.0)
+        trainer.fit(loader, epochs=100)
+        found.append(float(trainer.predicted_ms().detach()))
+    assert found == sorted(found, reverse=True) and found[0] > found[-1] + 1.0
+
+
+def test_the_same_seed_gives_the_same_gates(make_trainer, loader):
+    first, second = (make_trainer(target_ms=5.0) for _ in range(2))
+    for trainer in (first, second):
+        trainer.fit(loader, epochs=3)
+    assert same(states(first.gated), states(second.gated))
+
+
+def test_every_step_is_reported_and_the_epoch_is_their_mean(make_trainer, loader):
+    steps = []
+    epoch = make_trainer(target_ms=5.0).train_epoch(loader, steps.append)
+    assert len(steps) == 2
+    assert epoch.kd == pytest.approx(sum(step.kd for step in steps) / 2)
+    assert epoch.gap == pytest.approx(sum(step.gap for step in steps) / 2)
+    assert epoch.lambda_ == steps[-1].lambda_
+    record = json.loads(json.dumps(epoch.as_dict()))
+    assert record["lambda"] == epoch.lambda_ and "lambda_" not in record

@@ -1,0 +1,160 @@
+"""What is printed at the end shows the figures of `result.json`, unaltered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hawada.report.progress import console
+from hawada.report.table import print_result, print_sweep
+
+RESULT: dict[str, Any] = {
+    "verdict": "met",
+    "reason": "ratio 0.575 [0.570, 0.581] against a target of 0.600",
+    "target_ms": 3.846,
+    "target_ratio": 0.6,
+    "latency_ratio": {"median": 0.575, "low": 0.570, "high": 0.581},
+    "teacher": {
+        "latency_ms": {"median": 6.41, "low": 6.38, "high": 6.45},
+        "params": 5280330,
+        "macs": 27579392,
+        "accuracy": 0.972,
+        "path": "/out/export/teacher",
+    },
+    "slim": {
+        "latency_ms": {"median": 3.6857, "low": 3.65, "high": 3.72},
+        "params": 2707274,
+        "macs": 12041216,
+        "accuracy": 0.9648,
+        "path": "/out/finetune/slim",
+    },
+    "agreement": 0.9736,
+    "kd": 0.0613,
+}
+
+
+KEYS = ["lambda.lr"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 240)
+
+
+def printed_result(result: dict[str, Any], root: str = "outputs/tiny_resnet-local") -> str:
+    with console.capture() as capture:
+        print_result(result, Path(root))
+    return capture.get()
+
+
+def printed_sweep(*jobs: dict[str, Any], keys: Sequence[str] = KEYS) -> str:
+    with console.capture() as capture:
+        print_sweep(jobs, keys)
+    return capture.get()
+
+
+def a_job(value: str, result: dict[str, Any], error: Exception | None = None, key: str = KEYS[0]) -> dict[str, Any]:
+    return {"overrides": {key: value, "seed": "0"}, "result": result, "error": error}
+
+
+def cells(text: str, label: str) -> list[str]:
+    """The cells of the one table row whose first cell is the label."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    (found,) = [row for row in rows if row[0] == label]
+    return found[1:]
+
+
+def figures(cell: str) -> list[float]:
+    """The numbers in a cell."""
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cell.replace(",", "" if "[" not in cell else " "))]
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("parameters", [[5280330], [2707274], [0.513]]),
+        ("MACs", [[27579392], [12041216], [0.437]]),
+        ("latency ms", [[6.41, 6.38, 6.45], [3.69, 3.65, 3.72], [0.575, 0.570, 0.581]]),
+        ("speed-up", [[1.0], [1.74], []]),
+        ("accuracy", [[97.2], [96.48], []]),
+        ("agreement", [[], [97.36], []]),
+        ("target", [[], [3.846], [0.6]]),
+    ],
+)
+def test_the_result_shows_teacher_and_slim_side_by_side(label: str, shown: list[list[float]]) -> None:
+    found = [figures(cell) for cell in cells(printed_result(RESULT), label)]
+    assert [len(cell) for cell in found] == [len(cell) for cell in shown]
+    for cell, wanted in zip(found, shown, strict=True):
+        assert cell == pytest.approx(wanted, rel=2e-3)
+
+
+@pytest.mark.parametrize("verdict", ["met", "missed", "simulated"])
+def test_the_result_shows_its_verdict_and_why(verdict: str) -> None:
+    text = printed_result({**RESULT, "verdict": verdict})
+    assert verdict in cells(text, "verdict")
+    assert RESULT["reason"] in text
+
+
+def test_the_result_says_how_to_load_the_model() -> None:
+    text = printed_result(RESULT)
+    assert "tiny_resnet-local" in text
+    assert "hawada.load('/out/finetune/slim')" in text
+
+
+def test_without_a_target_none_is_shown() -> None:
+    text = printed_result({**RESULT, "target_ms": None, "target_ratio": None, "verdict": "unverified"})
+    assert "│ target" not in text
+    assert "unverified" in text
+
+
+def test_a_run_that_ended_early_shows_its_verdict_and_the_reason() -> None:
+    reason = "the fastest is 1.250 ms, the target is 0.100 ms"
+    text = printed_result({"verdict": "infeasible", "reason": reason})
+    assert f"infeasible: {reason}" in " ".join(text.split())
+
+
+def test_a_path_with_brackets_is_shown_as_it_is() -> None:
+    """A sweep over `groups.name=[layer1.*]` makes such directories; brackets are also rich's mark-up."""
+    path = "/out/groups.name=[layer1.*]/finetune/slim"
+    text = printed_result({**RESULT, "slim": {**RESULT["slim"], "path": path}}, "out/groups.name=[layer1.*]")
+    assert f"slim model: {path}" in text
+    assert f"hawada.load('{path}')" in text
+    assert text.lstrip().startswith("groups.name=[layer1.*]")
+
+
+def test_a_sweep_has_one_row_per_job_with_its_figures() -> None:
+    other = {**RESULT, "verdict": "missed", "latency_ratio": {"median": 0.811, "low": 0.8, "high": 0.82}}
+    text = printed_sweep(a_job("0.1", RESULT), a_job("0.5", other))
+    assert "2 jobs" in text and "lambda.lr" in text
+    assert cells(text, "0.1") == ["met", "0.575", "3.69", "96.48%", "97.36%", "0.0613"]
+    assert cells(text, "0.5")[:2] == ["missed", "0.811"]
+
+
+def test_a_sweep_over_two_keys_shows_both() -> None:
+    job = {"overrides": {"lambda.lr": "0.1", "seed": "7"}, "result": RESULT, "error": None}
+    assert cells(printed_sweep(job, keys=["lambda.lr", "seed"]), "0.1")[:3] == ["7", "met", "0.575"]
+
+
+def test_a_sweep_shows_why_a_job_failed_and_goes_on() -> None:
+    text = printed_sweep(a_job("-1", {}, ValueError("lambda.lr: -1 is not\n at least 0")), a_job("0.1", RESULT))
+    assert cells(text, "-1")[0].startswith("failed")
+    assert "lambda.lr: -1 is not at least 0" in " ".join(text.split())
+    assert "0.575" in cells(text, "0.1")
+
+
+def test_a_sweep_over_a_single_stage_says_that_it_is_done() -> None:
+    text = printed_sweep(a_job("0.1", {"epochs": 3}), a_job("0.5", {"verdict": "already_met", "reason": "fast"}))
+    assert cells(text, "0.1")[0] == "done"
+    assert cells(text, "0.5")[0] == "already_met"
+
+
+@pytest.mark.parametrize("error", [None, ValueError("groups: [layer9.*] matches nothing of [a, b]")])
+def test_a_sweep_shows_brackets_as_they_are(error: ValueError | None) -> None:
+    job = a_job("[layer9.*]", RESULT if error is None else {}, error, key="groups.name")
+    text = printed_sweep(job, keys=["groups.name"])
+    assert cells(text, "[layer9.*]")
+    assert error is None or str(error) in " ".join(text.split())

@@ -1,0 +1,331 @@
+"""The whole command on a simulated device, from a teacher to a verdict: what it writes, resumes, repeats, sweeps."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import hawada as package
+from hawada import cli
+from hawada.report.progress import console
+from hawada.run import sha256
+
+NAME = "tiny_resnet-local"
+TINY = [
+    "gpu.timing=simulated",
+    "runtime.threads=1",  # threads that wait for each other stand still on a busy machine
+    "model.adapter.layers=[1,1,1,1]",
+    "model.adapter.image_size=16",
+    "data.image_size=16",
+    "data.test_samples=1400",
+    "schedule.pretrain=2",
+    "schedule.train=2",
+    "schedule.finetune=1",
+    "budget.batch=16",
+    "profile.points=3",
+    "profile.calibration=2",
+    "profile.held_out=2",
+    "finetune.recalibration_samples=64",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left for the user to see."""
+
+    code: int
+    out: str
+    err: str
+
+
+def hawada(*arguments: str) -> Outcome:
+    """Run the command in this process, which keeps its CPUs and threads."""
+    threads = torch.get_num_threads()
+    GlobalHydra.instance().clear()
+    cli._jobs.clear()
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["hawada", *arguments]),
+        mock.patch.dict(os.environ),
+        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
+        mock.patch.object(console, "_width", 240),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        cli.main()
+    GlobalHydra.instance().clear()
+    torch.set_num_threads(threads)
+    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written."""
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def folders(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished pipeline."""
+
+    outcome: Outcome
+    output_dir: Path
+
+    @property
+    def root(self) -> Path:
+        return self.output_dir / NAME
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return read(self.root / "result.json")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    output_dir = tmp_path_factory.mktemp("finished")
+    return Finished(hawada(*TINY, f"output_dir={output_dir}"), output_dir)
+
+
+@pytest.fixture
+def profiled(finished: Finished, tmp_path: Path) -> Path:
+    """An output directory in which only the profile and the teacher are there."""
+    for stage in ("profile", "pretrain"):
+        shutil.copytree(finished.root / stage, tmp_path / "out" / NAME / stage)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """The tiny settings as an overlay, so that a multirun's command line holds only what it sweeps."""
+    path = tmp_path / "conf" / "recipe" / "tiny_resnet_local.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.from_dotlist(TINY)))
+    return f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+
+
+@pytest.fixture
+def no_reload() -> Iterator[None]:
+    """Leaves out the fresh process that takes seconds for every model; the pipeline above proves it once."""
+    proof = {"max_abs_diff": 0.0, "max_abs_logit": 1.0}
+    with mock.patch("hawada.stages.evaluate.prove_reload", lambda *_: proof):
+        yield
+
+
+def test_the_pipeline_succeeds_and_says_how_to_use_the_result(finished: Finished) -> None:
+    assert (finished.outcome.code, finished.outcome.err) == (0, "")
+    assert f"hawada.load('{finished.result['slim']['path']}')" in finished.outcome.out
+
+
+INTERVAL = {"median", "low", "high"}
+MODEL = {"latency_ms", "params", "macs", "accuracy", "path"}
+
+
+def test_the_result_has_every_promised_key(finished: Finished) -> None:
+    result = finished.result
+    promised = {"verdict", "target_ms", "latency_ratio", "teacher", "slim", "agreement", "proxy", "equivalence"}
+    assert promised | {"environment"} <= set(result)
+    assert set(result["latency_ratio"]) >= INTERVAL
+    assert {"mape", "kendall_tau", "samples"} <= set(result["proxy"])
+    assert {"max_abs_diff", "max_abs_logit"} <= set(result["equivalence"])
+    for name in ("teacher", "slim"):
+        assert set(result[name]) >= MODEL
+        assert set(result[name]["latency_ms"]) >= INTERVAL
+    assert result["environment"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_the_result_is_simulated_on_target_and_consistent(finished: Finished) -> None:
+    result = finished.result
+    teacher, slim = result["teacher"], result["slim"]
+    assert result["verdict"] == "simulated"
+    assert result["target_ms"] == pytest.approx(0.6 * teacher["latency_ms"]["median"])
+    assert 0.5 * result["target_ms"] < slim["latency_ms"]["high"] <= result["target_ms"]
+    ratio = slim["latency_ms"]["median"] / teacher["latency_ms"]["median"]
+    assert result["latency_ratio"]["median"] == pytest.approx(ratio)
+    assert slim["params"] < teacher["params"] and slim["macs"] < teacher["macs"]
+    assert result["proxy"]["samples"] == 2
+    assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
+    assert all(0 <= figure <= 1 for figure in (teacher["accuracy"], slim["accuracy"], result["agreement"]))
+
+
+def test_every_stage_leaves_a_manifest_that_fits_its_files(finished: Finished) -> None:
+    stages = {"profile", "pretrain", "train", "export", "finetune", "evaluate"}
+    assert folders(finished.root) == stages
+    for stage in stages:
+        files = read(finished.root / stage / "manifest.json")["files"]
+        assert {"config.yaml", "result.json"} <= set(files)
+        assert {name: sha256(finished.root / stage / name) for name in files} == files
+
+
+@pytest.mark.parametrize("name", ["teacher", "slim"])
+def test_a_saved_model_is_a_plain_module_in_eval_mode(name: str, finished: Finished) -> None:
+    model = package.load(finished.result[name]["path"])
+    assert not any(module.training for module in model.modules())
+    assert {type(module).__module__.partition(".")[0] for module in model.modules()} <= {"torch", "torchvision"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert sum(parameter.numel() for parameter in model.parameters()) == finished.result[name]["params"]
+    with torch.no_grad():
+        assert model(torch.randn(3, 3, 16, 16)).shape == (3, 10)
+
+
+def test_the_slim_model_has_the_widths_that_were_chosen(finished: Finished) -> None:
+    keep = read(finished.root / "export" / "keep.json")
+    slim = package.load(finished.result["slim"]["path"])
+    convs = {name: kept for name, kept in keep.items() if name.endswith("conv1") and kept}
+    assert convs and any(len(kept) < 512 for kept in convs.values())
+    for name, kept in convs.items():
+        assert slim.get_submodule(name).out_channels == len(kept)
+    for name, kept in keep.items():
+        if name.endswith("branch") and not kept:
+            assert not hasattr(slim.get_submodule(name.removesuffix(".branch")), "conv1")
+
+
+def test_the_same_command_resumes_and_touches_nothing(finished: Finished) -> None:
+    before = times(finished.root)
+    again = hawada(*TINY, f"output_dir={finished.output_dir}")
+    assert again.code == 0
+    assert again.out.count("already done") == 6
+    after = times(finished.root)
+    summary = str(finished.root / "result.json")  # written anew from the stages' results
+    assert {**after, summary: 0} == {**before, summary: 0}
+    assert read(finished.root / "result.json") == read(finished.root / "evaluate" / "result.json")
+
+
+def test_an_interrupted_pipeline_goes_on_where_it_stopped(finished: Finished, tmp_path: Path, no_reload: None) -> None:
+    root = tmp_path / NAME
+    shutil.copytree(finished.root, root)
+    (root / "finetune" / "manifest.json").unlink()  # written last, so its absence is an interruption
+    before = times(root)
+    again = hawada(*TINY, f"output_dir={tmp_path}")
+    assert (again.code, again.out.count("already done")) == (0, 4)
+    rewritten = {
+        Path(path).relative_to(root).parts[0] for path, when in times(root).items() if when != before.get(path)
+    }
+    assert rewritten == {"finetune", "evaluate", "result.json"}
+
+
+ARTEFACTS = ("train/gates.safetensors", "export/keep.json", "finetune/slim/model.safetensors")
+
+
+def run_to_finetune(output_dir: Path, seed: int) -> Path:
+    for stage in ("profile", "pretrain", "train", "export", "finetune"):
+        outcome = hawada(*TINY, f"output_dir={output_dir}", f"seed={seed}", f"stage={stage}")
+        assert outcome.code == 0, outcome.err
+    return output_dir / NAME
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only training on the CPU promises to be bit-identical")
+def test_the_same_seed_gives_the_same_bits_stage_by_stage_or_at_once(finished: Finished, tmp_path: Path) -> None:
+    again = run_to_finetune(tmp_path, seed=0)
+    for artefact in ARTEFACTS:
+        assert (again / artefact).read_bytes() == (finished.root / artefact).read_bytes(), artefact
+
+
+def test_another_seed_gives_another_result(finished: Finished, tmp_path: Path) -> None:
+    other = run_to_finetune(tmp_path, seed=1)
+    for artefact in ("train/gates.safetensors", "finetune/slim/model.safetensors"):
+        assert (other / artefact).read_bytes() != (finished.root / artefact).read_bytes(), artefact
+
+
+@pytest.mark.parametrize("stage", ["pipeline", "train"])
+def test_a_target_that_the_teacher_meets_trains_nothing(stage: str, profiled: Path) -> None:
+    outcome = hawada(*TINY, f"output_dir={profiled}", f"stage={stage}", "latency_target_ms=1000")
+    assert outcome.code == 0, outcome.err
+    assert "already_met" in outcome.out and "1000.000 ms" in outcome.out
+    assert not (profiled / NAME / "train" / "gates.safetensors").exists()
+    assert not (profiled / NAME / "export").exists()
+    if stage == "pipeline":
+        assert read(profiled / NAME / "result.json")["verdict"] == "already_met"
+
+
+def test_a_target_that_nothing_meets_names_the_fastest_that_is_possible(finished: Finished, profiled: Path) -> None:
+    outcome = hawada(*TINY, f"output_dir={profiled}", "budget.target_ms=1e-4")
+    fastest_ms = read(finished.root / "profile" / "result.json")["fastest_ms"]
+    assert outcome.code == 1
+    assert f"the fastest is {fastest_ms:.3f} ms" in " ".join(outcome.out.split())
+    result = read(profiled / NAME / "result.json")
+    assert result["verdict"] == "infeasible" and "the fastest is" in result["reason"]
+    assert not (profiled / NAME / "train").exists() and not (profiled / NAME / "export").exists()
+
+
+def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
+    profiled: Path, recipe: str, no_reload: None
+) -> None:
+    before = times(profiled)
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
+    assert outcome.code == 0, outcome.err
+    jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
+    assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}
+    assert {path: when for path, when in times(profiled).items() if path in before} == before  # not done again
+    gates = set()
+    for (ratio, _), name in jobs.items():
+        assert folders(profiled / NAME / name) == {"train", "export", "finetune", "evaluate"}
+        result = read(profiled / NAME / name / "result.json")
+        assert result["target_ratio"] == ratio
+        assert 0.8 * ratio < result["latency_ratio"]["median"] <= ratio
+        gates.add((profiled / NAME / name / "train" / "gates.safetensors").read_bytes())
+    assert len(gates) == 4  # every job trained its own
+    assert "4 jobs" in outcome.out
+    rows = [[cell.strip() for cell in line.split("│")] for line in outcome.out.splitlines() if "simulated" in line]
+    assert [row[1:4] for row in rows] == [[str(ratio), str(lr), "simulated"] for ratio, lr in jobs]
+
+
+def test_a_job_that_fails_does_not_stop_the_others(profiled: Path, recipe: str) -> None:
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "stage=train", "kd.temperature=0,2", "lambda.lr=0.01,0.1")
+    assert outcome.code != 0
+    assert outcome.err.splitlines()[-1].startswith("hawada: kd.temperature: 0 is not")
+    assert "Traceback" not in outcome.err
+    trained = {path.parents[1].name for path in profiled.rglob("gates.safetensors")}
+    assert len(trained) == 2 and all("kd.temperature=2" in name for name in trained)
+    assert "4 jobs" in outcome.out
+    assert outcome.out.count("failed") >= 2
+
+
+@pytest.mark.parametrize("sweep", ["latency_target_ms=1.4,1.2", "schedule.train=1,2", "train=gates,two_phase"])
+def test_a_key_that_others_are_derived_from_can_be_swept(sweep: str, profiled: Path, recipe: str) -> None:
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "stage=train", sweep)
+    assert outcome.code == 0, outcome.err
+    gates = [path.read_bytes() for path in profiled.rglob("gates.safetensors")]
+    assert len(set(gates)) == 2
+
+
+def test_fixed_overrides_do_not_stand_in_the_way_of_a_multirun(profiled: Path) -> None:
+    """A directory's name may not exceed 255 characters; a command line may."""
+    outcome = hawada("-m", *TINY, f"output_dir={profiled}", "stage=train", "lambda.lr=0.01,0.1")
+    assert outcome.code == 0, outcome.err
+    assert len(list(profiled.rglob("gates.safetensors"))) == 2
+
+
+def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, recipe: str, no_reload: None) -> None:
+    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0"]
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", *fixed, "lambda.init=0.1,10")
+    assert outcome.code == 0, outcome.err
+    results = {}
+    for path in (profiled / NAME).glob("*/result.json"):
+        if "lambda.init" in path.parent.name:
+            results[path.parent.name.partition("lambda.init=")[2].partition(",")[0]] = read(path)
+    assert set(results) == {"0.1", "10"}
+    assert all(result["target_ms"] is None and result["verdict"] == "unverified" for result in results.values())
+    assert results["10"]["latency_ratio"]["median"] < results["0.1"]["latency_ratio"]["median"] <= 1
