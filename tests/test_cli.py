@@ -22,7 +22,6 @@ from hawada.report.progress import console
 TINY = (
     "gpu.timing=simulated",
     "model.adapter.layers=[1,1,1,1]",
-    "model.adapter.image_size=16",
     "budget.batch=16",
     "profile.points=3",
     "profile.calibration=2",

@@ -288,7 +288,7 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
         gates.add((profiled / NAME / name / "train" / "gates.safetensors").read_bytes())
     assert len(gates) == 4  # every job trained its own
     assert "4 jobs" in outcome.out
-    rows = [[cell.strip() for cell in line.split("│")] for line in outcome.out.splitlines() if "simulated" in line]
+    rows = [[cell.strip() for cell in line.split("│")] for line in outcome.out.splitlines() if "│ simulated" in line]
     assert [row[1:4] for row in rows] == [[str(ratio), str(lr), "simulated"] for ratio, lr in jobs]
 
 

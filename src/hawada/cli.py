@@ -20,10 +20,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hawada.config import GPU_SHORTHANDS, conf_dir, register_resolvers, validate
+from hawada.plan import PLANS, planned
 from hawada.run import Run
-from hawada.stages.plan import PLANS, order
 
-USER_ERROR, FAILURE = 2, 1
+FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
+# What a user can do wrong, as opposed to what fails on the way; the last three are folders that cannot be written.
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, PermissionError, NotADirectoryError, FileExistsError)
 
 register_resolvers()
 _jobs: list[dict[str, Any]] = []  # one record per finished job of this process
@@ -47,21 +49,23 @@ def job(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig) -> dict[str, Any]:
     stage = cfg.stage.name
-    stages = order(cfg) if stage == "pipeline" else [stage]
-    validate(cfg, measures=any(PLANS[name].measures for name in stages if name in PLANS))
+    stages = planned(stage, cfg)
+    plans = [PLANS[name] for name in stages]
+    reads = {key for plan in plans for key in plan.reads}
+    validate(cfg, measures=any(plan.measures for plan in plans), reads=reads)
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     shared = Path(cfg.output_dir) / cfg.name
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
-    planned = [name for name in stages if name in PLANS]
-    for name in planned:
+    run.check_writable()
+    for name in stages:
         run.check(name)
     if stage in PLANS:
         run.check_upstream(stage)
     from hawada.stages import inspect, pipeline
 
-    pipeline.check(planned, run)
+    pipeline.check(stages, run)
     if stage == "inspect":
         return inspect.run_inspect(run)
     with run.locked():
@@ -85,16 +89,15 @@ def main() -> None:
         job()
         if len(_jobs) == 1 and _jobs[0]["error"] is not None:
             raise _jobs[0]["error"]
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except KeyboardInterrupt:
+        print("hawada: interrupted; the same command goes on behind the last finished stage", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:
         if debugging:
             raise
-        print(f"hawada: {_sentence(error)}", file=sys.stderr)
-        code = USER_ERROR
-    except (OSError, RuntimeError, FloatingPointError) as error:
-        if debugging:
-            raise
-        print(f"hawada: {_sentence(error)} (HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
-        code = FAILURE
+        code = USER_ERROR if isinstance(error, MISTAKES) else FAILURE
+        where = "" if code == USER_ERROR else f" ({type(error).__name__}; HYDRA_FULL_ERROR=1 shows where)"
+        print(f"hawada: {_sentence(error)}{where}", file=sys.stderr)
     finally:
         if len(_jobs) > 1:
             from hawada.report.table import print_sweep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Range:
 POSITIVE, NOT_NEGATIVE = Range(0, above=True), Range(0)
 COUNT, COUNT_OR_ZERO = Range(1, whole=True), Range(0, whole=True)
 
-# Null is allowed where `conf/` has null as a meaning; a key that is absent from a user's own config is not checked.
+# A key that is absent (a user's own class has other arguments) is not checked.
 RANGES: dict[str, Range] = {
     "seed": COUNT_OR_ZERO,
     "budget.target_ms": POSITIVE,
@@ -82,6 +82,10 @@ RANGES: dict[str, Range] = {
     "budget.tolerance": Range(0, 0.5, above=True),
     "budget.batch": COUNT,
     "runtime.threads": COUNT,
+    "measure.precision": POSITIVE,
+    "measure.min_rounds": Range(2, whole=True),
+    "measure.max_rounds": Range(2, whole=True),
+    "measure.max_seconds": POSITIVE,
     "kd.temperature": POSITIVE,
     "kd.mse_weight": NOT_NEGATIVE,
     "lambda.init": NOT_NEGATIVE,
@@ -97,6 +101,7 @@ RANGES: dict[str, Range] = {
     "profile.held_out": Range(2, whole=True),
     "train.epochs": COUNT_OR_ZERO,
     "train.batch_size": COUNT,
+    "train.steps_per_epoch": COUNT,
     "train.probe_every": COUNT_OR_ZERO,
     "train.patience": COUNT_OR_ZERO,
     "train.minimum_fraction": Range(0, 1),
@@ -114,6 +119,16 @@ RANGES: dict[str, Range] = {
     "evaluate.batch_size": COUNT,
 }
 
+# Keys for which null has a meaning.
+NULLABLE = (
+    "budget.target_ms",
+    "budget.target_ratio",
+    "budget.tolerance",
+    "budget.batch",
+    "runtime.threads",
+    "train.steps_per_epoch",
+)
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.timing": ("measured", "simulated"),
     "gpu.dtype": ("float32", "bfloat16", "float16"),
@@ -123,22 +138,55 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def validate(cfg: DictConfig, *, measures: bool) -> None:
+def check_targets(node: Any, key: str = "") -> None:
+    """Check that every class that a configuration names can be imported.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    from hydra.utils import get_object
+
+    if OmegaConf.is_list(node):
+        for index, inner in enumerate(node):
+            check_targets(inner, f"{key}[{index}]")
+    if not OmegaConf.is_dict(node):
+        return
+    for name, inner in node.items():
+        here = f"{key}.{name}" if key else str(name)
+        if name == "_target_":
+            try:
+                get_object(inner)
+            except Exception as error:  # whatever importing a user's module may raise
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{here}: {inner} cannot be imported ({reason}); is its package installed?") from error
+        check_targets(inner, here)
+
+
+def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> None:
     """Check everything that can be known before anything heavy is imported.
 
     Args:
         cfg: the composed configuration.
-        measures: whether the stage takes latencies, and so needs the device that `gpu=` names.
+        measures: whether a stage takes latencies, and so needs the device that `gpu=` names.
+        reads: the keys that the stages read; only these need a value where `conf/` has none.
 
     Raises:
         ValueError: one sentence with the key, what came, what was wanted and the remedy.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    if measures and cfg.gpu.timing == "measured":
+        from hawada.core.device import check_device
+
+        check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
+    read = {key.partition(".")[0] for key in reads}
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.partition(".")[0] in read)
     if missing:
         raise ValueError(f"{missing[0]}: no value is given; set {missing[0]}=...")
     for key, allowed in RANGES.items():
+        parent, _, last = key.rpartition(".")
+        if last not in (OmegaConf.select(cfg, parent) if parent else cfg):
+            continue
         value = OmegaConf.select(cfg, key)
-        if value is not None and value not in allowed:
+        if value not in allowed and not (value is None and key in NULLABLE):
             raise ValueError(f"{key}: {value} is not {allowed}; set {key} to one")
     for key, choices in CHOICES.items():
         value = OmegaConf.select(cfg, key)
@@ -152,13 +200,9 @@ def validate(cfg: DictConfig, *, measures: bool) -> None:
     if cfg.penalties.floor > cfg.penalties.ceiling:
         raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")
     _check_multiples(cfg.gpu.multiple)
-    root = cfg.data.get("root")
+    root = None if "data" not in read or OmegaConf.is_missing(cfg.data, "root") else cfg.data.get("root")
     if root is not None and not Path(root).exists():
         raise ValueError(f"data.root: {root} does not exist; set data.root to the folder that holds the data")
-    if measures and cfg.gpu.timing == "measured":
-        from hawada.core.device import check_device
-
-        check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
 
 
 def _check_multiples(multiple: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,11 +10,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.stages.plan import PLANS, everything_read, upstream
+from hawada.plan import PLANS, everything_read, upstream
 
 MANIFEST = "manifest.json"
 
@@ -53,8 +52,16 @@ class Run:
         return (self.root if touched else self.shared) / stage
 
     def is_finished(self, stage: str) -> bool:
-        """Whether a stage's result is there."""
-        return (self.folder(stage) / MANIFEST).is_file()
+        """Whether a stage's result is there and every file is as the manifest says."""
+        folder = self.folder(stage)
+        if not (folder / MANIFEST).is_file():
+            return False
+        files = self._manifest(stage)["files"]
+        return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in files.items())
+
+    def discard(self, stage: str) -> None:
+        """Make a stage count as not finished."""
+        (self.folder(stage) / MANIFEST).unlink(missing_ok=True)
 
     def result(self, stage: str) -> dict[str, Any]:
         """What a finished stage wrote."""
@@ -76,7 +83,7 @@ class Run:
         """
         if not self.is_finished(stage):
             return False
-        different = self._different_keys(stage)
+        different = self.different_keys(stage)
         if not different:
             return self._manifest(stage)["upstream"] == self._upstream_now(stage)
         if self.overwrite:
@@ -98,7 +105,7 @@ class Run:
                     f"stage={stage}: it needs what stage={earlier} writes to {self.folder(earlier)}, "
                     f"which is not there; run stage={earlier} first, or stage=pipeline for everything"
                 )
-            different = self._different_keys(earlier)
+            different = self.different_keys(earlier)
             if different:
                 raise ValueError(
                     f"stage={stage}: {earlier} ran with {_described(different)}; "
@@ -135,6 +142,20 @@ class Run:
         )
         return dict(result)
 
+    def check_writable(self) -> None:
+        """Check, without making anything, that the experiment's folder can be written.
+
+        Raises:
+            ValueError: naming the folder that cannot.
+        """
+        for folder in {self.root, self.shared}:
+            nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"output_dir: cannot write to {folder} ({nearest} does not allow it); "
+                    "set output_dir to a folder you may write"
+                )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the experiment's lock, so that two runs never write to one directory.
@@ -154,9 +175,7 @@ class Run:
                         "set output_dir to a folder you may write"
                     ) from None
                 handles.append(handle)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not _lock(handle):
                     raise ValueError(
                         f"{folder} is in use by another run; wait for it, or choose another name=..."
                     ) from None
@@ -180,11 +199,30 @@ class Run:
             _flatten(key, _plain(OmegaConf.select(self.cfg, key)), values)
         return values
 
-    def _different_keys(self, stage: str) -> dict[str, Any]:
+    def different_keys(self, stage: str) -> dict[str, Any]:
         """Keys whose value was another when the stage ran, with that value."""
         before = self._manifest(stage)["config"]
         now = json.loads(json.dumps(self._read_values(stage)))
         return {key: before.get(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
+
+
+def _lock(handle: IO[str]) -> bool:
+    """Lock an open file until it is closed; False when another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _described(different: Mapping[str, Any]) -> str:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from hawada.core.budget import SUCCESS, Budget
@@ -7,7 +9,8 @@ from hawada.core.profiler import Comparison, Interval, Latency
 def measured(median, half=0.0, *, teacher_ms=10.0, simulated=False):
     """A comparison whose ratio is median +- half."""
     teacher = Latency(teacher_ms, teacher_ms, teacher_ms, p95=teacher_ms, samples=9)
-    slim = Latency(median * teacher_ms, median * teacher_ms, median * teacher_ms, p95=median * teacher_ms, samples=9)
+    low, high = (median - half) * teacher_ms, (median + half) * teacher_ms
+    slim = Latency(median * teacher_ms, low, high, p95=high, samples=9)
     return Comparison(teacher, slim, Interval(median, median - half, median + half), simulated)
 
 
@@ -50,16 +53,26 @@ def test_only_a_whole_interval_below_the_target_meets_it(comparison, verdict, re
     assert (said in SUCCESS) == (verdict in ("met", "simulated"))
 
 
+def test_a_target_in_milliseconds_is_judged_in_milliseconds():
+    """The paired ratio may look better than the milliseconds of the day; those are what was asked for."""
+    budget = Budget(5.0, None, 0.05)
+    assert budget.verdict(measured(0.48, 0.01))[0] == "met"
+    slower_day = replace(measured(0.48, 0.01, teacher_ms=11.0), ratio=Interval(0.40, 0.39, 0.41))
+    said, why = budget.verdict(slower_day)
+    assert said == "missed" and why == "5.280 [5.170, 5.390] ms against a target of 5.000 ms"
+
+
 def test_without_a_target_nothing_is_met():
     assert Budget(None, None, 0.05).verdict(measured(0.1)) == ("unverified", "no target was set")
 
 
 def test_profiling_alone_can_decide():
-    fastest = Interval(0.3, 0.29, 0.31)
-    said, why = Budget(12.0, None, 0.05).foregone(10.0, fastest)
+    teacher, fastest = Interval(10.0, 9.9, 10.1), Interval(0.3, 0.29, 0.31)
+    said, why = Budget(12.0, None, 0.05).foregone(teacher, fastest)
     assert said == "already_met" and why == "the teacher takes 10.000 ms, the target is 12.000 ms"
-    said, why = Budget(None, 0.28, 0.05).foregone(10.0, fastest)
+    said, why = Budget(None, 0.28, 0.05).foregone(teacher, fastest)
     assert said == "infeasible" and why == "the fastest is 3.000 ms, the target is 2.800 ms"
-    assert Budget(None, 0.295, 0.05).foregone(10.0, fastest) is None  # within the interval: worth a try
-    assert Budget(None, 0.5, 0.05).foregone(10.0, fastest) is None
-    assert Budget(None, None, 0.05).foregone(10.0, fastest) is None
+    assert Budget(None, 0.295, 0.05).foregone(teacher, fastest) is None  # within the interval: worth a try
+    assert Budget(None, 0.5, 0.05).foregone(teacher, fastest) is None
+    assert Budget(10.05, None, 0.05).foregone(teacher, fastest) is None  # the teacher may well take longer
+    assert Budget(None, None, 0.05).foregone(teacher, fastest) is None

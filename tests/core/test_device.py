@@ -46,7 +46,7 @@ def test_another_device_is_refused_with_the_remedies(present, names, match, mess
 
 def test_auto_is_the_best_device_there_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("auto") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("mps")
@@ -72,7 +72,17 @@ def test_the_cpu_is_set_up_with_as_many_threads_as_asked():
     assert prepare_cpu(1) == torch.get_num_threads() == 1
     if hasattr(os, "sched_getaffinity"):
         assert len(os.sched_getaffinity(0)) == 1
-        assert prepare_cpu(64) == 1  # no more than the process may use
+    assert prepare_cpu(None) == available  # what an earlier job pinned itself to does not count
+    with pytest.raises(ValueError, match=r"runtime\.threads: 4096 is more than the \d+ CPUs"):
+        prepare_cpu(4096)
+
+
+def test_the_first_card_that_matches_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("NVIDIA T4", "NVIDIA H100 80GB HBM3")[index])
+    assert resolve_device("cuda", match="H100") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"gpu\.match: .*sees NVIDIA T4.* and not H200; check CUDA_VISIBLE_DEVICES"):
+        resolve_device("cuda", match="H200")
 
 
 def test_a_fingerprint_tells_thread_counts_apart_and_repeats():

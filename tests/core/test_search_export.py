@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def wide_groups(units=64):
     ]
 
 
-def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, policy=None):
+def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, policies=None):
     """The proxy that the search refines begins with the table alone: no overhead, scale 1."""
     units = groups[1].units
     sites = [Site(path, (f"{path}.branch", f"{path}.hidden"), path) for path in ("first", "second")]
@@ -192,7 +193,13 @@ def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, p
     saliency = {group.name: torch.rand(group.units) / group.units for group in groups}
     saliency |= {"first.branch": torch.ones(1), "second.branch": torch.ones(1)}
     measure, teacher_ms = fake_measure(groups, linear_proxy, calls, offset=offset, scale=scale)
-    return BudgetSearch(groups, saliency, LatencyProxy(table), policy or ExportPolicy(), measure, budget, teacher_ms)
+    return BudgetSearch(
+        groups, saliency, LatencyProxy(table), policies or [ExportPolicy()], measure, budget, teacher_ms
+    )
+
+
+def multiples(*values):
+    return [ExportPolicy(rounding={"channel": Rounding(value)}) for value in values]
 
 
 @pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (20.0, 1.0), (0.0, 3.0), (30.0, 0.4), (5.0, 2.0)])
@@ -203,8 +210,8 @@ def test_the_search_ends_on_target_whatever_the_proxy_believed(linear_proxy, off
     target = 0.75
     budget = Budget(target * full, None, 0.05) if in_ms else Budget(None, target, 0.05)
     search = make_search(groups, linear_proxy, calls, budget, offset=offset, scale=scale)
-    result = search_export(search, [1], max_measurements=10)
-    assert result.on_target
+    result = search_export(search, max_measurements=10)
+    assert result.status == "on_target"
     assert target * 0.95 <= result.chosen.comparison.ratio.median <= target
     assert len(calls) == len(result.candidates) <= 6
     assert calls[-1] == result.candidates[-1].keep and result.chosen in result.candidates
@@ -214,8 +221,8 @@ def test_the_search_ends_on_target_whatever_the_proxy_believed(linear_proxy, off
 def test_an_infeasible_budget_gives_the_fastest_and_says_so(linear_proxy):
     groups, calls = wide_groups(), []
     search = make_search(groups, linear_proxy, calls, Budget(None, 0.3, 0.05), offset=60.0)
-    result = search_export(search, [1], max_measurements=10)
-    assert not result.on_target
+    result = search_export(search, max_measurements=10)
+    assert result.status == "infeasible"
     assert result.chosen.comparison.ratio.median == min(c.comparison.ratio.median for c in result.candidates)
     assert set(widths_of(result.chosen.keep).values()) == {0}
     assert len(calls) <= 5  # it does not measure the same model over and over
@@ -223,10 +230,10 @@ def test_an_infeasible_budget_gives_the_fastest_and_says_so(linear_proxy):
 
 def test_widths_too_coarse_for_the_tolerance_give_the_slowest_that_holds(linear_proxy):
     groups, calls = wide_groups(), []
-    policy = ExportPolicy(rounding={"channel": Rounding(32)})
-    search = make_search(groups, linear_proxy, calls, Budget(None, 0.62, 0.01), offset=1.0, policy=policy)
-    result = search_export(search, [32], max_measurements=10)
-    assert not result.on_target
+    policies = [ExportPolicy(rounding={"channel": Rounding(32)})]
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.62, 0.01), offset=1.0, policies=policies)
+    result = search_export(search, max_measurements=10)
+    assert result.status == "held"
     assert len(calls) < 10
     holding = [c.comparison.ratio.median for c in result.candidates if search.budget.holds(c.comparison)]
     assert result.chosen.comparison.ratio.median == max(holding)
@@ -235,33 +242,40 @@ def test_widths_too_coarse_for_the_tolerance_give_the_slowest_that_holds(linear_
 def test_no_more_models_are_measured_than_allowed(linear_proxy):
     calls = []
     search = make_search(wide_groups(), linear_proxy, calls, Budget(None, 0.5, 1e-6), offset=7.0)
-    result = search_export(search, [1], max_measurements=3)
-    assert len(calls) == len(result.candidates) == 3 and not result.on_target
+    result = search_export(search, max_measurements=3)
+    assert len(calls) == len(result.candidates) <= 4  # the smallest may come on top
+    assert result.status == "held"
 
 
 def test_the_grid_measures_every_multiple_and_ranks_by_what_is_retained(linear_proxy):
     calls = []
-    policy = ExportPolicy(rounding={"channel": Rounding(1)})
-    search = make_search(wide_groups(), linear_proxy, calls, Budget(None, 0.6, 0.05), policy=policy)
-    candidates = grid_search_latency(search, [1, 4, 32])
-    assert sorted(candidate.multiple for candidate in candidates) == [1, 4, 32] and len(calls) == 3
+    search = make_search(wide_groups(), linear_proxy, calls, Budget(None, 0.6, 0.05), policies=multiples(1, 4, 32))
+    candidates = grid_search_latency(search)
+    assert sorted(candidate.level for candidate in candidates) == [0, 1, 2] and len(calls) == 3
     holds = [search.budget.holds(candidate.comparison) for candidate in candidates]
     assert holds == sorted(holds, reverse=True) and holds[0]
     worth = [candidate.worth for candidate, held in zip(candidates, holds, strict=True) if held]
     assert worth == sorted(worth, reverse=True)
     for candidate in candidates:
         widths = widths_of(candidate.keep)
-        assert all(widths[f"{path}.hidden"] % candidate.multiple == 0 for path in ("first", "second"))
+        assert all(widths[f"{path}.hidden"] % (1, 4, 32)[candidate.level] == 0 for path in ("first", "second"))
 
 
 def test_when_nothing_holds_the_fastest_comes_first(linear_proxy):
-    policy = ExportPolicy(rounding={"channel": Rounding(1)})
-    search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.3, 0.05), offset=60.0, policy=policy)
-    ratios = [candidate.comparison.ratio.median for candidate in grid_search_latency(search, [1, 32])]
+    policies = multiples(1, 32)
+    search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.3, 0.05), offset=60.0, policies=policies)
+    ratios = [candidate.comparison.ratio.median for candidate in grid_search_latency(search)]
     assert ratios == sorted(ratios)
 
 
 def test_the_grid_wants_a_multiple(linear_proxy):
     search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.5, 0.05))
     with pytest.raises(ValueError, match=r"gpu\.multiple: no rounding multiple is given; \[1\] allows every width"):
-        grid_search_latency(search, [])
+        replace(search, policies=[])
+
+
+def test_a_policy_too_coarse_gives_way_to_a_finer_one(linear_proxy):
+    """Multiples of 32 alone cannot come within 1 % of this target; the search must not stop there."""
+    policies = multiples(1, 32)
+    search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.62, 0.02), offset=1.0, policies=policies)
+    assert search_export(search, max_measurements=10).status == "on_target"

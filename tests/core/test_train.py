@@ -207,7 +207,7 @@ def test_without_a_measure_function_there_is_no_measuring(make_trainer):
 def scripted(trainer, kds, gaps):
     """The trainer with epochs that went as told."""
     epochs = iter([Step(kd, 0.0, 5.0, gap, 1.0) for kd, gap in zip(kds, gaps, strict=True)])
-    trainer.train_epoch = lambda loader, on_step=None: next(epochs)
+    trainer.train_epoch = lambda loader, on_step=None, max_steps=None: next(epochs)
     return trainer
 
 

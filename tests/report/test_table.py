@@ -17,6 +17,7 @@ RESULT: dict[str, Any] = {
     "reason": "ratio 0.575 [0.570, 0.581] against a target of 0.600",
     "target_ms": 3.846,
     "target_ratio": 0.6,
+    "timed_as": {"device": "cpu", "dtype": "float32", "batch": 256, "runtime": "eager"},
     "latency_ratio": {"median": 0.575, "low": 0.570, "high": 0.581},
     "teacher": {
         "latency_ms": {"median": 6.41, "low": 6.38, "high": 6.45},

@@ -43,32 +43,41 @@ class Budget:
         return self.ratio(teacher_ms) * (1 - self.tolerance * (1 + MARGIN) / 2)
 
     def holds(self, comparison: Comparison) -> bool:
-        """Whether the whole interval of the measured ratio is at or below the target."""
-        return comparison.ratio.high <= self.ratio(comparison.baseline.median)
+        """Whether the whole interval of the measurement is at or below the target."""
+        return self._of_target(comparison).high <= 1
 
     def on_target(self, comparison: Comparison) -> bool:
         """Whether a search may stop here: clearly below the target, but not by more than the tolerance.
 
         Two measurements minutes apart differ by about a percent, so some of the tolerance is kept as a margin.
         """
-        goal, ratio = self.ratio(comparison.baseline.median), comparison.ratio
-        return ratio.high <= goal * (1 - MARGIN * self.tolerance) and ratio.median >= goal * (1 - self.tolerance)
+        reached = self._of_target(comparison)
+        return reached.high <= 1 - MARGIN * self.tolerance and reached.median >= 1 - self.tolerance
 
-    def foregone(self, teacher_ms: float, fastest: Interval) -> tuple[str, str] | None:
+    def _of_target(self, comparison: Comparison) -> Interval:
+        """What was measured, as a fraction of the target: milliseconds of the slim model, or paired ratios."""
+        measured, target = comparison.ratio, self.target_ratio
+        if self.target_ms is not None:
+            measured, target = comparison.candidate, self.target_ms
+        if target is None:
+            raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
+        return Interval(measured.median / target, measured.low / target, measured.high / target)
+
+    def foregone(self, teacher: Interval, fastest: Interval) -> tuple[str, str] | None:
         """(verdict, reason) when profiling alone decides, before anything is trained; else None.
 
         Args:
-            teacher_ms: measured milliseconds of the teacher.
-            fastest: measured ratio of the smallest model that the groups allow.
+            teacher: measured milliseconds of the teacher.
+            fastest: measured ratio of the smallest model that the gated groups allow.
         """
         if not self.has_target:
             return None
-        goal = self.ratio(teacher_ms)
-        wanted = f"the target is {goal * teacher_ms:.3f} ms"
-        if goal >= 1:
-            return "already_met", f"the teacher takes {teacher_ms:.3f} ms, {wanted}"
+        goal = self.ratio(teacher.median)
+        wanted = f"the target is {goal * teacher.median:.3f} ms"
+        if goal >= (1 if self.target_ratio is not None else teacher.high / teacher.median):
+            return "already_met", f"the teacher takes {teacher.median:.3f} ms, {wanted}"
         if goal < fastest.low:
-            return "infeasible", f"the fastest is {fastest.median * teacher_ms:.3f} ms, {wanted}"
+            return "infeasible", f"the fastest is {fastest.median * teacher.median:.3f} ms, {wanted}"
         return None
 
     def verdict(self, comparison: Comparison) -> tuple[str, str]:
@@ -77,14 +86,17 @@ class Budget:
             return "unverified", "no target was set"
         if comparison.simulated:
             return "simulated", "the latency comes from a simulated device"
-        goal, ratio = self.ratio(comparison.baseline.median), comparison.ratio
-        said = f"{_range(ratio)} against a target of {goal:.3f}"
-        if self.holds(comparison):
+        reached = self._of_target(comparison)
+        if self.target_ms is not None:
+            said = f"{_range(comparison.candidate, 'ms')} against a target of {self.target_ms:.3f} ms"
+        else:
+            said = f"ratio {_range(comparison.ratio)} against a target of {self.target_ratio:.3f}"
+        if reached.high <= 1:
             return "met", said
-        if ratio.low > goal:
+        if reached.low > 1:
             return "missed", said
         return "unverified", f"too noisy to tell: {said}"
 
 
-def _range(interval: Interval) -> str:
-    return f"ratio {interval.median:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+def _range(interval: Interval, unit: str = "") -> str:
+    return f"{interval.median:.3f} [{interval.low:.3f}, {interval.high:.3f}] {unit}".rstrip()

@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed, so that a wrong device is notice
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -69,15 +70,42 @@ def check_device(*, gpu: str, device: str, match: str | None) -> None:
     )
 
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu; anything else is taken as it is."""
+def resolve_device(device: str, *, match: str | None = None) -> torch.device:
+    """`auto` is cuda, else mps, else cpu; `cuda` is the first card that matches.
+
+    Args:
+        device: `auto`, `cpu`, `mps` or `cuda`.
+        match: regular expression that the card's product name must contain, or None for any.
+
+    Raises:
+        ValueError: when torch cannot use such a device.
+    """
     import torch
 
-    if device != "auto":
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("gpu.device: torch finds no Apple GPU here; use gpu=local")
+    if device != "cuda":
         return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    for index, name in enumerate(names):
+        if match is None or re.search(match, name, re.IGNORECASE):
+            return torch.device("cuda", index)
+    raise ValueError(
+        f"gpu.match: torch {torch.__version__} sees {', '.join(names) or 'no CUDA device'} and not {match or 'any'}; "
+        "check CUDA_VISIBLE_DEVICES and that torch was built for CUDA"
+    )
+
+
+@functools.cache
+def allowed_cpus() -> tuple[int, ...]:
+    """CPUs that this process might use when it was first asked, before it pinned itself."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def prepare_cpu(threads: int | None) -> int:
@@ -88,15 +116,18 @@ def prepare_cpu(threads: int | None) -> int:
 
     Args:
         threads: None means every CPU that this process may use.
+
+    Raises:
+        ValueError: when there are fewer CPUs.
     """
     import torch
 
-    if hasattr(os, "sched_getaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-        count = min(threads or len(allowed), len(allowed))
+    allowed = allowed_cpus()
+    count = threads or len(allowed)
+    if count > len(allowed):
+        raise ValueError(f"runtime.threads: {count} is more than the {len(allowed)} CPUs that this process may use")
+    if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, allowed[:count])
-    else:
-        count = threads or os.cpu_count() or 1
     torch.set_num_threads(count)
     _keep_freed_memory()
     return count

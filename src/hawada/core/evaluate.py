@@ -28,11 +28,11 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
 
 @torch.no_grad()
 def predict_classes(model: nn.Module, batches: Iterable[Any], logits: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-    """(predicted, labels), both (samples,) on the CPU, over batches of (inputs, labels)."""
-    device = next(model.parameters()).device
+    """(predicted, labels), both (samples,) on the CPU, over batches of (inputs, labels), in the model's dtype."""
+    weight = next(model.parameters())
     predicted, labels = [], []
     for inputs, wanted in batches:
-        predicted.append(logits(model(inputs.to(device))).argmax(-1).cpu())
+        predicted.append(logits(model(inputs.to(weight))).argmax(-1).cpu())
         labels.append(wanted)
     return torch.cat(predicted), torch.cat(labels)
 

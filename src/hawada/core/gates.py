@@ -117,9 +117,10 @@ def project_gates_into_constraints(
             continue
         bound = lower if kept < lower else upper
         low, high = -100.0 * gate.temperature, 100.0 * gate.temperature
+        theta = gate.theta.cpu().double()
         for _ in range(60):  # bisection: the sum is monotone in the shift
             shift = (low + high) / 2
-            total = float(torch.sigmoid((gate.theta.double() + shift) / gate.temperature).sum())
+            total = float(torch.sigmoid((theta + shift) / gate.temperature).sum())
             low, high = (shift, high) if total < bound else (low, shift)
         gate.theta.add_(high if kept < lower else low)
 

@@ -116,14 +116,14 @@ class Rounds:
 
     Attributes:
         precision: stop when every ratio's relative half-width is at most this.
-        min_rounds: fewest rounds.
+        min_rounds: fewest rounds; the precision is looked at then, and whenever their number has doubled.
         max_rounds: most rounds.
-        max_seconds: no further round begins after this.
+        max_seconds: no further round begins after this once there are `min_rounds`.
     """
 
     precision: float = 0.01
-    min_rounds: int = 9
-    max_rounds: int = 60
+    min_rounds: int = 10
+    max_rounds: int = 80
     max_seconds: float = 20.0
 
 
@@ -150,20 +150,23 @@ def sample_rounds(samplers: Sequence[Callable[[], float]], rounds: Rounds, seed:
     """
     order = np.random.default_rng(seed)
     rows: list[list[float]] = []
+    checkpoint = rounds.min_rounds
     start = time.perf_counter()
     while len(rows) < rounds.max_rounds:
         row = [0.0] * len(samplers)
         for index in order.permutation(len(samplers)):
             row[index] = samplers[index]()
         rows.append(row)
-        if len(rows) < rounds.min_rounds:
+        late = time.perf_counter() - start > rounds.max_seconds
+        if len(rows) != checkpoint and not (late and len(rows) >= rounds.min_rounds):
             continue
+        checkpoint *= 2  # looked at rarely: stopping at the first narrow interval would make intervals too narrow
         table = np.asarray(rows)
         ratios = table / np.maximum(table[:, [baseline]], TINY_MS)
         others = [index for index in range(len(samplers)) if index != baseline] or [baseline]
         checked = table if others == [baseline] else ratios
         widths = [bootstrap_median(checked[:, index], resamples=200).half_width for index in others]
-        if max(widths) <= rounds.precision or time.perf_counter() - start > rounds.max_seconds:
+        if late or max(widths) <= rounds.precision:
             break
     return np.asarray(rows)
 

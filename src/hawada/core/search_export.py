@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hawada.core.budget import Budget
-from hawada.core.export import ExportPolicy, Rounding, top_units
+from hawada.core.export import ExportPolicy, top_units
 from hawada.core.profiler import Comparison
 from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, full_widths, widths_of, without_orphans
@@ -57,6 +57,10 @@ class Allocation:
         """The most salient units of every group in these numbers."""
         chosen = {name: top_units(self.saliency[name], width) for name, width in widths.items()}
         return without_orphans(chosen, list(self.groups.values()))
+
+    def smallest(self) -> Keep:
+        """The least that may stay."""
+        return self.keep({name: allowed[0] for name, allowed in self.allowed.items()})
 
     def shrink_to(self, aim_ms: float, start: Mapping[str, int] | None = None) -> Widths:
         """Widths predicted to take at most `aim_ms`, or the smallest there are; then grown while they still do.
@@ -154,27 +158,34 @@ class Candidate:
     """One sliced model that was measured.
 
     Attributes:
-        multiple: rounding multiple it was allocated with.
+        level: which of the search's policies it was allocated with; 0 is the finest.
         keep: its kept indices.
         predicted_ratio: what the proxy said before the measurement, relative to the teacher.
         comparison: what was measured.
         worth: saliency retained.
     """
 
-    multiple: int
+    level: int
     keep: Keep
     predicted_ratio: float
     comparison: Comparison
     worth: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class SearchResult:
-    """The chosen candidate, whether it is on target, and all that were measured, in order."""
+    """The outcome of a search.
+
+    Attributes:
+        chosen: the model to export.
+        status: `on_target`, `held` (the budget holds, further below than the tolerance) or `infeasible`: then `chosen`
+            is the smallest model there is.
+        candidates: all that were measured, in order.
+    """
 
     chosen: Candidate
-    on_target: bool
-    candidates: list[Candidate] = field(default_factory=list)
+    status: str
+    candidates: list[Candidate]
 
 
 @dataclass
@@ -183,9 +194,9 @@ class BudgetSearch:
 
     Attributes:
         groups: every group of the model.
-        saliency: per group, (units,).
+        saliency: per group, (units,); groups without an entry stay whole.
         proxy: fitted in milliseconds of a teacher that takes `teacher_ms`; every measurement is added to it.
-        policy: allowed widths; `multiple` replaces the rounding of kinds that it rounds at all.
+        policies: sets of allowed widths, the finest first.
         measure: slices and measures a choice against the teacher, interleaved.
         budget: the goal.
         teacher_ms: the teacher's time that the proxy was fitted with.
@@ -195,34 +206,48 @@ class BudgetSearch:
     groups: Sequence[Group]
     saliency: Mapping[str, Tensor]
     proxy: Proxy
-    policy: ExportPolicy
+    policies: Sequence[ExportPolicy]
     measure: Callable[[Keep], Comparison]
     budget: Budget
     teacher_ms: float
     start: Widths | None = None
 
-    def try_aim(self, aim_ratio: float, multiple: int) -> Candidate:
-        """Allocate for a predicted ratio, measure the choice and add it to the proxy's fit."""
-        rounding = {kind: Rounding(multiple, old.mode) for kind, old in self.policy.rounding.items()}
-        policy = ExportPolicy(self.policy.threshold, rounding, self.policy.minimum)
-        allocation = Allocation(self.groups, self.saliency, self.proxy, policy)
-        widths = allocation.shrink_to(aim_ratio * self.teacher_ms, self.start)
-        keep = allocation.keep(widths)
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
+
+    def choose(self, aim_ratio: float, level: int) -> Keep:
+        """Kept indices that are predicted to take at most this fraction of the teacher's time."""
+        allocation = self._allocation(level)
+        return allocation.keep(allocation.shrink_to(aim_ratio * self.teacher_ms, self.start))
+
+    def try_keep(self, keep: Keep, level: int) -> Candidate:
+        """Measure a choice and add it to the proxy's fit."""
+        widths = widths_of(keep)
         predicted = float(self.proxy.predict(widths)) / self.teacher_ms
         comparison = self.measure(keep)
-        self.proxy.add_sample(widths_of(keep), comparison.ratio.median * self.teacher_ms, weight=3.0)
-        return Candidate(multiple, keep, predicted, comparison, allocation.worth(widths_of(keep)))
+        self.proxy.add_sample(widths, comparison.ratio.median * self.teacher_ms, weight=3.0)
+        return Candidate(level, keep, predicted, comparison, self._allocation(level).worth(widths))
+
+    def smallest(self) -> Keep:
+        """The least that may stay of the groups that have a saliency."""
+        return self._allocation(0).smallest()
+
+    def _allocation(self, level: int) -> Allocation:
+        return Allocation(self.groups, self.saliency, self.proxy, self.policies[level])
 
 
-def grid_search_latency(search: BudgetSearch, multiples: Sequence[int]) -> list[Candidate]:
-    """One candidate per rounding multiple, each aimed at the middle of the budget and measured; the best comes first.
+def grid_search_latency(search: BudgetSearch) -> list[Candidate]:
+    """One candidate per policy, each aimed at the middle of the budget and measured; the best comes first.
 
     The best retains the most saliency among those that hold the budget; when none holds it, the fastest.
     """
-    if not multiples:
-        raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
     aim = search.budget.middle(search.teacher_ms)
-    candidates = [search.try_aim(aim, multiple) for multiple in multiples]
+    candidates: list[Candidate] = []
+    for level in range(len(search.policies)):
+        keep = search.choose(aim, level)
+        if all(candidate.keep != keep for candidate in candidates):
+            candidates.append(search.try_keep(keep, level))
 
     def rank(candidate: Candidate) -> tuple[bool, float]:
         holds = search.budget.holds(candidate.comparison)
@@ -231,39 +256,46 @@ def grid_search_latency(search: BudgetSearch, multiples: Sequence[int]) -> list[
     return sorted(candidates, key=rank)
 
 
-def search_export(search: BudgetSearch, multiples: Sequence[int], max_measurements: int = 10) -> SearchResult:
+def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchResult:
     """Find the model that measurably meets the budget.
 
-    The first measurements choose the rounding multiple; the later ones correct the aim inside the bracket of what was
-    measured too fast and too slow, until one is on target.
+    The first measurements choose among the policies; the later ones correct the aim inside the bracket of what was
+    measured too fast and too slow, until one is on target. Where a policy's widths are too coarse to come closer, the
+    next finer one takes over. When nothing holds the budget, the smallest model is measured before giving up.
 
     Args:
         search: the problem.
-        multiples: rounding multiples to try.
-        max_measurements: the most models to slice and measure in all.
+        max_measurements: the most models to slice and measure in all, the smallest not counted.
 
     Returns:
-        The slowest measured candidate whose interval holds the budget; when none does, the fastest, not on target.
+        The candidate on target that retains the most saliency, else the slowest that holds the budget, else the
+        fastest.
     """
-    tried = grid_search_latency(search, multiples)
-    multiple = tried[0].multiple
-    seen = {str(candidate.keep) for candidate in tried}
-    while len(tried) < max_measurements and not any(search.budget.on_target(c.comparison) for c in tried):
+    budget = search.budget
+    tried = grid_search_latency(search)
+    level = tried[0].level
+    while len(tried) < max_measurements and not any(budget.on_target(candidate.comparison) for candidate in tried):
         aim = _next_aim(search, tried)
-        candidate = search.try_aim(aim, multiple)
-        tried.append(candidate)
-        if str(candidate.keep) in seen and len(tried) >= 4:
-            break  # the widths are too coarse to come closer
-        seen.add(str(candidate.keep))
-    holding = [candidate for candidate in tried if search.budget.holds(candidate.comparison)]
-    on_target = [candidate for candidate in holding if search.budget.on_target(candidate.comparison)]
+        seen = [candidate.keep for candidate in tried]
+        # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
+        choices = [search.choose(aim * share, level) for share in (1.0, 1.0 + 0.35 * budget.tolerance)]
+        fresh = [keep for keep in choices if keep not in seen]
+        if fresh:
+            tried.append(search.try_keep(fresh[0], level))
+        elif level > 0:
+            level -= 1
+        else:
+            break
+    holding = [candidate for candidate in tried if budget.holds(candidate.comparison)]
+    if not holding:
+        tried.append(search.try_keep(search.smallest(), 0))
+        if not budget.holds(tried[-1].comparison):
+            return SearchResult(tried[-1], "infeasible", tried)
+        holding = tried[-1:]
+    on_target = [candidate for candidate in holding if budget.on_target(candidate.comparison)]
     if on_target:
-        chosen = max(on_target, key=lambda candidate: candidate.worth)
-    elif holding:
-        chosen = max(holding, key=lambda candidate: candidate.comparison.ratio.median)
-    else:
-        chosen = min(tried, key=lambda candidate: candidate.comparison.ratio.median)
-    return SearchResult(chosen, bool(on_target), tried)
+        return SearchResult(max(on_target, key=lambda candidate: candidate.worth), "on_target", tried)
+    return SearchResult(max(holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
 
 
 def _next_aim(search: BudgetSearch, tried: Sequence[Candidate]) -> float:

@@ -131,8 +131,8 @@ def without_orphans(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) 
     """Sort every entry and empty the groups whose parent (or parent's parent) is gone."""
     parents = {group.name: group.parent for group in groups}
 
-    def alive(name: str | None) -> bool:
-        return name is None or (len(keep[name]) > 0 and alive(parents[name]))
+    def alive(name: str | None) -> bool:  # a parent that is not among the groups counts as kept
+        return name not in parents or (len(keep[name]) > 0 and alive(parents[name]))
 
     return {group.name: tuple(sorted(keep[group.name])) if alive(group.parent) else () for group in groups}
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -151,18 +152,21 @@ class LagrangeTrainer:
         self.proxy.add_sample(widths_of(keep), self.measured_ms)
         return self.measured_ms
 
-    def train_epoch(self, loader: Iterable[Any], on_step: Callable[[Step], None] | None = None) -> Step:
-        """One pass over the data; returns means over its steps (and the last lambda).
+    def train_epoch(
+        self, loader: Iterable[Any], on_step: Callable[[Step], None] | None = None, max_steps: int | None = None
+    ) -> Step:
+        """One pass over the data, or its first `max_steps` batches; returns means over its steps (and the last lambda).
 
         Args:
             loader: yields (inputs, …) with inputs of shape (batch, …); anything after the inputs is not used.
             on_step: called after every step, for live display.
+            max_steps: at most so many steps.
 
         Raises:
             FloatingPointError: when a loss is not finite; the optimizer step that it was for is not taken.
         """
         steps: list[Step] = []
-        for batch in loader:
+        for batch in islice(loader, max_steps):
             inputs = batch[0].to(self.accelerator.device)
             steps.append(self._step(inputs))
             if on_step is not None:
@@ -184,6 +188,7 @@ class LagrangeTrainer:
         loader: Iterable[Any],
         *,
         epochs: int,
+        steps_per_epoch: int | None = None,
         probe_every: int = 0,
         patience: int = 0,
         settle: float = 0.02,
@@ -195,6 +200,7 @@ class LagrangeTrainer:
         Args:
             loader: see `train_epoch`.
             epochs: the most passes.
+            steps_per_epoch: where a pass is long, what counts as one; None means all the data.
             probe_every: measure a sliced student after every so many epochs; 0 never.
             patience: stop when the gap has been within `settle` and KD has not improved by 1 % for so many epochs;
                 0 never.
@@ -208,11 +214,14 @@ class LagrangeTrainer:
         good, best, waited = self._snapshot(), math.inf, 0
         for epoch in range(epochs):
             try:
-                step = self.train_epoch(loader, on_step)
+                step = self.train_epoch(loader, on_step, steps_per_epoch)
+                now = self._snapshot()
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in now.values()):
+                    raise FloatingPointError("the last step made a gate or weight that is not finite")
             except FloatingPointError:
                 self._restore(good)
                 return "nan"
-            good = self._snapshot()
+            good = now
             if probe_every and (epoch + 1) % probe_every == 0:
                 self.probe()
             if on_epoch is not None:

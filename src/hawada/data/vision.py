@@ -83,16 +83,23 @@ class VisionData:
         train: augmented training images.
         plain: the same without augmentation.
         test: test images.
+        classes: how many different labels there are.
         workers: loader processes.
     """
 
-    def __init__(self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], workers: int = 0) -> None:
-        self.train, self.plain, self.test, self.workers = train, plain, test, workers
+    def __init__(
+        self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], *, classes: int, workers: int = 0
+    ) -> None:
+        self.train, self.plain, self.test, self.classes, self.workers = train, plain, test, classes, workers
 
     def train_loader(self, batch_size: int, seed: int) -> DataLoader[Any]:
-        """Shuffled, in an order that depends on the seed alone; yields (images, labels)."""
+        """Shuffled, in an order that depends on the seed alone; yields (images, labels).
+
+        A single image left over is dropped: BatchNorm cannot train on it.
+        """
         generator = torch.Generator().manual_seed(seed)
-        return self._loader(self.train, batch_size, shuffle=True, generator=generator)
+        alone = len(self.train) % batch_size == 1  # type: ignore[arg-type]
+        return self._loader(self.train, batch_size, shuffle=True, generator=generator, drop_last=alone)
 
     def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Any]:
         """The same random `samples` training images every time, without augmentation."""
@@ -189,7 +196,8 @@ def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | 
     if samples is not None:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()  # type: ignore[arg-type]
         train, plain = Subset(train, chosen), Subset(plain, chosen)
-    return VisionData(train, plain, ImageFolder(f"{root}/val", central), workers)
+    test = ImageFolder(f"{root}/val", central)
+    return VisionData(train, plain, test, classes=len(test.classes), workers=workers)
 
 
 def _in_memory(
@@ -199,6 +207,7 @@ def _in_memory(
         ImageTensors(*train, mean=mean, std=std, augment=augment),
         ImageTensors(*train, mean=mean, std=std),
         ImageTensors(*test, mean=mean, std=std),
+        classes=int(test[1].max()) + 1,
     )
 
 

@@ -38,8 +38,12 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         table.add_row("target", "", f"{result['target_ms']:.3f} ms", f"{result['target_ratio']:.3f}")
     table.add_row("verdict", "", f"[bold {colour}]{result['verdict']}[/]", "")
     console.print(table)
-    console.print(f"{escape(result['reason'])}\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
-    code = f"  import hawada\n  model = hawada.load({slim['path']!r})\n  logits = model(images)"
+    timed = result["timed_as"]
+    shown = f"batch {timed['batch']}, {timed['dtype']} on {timed['device']}"
+    console.print(f"{escape(result['reason'])} ({shown})\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
+    move = "" if timed["device"] == "cpu" else f".to({timed['device']!r})"
+    move += "" if timed["dtype"] == "float32" else f".to(torch.{timed['dtype']})"
+    code = f"  import hawada\n  model = hawada.load({slim['path']!r}){move}\n  logits = model(images)"
     console.print(escape(code), soft_wrap=True)
 
 

@@ -46,14 +46,14 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         loader = work.data.test_loader(cfg.evaluate.batch_size)
         predicted, accuracy = {}, {}
         for name, model in models.items():
-            predicted[name], labels = predict_classes(model.to(work.device), loader, work.adapter.logits)
+            predicted[name], labels = predict_classes(work.timed(model), loader, work.adapter.logits)
             accuracy[name] = float((predicted[name] == labels).float().mean())
         costs = {
-            name: {"params": count_parameters(model), "macs": count_macs(model.float(), work.adapter.example_inputs(1))}
+            name: {"params": count_parameters(model), "macs": count_macs(model, tuple(x[:1] for x in work.inputs))}
             for name, model in models.items()
         }
         progress.step("measuring")
-        comparison = measure_until_clear(work, work.timed(teacher), work.timed(slim))
+        comparison = measure_until_clear(work, teacher, slim)
         progress.step("")
         verdict, reason = work.budget.verdict(comparison)
         teacher_ms = comparison.baseline.median
@@ -62,10 +62,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         return run.finish(
             "evaluate",
             {
+                "summary": f"{verdict}: {reason}",
                 "verdict": verdict,
                 "reason": reason,
                 "target_ms": work.budget.ratio(teacher_ms) * teacher_ms if work.budget.has_target else None,
                 "target_ratio": work.budget.ratio(teacher_ms) if work.budget.has_target else None,
+                "timed_as": work.timed_as,
                 "latency_ratio": _short(comparison.ratio),
                 **{
                     name: {
@@ -108,13 +110,14 @@ def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -
         RuntimeError: when the process fails or the logits differ by more than `EQUALITY`.
     """
     inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
-    example = work.adapter.example_inputs(min(8, work.cfg.budget.batch))
+    example = work.adapter.example_inputs(min(8, work.batch))
     save_file({f"{index:03d}": x for index, x in enumerate(example)}, inputs)
     target = work.adapter_spec["_target_"]
     command = [sys.executable, "-c", RELOAD, str(path), str(inputs), str(output), str(torch.get_num_threads()), target]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{path} does not load in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
     with torch.no_grad():
         here = work.adapter.logits(model(*example))
     record = compare_outputs(here, load_file(output)["logits"])

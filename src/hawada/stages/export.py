@@ -33,6 +33,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     with work.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
         progress.say("choosing widths and measuring")
         keep, record = _choose(work, student, teacher, run.result("profile")["teacher_ms"], progress)
+        if "verdict" in record:
+            return record  # nothing holds the budget: the stage leaves no manifest and counts as not finished
         progress.done()
         slim = materialize(student.model, work.groups, keep).eval()
         equivalence = prove_equivalence(work, student, slim, keep)
@@ -62,7 +64,7 @@ def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: 
     Raises:
         RuntimeError: when they differ by more than `EQUALITY`: the adapter's declaration is wrong.
     """
-    inputs = work.adapter.example_inputs(min(8, work.cfg.budget.batch))
+    inputs = work.adapter.example_inputs(min(8, work.batch))
     slim = copy.deepcopy(slim).cpu().float()
     with torch.no_grad(), student.hard_gated({g.name: keep[g.name] for g in student.groups}):
         gated = work.adapter.logits(student.cpu()(*inputs))
@@ -86,31 +88,48 @@ def _choose(
         progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
         return comparison
 
-    policy = work.policy()
+    policy = work.policy
     from_gates = keep_all(work.groups) | keep_from_gates(student.own_gates(), student.groups, policy)
     if not work.budget.has_target:
-        return from_gates, {"on_target": None, "measured": measure(from_gates).as_dict(), "candidates": []}
+        comparison = measure(from_gates)
+        return from_gates, {
+            "summary": f"no target; the gates' widths take {comparison.ratio.median:.3f} of the teacher's time",
+            "status": "no target",
+            "measured": comparison.as_dict(),
+            "candidates": [],
+        }
     search = BudgetSearch(
         groups=work.groups,
         saliency=saliency_from_gates(student.effective_gates()),
         proxy=load_proxy(work, "train"),
-        policy=policy,
+        policies=work.policies,
         measure=measure,
         budget=work.budget,
         teacher_ms=teacher_ms,
         start=widths_of(from_gates) if work.cfg.export.widths == "gates" else None,
     )
-    found = search_export(search, work.multiples, work.cfg.export.max_measurements)
-    return found.chosen.keep, {
-        "on_target": found.on_target,
-        "measured": found.chosen.comparison.as_dict(),
+    found = search_export(search, work.cfg.export.max_measurements)
+    comparison = found.chosen.comparison
+    record: dict[str, Any] = {
+        "summary": f"{found.status}: {comparison.ratio.median:.3f} of the teacher's time, "
+        f"{len(found.candidates)} models measured",
+        "status": found.status,
+        "measured": comparison.as_dict(),
         "candidates": [_described(candidate) for candidate in found.candidates],
     }
+    if found.status == "infeasible":
+        target_ms = work.budget.ratio(comparison.baseline.median) * comparison.baseline.median
+        record |= {
+            "verdict": "infeasible",
+            "reason": f"the fastest is {comparison.candidate.median:.3f} ms, the target is {target_ms:.3f} ms",
+            "target_ms": target_ms,
+        }
+    return found.chosen.keep, record
 
 
 def _described(candidate: Candidate) -> dict[str, Any]:
     return {
-        "multiple": candidate.multiple,
+        "level": candidate.level,
         "predicted_ratio": candidate.predicted_ratio,
         "ratio": candidate.comparison.ratio.as_dict(),
         "worth": candidate.worth,

@@ -54,4 +54,6 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             groups=work.groups,
             keep=json.loads((run.folder("export") / "keep.json").read_text()),
         )
-        return run.finish("finetune", {"epochs": len(history), **(history[-1] if history else {})})
+        last = history[-1] if history else {}
+        summary = ", ".join([f"{len(history)} epochs", *(f"{name} {value:.3g}" for name, value in last.items())])
+        return run.finish("finetune", {"summary": summary, "epochs": len(history), **last})

@@ -19,7 +19,7 @@ SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
 def run_inspect(run: Run) -> dict[str, Any]:
     """Print one row per group; writes nothing."""
     work = Workspace(run.settings("train"), run)
-    trained = run.is_finished("train") and (run.folder("train") / "gates.safetensors").is_file()
+    trained = run.is_finished("train") and not run.different_keys("train")
     model = work.adapter.skeleton()
     student = load_student(work, model) if trained else Student(model, work.gated_groups, work.new_gate)
     rows = group_table(student)

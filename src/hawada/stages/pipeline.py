@@ -1,30 +1,62 @@
-"""Runs one stage, or all of them in order, skipping what is finished."""
+"""Checks what stages will need, then runs one of them, or all in order, skipping what is finished."""
 
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 from rich.markup import escape
 
+from hawada.config import check_targets
 from hawada.core.profiler import Interval
+from hawada.plan import PLANS, order, upstream
 from hawada.report.progress import console
 from hawada.run import Run, write_json
-from hawada.stages.plan import PLANS, order
+from hawada.stages.profile import measure_fastest
 from hawada.stages.workspace import Workspace
 
 
 def check(stages: list[str], run: Run) -> None:
-    """Check the group filter on the bare architecture, and that the teacher can be had, before any work is done.
+    """Check what can be checked before any work is done.
+
+    The classes that the configuration names exist; the group filter matches something on the bare architecture; the
+    data fit the model; the teacher's weights are here or within reach; earlier measurements are this machine's.
 
     Raises:
-        ValueError: when the filter matches nothing, or the weights are neither here nor within reach.
+        ValueError: one sentence with the key and the remedy.
     """
-    work = Workspace(run.settings("train"), run)
-    if any("groups" in PLANS[stage].reads for stage in stages):
-        work.gated_groups  # noqa: B018
-    if not work.cfg.model.pretrain and any(PLANS[stage].teacher for stage in stages):
-        work.adapter.check_teacher()
+    for stage in stages:
+        check_targets(run.settings(stage))
+    plans = [PLANS[stage] for stage in stages]
+    if "pretrain" in stages and not run.cfg.model.pretrain:
+        raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
+    if any("groups" in plan.reads for plan in plans):
+        Workspace(run.settings("train"), run).gated_groups  # noqa: B018
+    if stages:
+        work = Workspace(run.settings(stages[-1]), run)
+        if any("data" in plan.reads for plan in plans):
+            work.data  # noqa: B018
+        if not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
+            work.adapter.check_teacher()
+    if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
+        _check_same_machine(stages, run)
+
+
+def _check_same_machine(stages: list[str], run: Run) -> None:
+    """Refuse latencies that another machine or stack measured, or with overwrite=true take them afresh."""
+    here = Workspace(run.settings("profile"), run).environment()["fingerprint"]
+    needed = {earlier for stage in stages for earlier in (*upstream(stage, run.cfg), stage)}
+    for stage in [name for name in order(run.cfg) if name in needed and PLANS[name].measures and run.is_finished(name)]:
+        there = json.loads((run.folder(stage) / "environment.json").read_text())["fingerprint"]
+        different = [f"{key} {there.get(key)}" for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+        if different and run.overwrite and stage in stages:
+            run.discard(stage)
+        elif different:
+            raise ValueError(
+                f"{run.folder(stage)} was measured elsewhere ({', '.join(different)}) and latencies do not carry over; "
+                "choose another name=..., or set overwrite=true to measure again"
+            )
 
 
 def run_stage(stage: str, run: Run) -> dict[str, Any]:
@@ -32,37 +64,49 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     run.check_upstream(stage)
     if run.check(stage):
         console.print(f"[bold]{stage:>9}[/] already done in {escape(str(run.folder(stage)))}", soft_wrap=True)
-        return run.result(stage)
-    if stage == "train" and (foregone := foregone_result(run)):
-        return foregone
-    module = importlib.import_module(f"hawada.stages.{stage}")
-    return module.run(run.settings(stage), run)
+        result = run.result(stage)
+    elif stage == "train" and (foregone := foregone_result(run)):
+        result = foregone
+    else:
+        module = importlib.import_module(f"hawada.stages.{stage}")
+        result = module.run(run.settings(stage), run)
+        console.print(f"[bold]{stage:>9}[/] {escape(result['summary'])}", soft_wrap=True)
+    if "verdict" in result:
+        write_json(run.root / "result.json", result)
+    return result
 
 
 def run_pipeline(run: Run) -> dict[str, Any]:
-    """Everything from a teacher to a verdict; writes `result.json` beside the stages' folders."""
+    """Everything from a teacher to a verdict; `result.json` lies beside the stages' folders then."""
     result: dict[str, Any] = {}
     for stage in order(run.cfg):
+        if stage == "pretrain" and (foregone := foregone_result(run)):
+            write_json(run.root / "result.json", foregone)
+            return foregone
         result = run_stage(stage, run)
-        if stage == "profile" and (foregone := foregone_result(run)):
-            result = foregone
+        if "verdict" in result:
             break
-    write_json(run.root / "result.json", result)
     return result
 
 
 def foregone_result(run: Run) -> dict[str, Any] | None:
-    """The result when the profile alone decides: the teacher meets the budget already, or nothing can."""
+    """The result when measurements alone decide: the teacher meets the budget already, or nothing can."""
     profile = run.result("profile")
-    budget = Workspace(run.settings("train"), run).budget
-    decided = budget.foregone(profile["teacher_ms"], Interval(**profile["fastest_ratio"]))
+    work = Workspace(run.settings("train"), run)
+    if not work.budget.has_target:
+        return None
+    everything = len(work.gated_groups) == len(work.groups)
+    fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(work)
+    teacher = Interval(**{name: profile["teacher"][name] for name in ("median", "low", "high")})
+    decided = work.budget.foregone(teacher, fastest)
     if decided is None:
         return None
     verdict, reason = decided
     return {
+        "summary": f"{verdict}: {reason}",
         "verdict": verdict,
         "reason": reason,
-        "target_ms": budget.ratio(profile["teacher_ms"]) * profile["teacher_ms"],
+        "target_ms": work.budget.ratio(teacher.median) * teacher.median,
         "teacher": {"latency_ms": profile["teacher"]},
         "environment": profile["environment"],
     }

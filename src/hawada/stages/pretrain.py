@@ -41,4 +41,5 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             keep=keep_all(work.groups),
         )
         predicted, labels = predict_classes(model, work.data.test_loader(cfg.pretrain.batch_size), work.adapter.logits)
-        return run.finish("pretrain", {"accuracy": float((predicted == labels).float().mean())})
+        accuracy = float((predicted == labels).float().mean())
+        return run.finish("pretrain", {"summary": f"test accuracy {accuracy:.2%}", "accuracy": accuracy})

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawada.core.export import materialize, smallest_keep
-from hawada.core.profiler import bootstrap_median, sample_rounds, summarize
+from hawada.core.profiler import Interval, bootstrap_median, sample_rounds, summarize
 from hawada.core.proxy_cost import build_table, fidelity, random_keep
 from hawada.core.structure import Keep, keep_all, widths_of
 from hawada.report.progress import Progress
@@ -27,7 +27,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """
     work = Workspace(cfg, run)
     teacher = work.timed(work.adapter.skeleton())
-    policy = work.policy()
+    policy = work.policy
     count = cfg.profile.calibration + cfg.profile.held_out
     chunks = math.ceil((count + 2) / CHUNK)
     with work.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
@@ -58,20 +58,31 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         for keep, ms in zip(unseen, real, strict=True):
             proxy.add_sample(widths_of(keep), ms)
         write_json(folder / "proxy.json", proxy.state())
+        quality = fidelity(predicted, real)
         return run.finish(
             "profile",
             {
+                "summary": f"teacher {teacher_ms:.3g} ms; on {len(real)} unseen models the proxy is off by "
+                f"{quality['mape']:.1%} (Kendall tau {quality['kendall_tau']:.2f})",
                 "teacher_ms": teacher_ms,
                 "teacher": measured[0]["latency_ms"],
                 "fastest_ratio": measured[1]["ratio"],
                 "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
-                "fidelity": fidelity(predicted, real),
+                "fidelity": quality,
                 "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
                 "models": [{"widths": widths_of(keep), **record} for keep, record in zip(keeps, measured, strict=True)],
+                "timed_as": work.timed_as,
                 "simulated": work.clock.simulated,
                 "environment": work.environment(),
             },
         )
+
+
+def measure_fastest(work: Workspace) -> Interval:
+    """Measured ratio to the teacher of the smallest model that the gated groups allow."""
+    teacher = work.timed(work.adapter.skeleton())
+    keep = keep_all(work.groups) | smallest_keep(work.gated_groups, work.policy)
+    return work.compare(teacher, materialize(teacher, work.groups, keep)).ratio
 
 
 def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:

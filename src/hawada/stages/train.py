@@ -28,6 +28,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     with work.writing("train") as folder:
         trainer = make_trainer(work, profile["teacher_ms"])
         loader = work.data.train_loader(cfg.train.batch_size, cfg.seed)
+        steps = min(len(loader), cfg.train.steps_per_epoch or len(loader))
         log = MetricsLog(folder / "metrics.jsonl")
         history: list[Step] = []
 
@@ -35,10 +36,11 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             history.append(step)
             log.write({"epoch": epoch, **step.as_dict()})
 
-        with Progress("train", cfg.train.epochs * len(loader)) as progress:
+        with Progress("train", cfg.train.epochs * steps) as progress:
             stopped = trainer.fit(
                 loader,
                 epochs=cfg.train.epochs,
+                steps_per_epoch=cfg.train.steps_per_epoch,
                 probe_every=cfg.train.probe_every,
                 patience=cfg.train.patience,
                 on_step=lambda step: progress.step(
@@ -48,6 +50,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 on_epoch=on_epoch,
             )
             progress.done()
+        if stopped == "nan" and not history:
+            raise ValueError("train: the loss was not finite from the start; lower train.gate_optimizer.lr")
         student = trainer.gated
         own = student.own_gates()
         save_file({name: gate.detach().cpu() for name, gate in _thetas(student).items()}, folder / "gates.safetensors")
@@ -59,6 +63,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         return run.finish(
             "train",
             {
+                "summary": _summary(stopped, history),
                 "stopped": stopped,
                 "epochs": len(history),
                 **last,
@@ -66,6 +71,14 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "open_units": {name: int((gate >= 0.5).sum()) for name, gate in own.items()},
             },
         )
+
+
+def _summary(stopped: str, history: list[Step]) -> str:
+    """One line for the terminal."""
+    if not history:
+        return "no epochs"
+    last, why = history[-1], "; NaN: the gates are those of the last good epoch" if stopped == "nan" else ""
+    return f"{len(history)} epochs, KD {last.kd:.3g}, predicted {last.proxy_ms:.3g} ms, lambda {last.lambda_:.3g}{why}"
 
 
 def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
@@ -94,7 +107,7 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
         minimum_fraction=cfg.train.minimum_fraction,
         logits=work.adapter.logits,
         measure=_probe_function(work, teacher, teacher_ms),
-        policy=work.policy(),
+        policy=work.policy,
         accelerator=work.accelerator,
     )
 
@@ -110,8 +123,9 @@ def load_proxy(work: Workspace, stage: str) -> Proxy:
 def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
     """Measures a sliced student beside the teacher; the ratio, which drift does not touch, gives the milliseconds."""
 
+    reference = work.timed(copy.deepcopy(teacher))  # before accelerate wraps the teacher's forward
+
     def measure(slim: nn.Module) -> float:
-        reference = work.timed(copy.deepcopy(teacher))
         return work.compare(reference, work.timed(slim)).ratio.median * teacher_ms
 
     return measure

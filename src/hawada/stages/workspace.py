@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -50,15 +51,19 @@ class Workspace:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where models train and are timed; a simulated device leaves that to what is here."""
-        wanted = self.cfg.gpu.device if "gpu" in self.cfg else "auto"
-        if "gpu" in self.cfg and self.cfg.gpu.timing == "simulated":
-            wanted = "auto"
-        return resolve_device(wanted)
+        """Where models train and are timed.
+
+        A stage that measures nothing, or on a simulated device, takes what is here when `gpu.device` is not.
+        """
+        wanted, gpu = self.cfg.gpu.device, self.cfg.gpu
+        if gpu.get("timing") == "measured":
+            return resolve_device(wanted, match=gpu.match)
+        return resolve_device(wanted if wanted == "cpu" else "auto")
 
     @cached_property
     def accelerator(self) -> Accelerator:
         """Placement and mixed precision of training."""
+        AcceleratorState._reset_state(True)  # it is global, and an earlier stage or job may have chosen otherwise
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.runtime.mixed_precision)
 
     @cached_property
@@ -96,8 +101,26 @@ class Workspace:
 
     @cached_property
     def data(self) -> VisionData:
-        """The data set."""
-        return build(self.cfg.data)
+        """The data set.
+
+        Raises:
+            ValueError: when its images or labels are not what the model takes.
+        """
+        data: VisionData = build(self.cfg.data)
+        images, _ = next(iter(data.calibration_loader(1, 1)))
+        example = self.adapter.example_inputs(1)
+        if images.shape[1:] != example[0].shape[1:]:
+            raise ValueError(
+                f"data: images of shape {tuple(images.shape[1:])} do not fit a model whose latency is optimised for "
+                f"{tuple(example[0].shape[1:])}; set data.image_size and model.adapter.image_size to the same"
+            )
+        classes = self.adapter.logits(self.meta(*(x.to("meta") for x in example))).shape[-1]
+        if data.classes > classes:
+            raise ValueError(
+                f"data: {data.classes} classes do not fit a model with {classes}; "
+                f"set model.adapter.num_classes={data.classes}"
+            )
+        return data
 
     def teacher(self) -> nn.Module:
         """A fresh copy of the pretrained model, in eval mode on the CPU."""
@@ -126,10 +149,21 @@ class Workspace:
             return Rounds(min_rounds=1, max_rounds=1)
         return build(self.cfg.measure)
 
+    @property
+    def batch(self) -> int:
+        """Batch size whose latency is optimised: `budget.batch`, else the model's for this kind of device."""
+        kind = self.device.type if self.cfg.gpu.device == "auto" else self.cfg.gpu.device
+        return self.cfg.budget.batch or self.cfg.model.batch[kind]
+
+    @property
+    def timed_as(self) -> dict[str, Any]:
+        """What a latency is the latency of."""
+        return {"device": self.device.type, "dtype": self.cfg.gpu.dtype, "batch": self.batch, "runtime": "eager"}
+
     @cached_property
     def inputs(self) -> Inputs:
         """Inputs of the shape, dtype and device whose latency is optimised."""
-        example = self.adapter.example_inputs(self.cfg.budget.batch)
+        example = self.adapter.example_inputs(self.batch)
         return tuple(x.to(self.device, self.dtype if x.is_floating_point() else None) for x in example)
 
     @property
@@ -152,18 +186,25 @@ class Workspace:
         tolerance = node.tolerance or TOLERANCE.get(self.device.type, TOLERANCE_ELSEWHERE)
         return Budget(node.target_ms, node.target_ratio, tolerance)
 
-    def policy(self, multiple: int | None = None) -> ExportPolicy:
-        """Allowed widths; by kind the given multiple, else the smallest that the device lists."""
-        rounding = {kind: Rounding(multiple or min(_listed(values))) for kind, values in self.cfg.gpu.multiple.items()}
-        threshold = self.cfg.export.threshold if "threshold" in self.cfg.export else 0.5
-        return ExportPolicy(threshold, rounding, self.cfg.export.minimum)
-
     @cached_property
-    def multiples(self) -> list[int]:
-        """Every rounding multiple that the device lists for a kind that this model has."""
-        kinds = {group.kind for group in self.groups}
-        listed = {v for kind, values in self.cfg.gpu.multiple.items() if kind in kinds for v in _listed(values)}
-        return sorted(listed) or [1]
+    def policies(self) -> list[ExportPolicy]:
+        """Sets of allowed widths, the finest first: one for each place in the lists of `gpu.multiple`."""
+        listed = {kind: sorted(_listed(values)) for kind, values in self.cfg.gpu.multiple.items()}
+        levels = max((len(values) for values in listed.values()), default=1)
+        threshold = self.cfg.export.threshold if "threshold" in self.cfg.export else 0.5
+        return [
+            ExportPolicy(
+                threshold,
+                {kind: Rounding(values[min(level, len(values) - 1)]) for kind, values in listed.items()},
+                self.cfg.export.minimum,
+            )
+            for level in range(levels)
+        ]
+
+    @property
+    def policy(self) -> ExportPolicy:
+        """Every width that is allowed at all."""
+        return self.policies[0]
 
     def new_proxy(self, table: LatencyTable) -> Proxy:
         """The latency proxy as configured, without samples."""

@@ -34,7 +34,7 @@ PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy", "export.minimum"), measures=True),
-        StagePlan("pretrain", reads=(*_MODEL, "data", "pretrain")),
+        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "pretrain")),
         StagePlan(
             "train",
             reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold", "export.minimum"),
@@ -49,7 +49,7 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
         ),
-        StagePlan("finetune", reads=(*_MODEL, "data", "kd", "finetune"), needs=("export",), teacher=True),
+        StagePlan("finetune", reads=(*_MODEL, "gpu.device", "data", "kd", "finetune"), needs=("export",), teacher=True),
         StagePlan(
             "evaluate",
             reads=(*_MODEL, *_LATENCY, "data", "budget", "evaluate"),
@@ -59,6 +59,11 @@ PLANS: dict[str, StagePlan] = {
         ),
     )
 }
+
+
+def planned(stage: str, cfg: DictConfig) -> list[str]:
+    """The stages that a command runs: one, or a pipeline's; none for `inspect`."""
+    return order(cfg) if stage == "pipeline" else [name for name in PLANS if name == stage]
 
 
 def order(cfg: DictConfig) -> list[str]:
