@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -144,8 +145,6 @@ def check_targets(node: Any, key: str = "") -> None:
     Raises:
         ValueError: naming the key.
     """
-    from hydra.utils import get_object
-
     if OmegaConf.is_list(node):
         for index, inner in enumerate(node):
             check_targets(inner, f"{key}[{index}]")
@@ -155,7 +154,7 @@ def check_targets(node: Any, key: str = "") -> None:
         here = f"{key}.{name}" if key else str(name)
         if name == "_target_":
             try:
-                get_object(inner)
+                resolve_name(inner)
             except Exception as error:  # whatever importing a user's module may raise
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{here}: {inner} cannot be imported ({reason}); is its package installed?") from error
