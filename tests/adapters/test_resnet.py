@@ -142,7 +142,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
-    monkeypatch.setattr(resnet.socket, "create_connection", unreachable)
+    monkeypatch.setattr(resnet.urllib.request, "urlopen", unreachable)
 
 
 @pytest.mark.usefixtures("offline")

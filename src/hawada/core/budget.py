@@ -8,7 +8,7 @@ from hawada.core.profiler import Comparison, Interval
 
 # What a finished run may say; only these three are a success.
 SUCCESS = ("met", "already_met", "simulated")
-MARGIN = 0.25  # share of the tolerance that a search stays below the target
+MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class Budget:
         return self.target_ratio
 
     def middle(self, teacher_ms: float) -> float:
-        """The ratio to aim at: the middle of the range that `on_target` accepts."""
-        return self.ratio(teacher_ms) * (1 - self.tolerance * (1 + MARGIN) / 2)
+        """The ratio to aim at: the middle of the tolerated range."""
+        return self.ratio(teacher_ms) * (1 - self.tolerance / 2)
 
     def holds(self, comparison: Comparison) -> bool:
         """Whether the whole interval of the measurement is at or below the target."""
         return self._of_target(comparison).high <= 1
 
     def on_target(self, comparison: Comparison) -> bool:
-        """Whether a search may stop here: clearly below the target, but not by more than the tolerance.
+        """Whether a search may stop here: below the target, but not by more than the tolerance.
 
-        Two measurements minutes apart differ by about a percent, so some of the tolerance is kept as a margin.
+        Two measurements minutes apart differ by about a percent, so a margin is kept at both ends.
         """
-        reached = self._of_target(comparison)
-        return reached.high <= 1 - MARGIN * self.tolerance and reached.median >= 1 - self.tolerance
+        reached, margin = self._of_target(comparison), MARGIN * self.tolerance
+        return reached.high <= 1 - margin and reached.median >= 1 - self.tolerance + margin
 
     def _of_target(self, comparison: Comparison) -> Interval:
         """What was measured, as a fraction of the target: milliseconds of the slim model, or paired ratios."""

@@ -278,7 +278,7 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
         aim = _next_aim(search, tried)
         seen = [candidate.keep for candidate in tried]
         # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
-        choices = [search.choose(aim * share, level) for share in (1.0, 1.0 + 0.35 * budget.tolerance)]
+        choices = [search.choose(aim * share, level) for share in (1.0, 1.0 + 0.25 * budget.tolerance)]
         fresh = [keep for keep in choices if keep not in seen]
         if fresh:
             tried.append(search.try_keep(fresh[0], level))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import torchvision
@@ -69,7 +68,7 @@ class ResNetAdapter(Adapter):
         if (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
             return
         try:
-            socket.create_connection((urlsplit(url).hostname, 443), timeout=5).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()  # honours proxies
         except OSError as error:
             raise self._unreachable(error) from None
 
