@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from hawada.core.gates import parameter_groups
 
@@ -73,24 +75,7 @@ class Finetuner:
         """
         accelerator = accelerator or Accelerator()
         model.requires_grad_(True)
-        sorted_parameters = parameter_groups(model)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": sorted_parameters["weights"], "weight_decay": self.weight_decay},
-                {"params": sorted_parameters["norms_and_biases"], "weight_decay": 0.0},
-            ],
-            lr=self.lr,
-        )
-        total = max(1, self.epochs * len(loader))
-        rising = max(1, int(self.warm_up * total))
-        schedule = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rising + 1), total_iters=rising),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - rising)),
-            ],
-            milestones=[rising],
-        )
+        optimizer, schedule = self._optimizer(model, max(1, self.epochs * len(loader)))
         prepared, optimizer = accelerator.prepare(model, optimizer)
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
@@ -115,6 +100,27 @@ class Finetuner:
             if on_epoch is not None:
                 on_epoch(epoch, {name: value / len(loader) for name, value in sums.items()})
         return model.eval()
+
+    def _optimizer(self, model: nn.Module, total: int) -> tuple[Optimizer, LRScheduler]:
+        """AdamW, and its learning rate over `total` steps."""
+        sorted_parameters = parameter_groups(model)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": sorted_parameters["weights"], "weight_decay": self.weight_decay},
+                {"params": sorted_parameters["norms_and_biases"], "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+        )
+        rising = max(1, int(self.warm_up * total))
+        schedule = torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rising + 1), total_iters=rising),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - rising)),
+            ],
+            milestones=[rising],
+        )
+        return optimizer, schedule
 
     def _losses(
         self,
