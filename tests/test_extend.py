@@ -165,8 +165,9 @@ class NetAdapter(Adapter):
     def sites(self, model):
         return [Site("body", ("inner",), "body")]
 
-    def example_inputs(self, batch):
-        return (torch.randn(batch, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0)),)
+    def example_inputs(self, shape):
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(shape.batch, 3, self.image_size, self.image_size, generator=generator),)
 
 
 class ScoringNet(Net):

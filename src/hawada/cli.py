@@ -33,7 +33,7 @@ _jobs: list[dict[str, Any]] = []  # one record per finished job of this process
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """Run the configured stage; returns the objective that sweepers may maximise (test accuracy), if there is one."""
+    """Run the configured stage; returns the objective that sweepers may maximise: accuracy, or minus the perplexity."""
     given = [str(override).partition("=") for override in HydraConfig.get().overrides.task]
     record: dict[str, Any] = {"overrides": {key: value for key, _, value in given}, "result": {}, "error": None}
     _jobs.append(record)
@@ -44,7 +44,7 @@ def job(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweeper must know; a single job's error is reported by main, in one sentence
     slim = record["result"].get("slim") or {}
-    return slim.get("accuracy")
+    return -slim["perplexity"] if "perplexity" in slim else slim.get("accuracy")
 
 
 def _run(cfg: DictConfig) -> dict[str, Any]:

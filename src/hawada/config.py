@@ -82,6 +82,10 @@ RANGES: dict[str, Range] = {
     "budget.target_ratio": Range(0, 1, above=True),
     "budget.tolerance": Range(0, 0.5, above=True),
     "budget.batch": COUNT,
+    "budget.prompt": COUNT,
+    "budget.new_tokens": Range(2, whole=True),
+    "distill.chunk": COUNT,
+    "distill.hidden_weight": NOT_NEGATIVE,
     "runtime.threads": COUNT,
     "measure.precision": POSITIVE,
     "measure.min_rounds": Range(2, whole=True),
@@ -107,7 +111,6 @@ RANGES: dict[str, Range] = {
     "train.patience": COUNT_OR_ZERO,
     "train.minimum_fraction": Range(0, 1),
     "export.threshold": Range(0, 1, above=True),
-    "export.minimum": COUNT,
     "export.max_measurements": COUNT,
     "pretrain.batch_size": COUNT,
     "pretrain.trainer.epochs": COUNT_OR_ZERO,
@@ -127,6 +130,7 @@ NULLABLE = (
     "budget.tolerance",
     "budget.batch",
     "runtime.threads",
+    "distill.chunk",
     "train.steps_per_epoch",
 )
 
@@ -135,6 +139,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.dtype": ("float32", "bfloat16", "float16"),
     "gpu.device": ("auto", "cpu", "mps", "cuda"),
     "export.widths": ("allocation", "gates"),
+    "export.layout": ("uniform", "heterogeneous"),
+    "budget.phase": ("forward", "prefill", "decode", "generate"),
     "runtime.mixed_precision": ("no", "bf16", "fp16"),
 }
 
@@ -198,6 +204,9 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         )
     if cfg.penalties.floor > cfg.penalties.ceiling:
         raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")
+    for kind, value in cfg.export.minimum.items():
+        if value not in COUNT_OR_ZERO:
+            raise ValueError(f"export.minimum.{kind!s}: {value} is not {COUNT_OR_ZERO}; set it to one")
     _check_multiples(cfg.gpu.multiple)
     root = None if "data" not in read or OmegaConf.is_missing(cfg.data, "root") else cfg.data.get("root")
     if root is not None and not Path(root).exists():

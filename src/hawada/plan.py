@@ -27,29 +27,36 @@ class StagePlan:
 
 
 _MODEL = ("seed", "model", "runtime")
-_LATENCY = ("gpu", "budget.batch", "measure")
-_TRAINING = ("data", "budget", "kd", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
+_SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
+_LATENCY = ("gpu", *_SHAPE, "measure", "export.minimum", "export.layout")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements")
+_TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
-        StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy", "export.minimum"), measures=True),
-        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "pretrain")),
+        StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
+        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "distill", "pretrain")),
         StagePlan(
             "train",
-            reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold", "export.minimum"),
+            reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold"),
             needs=("profile",),
             teacher=True,
             measures=True,
         ),
         StagePlan(
             "export",
-            reads=(*_MODEL, *_LATENCY, "budget", "export", "gate", "groups", "proxy"),
+            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
             needs=("profile", "train"),
             teacher=True,
             measures=True,
         ),
-        StagePlan("finetune", reads=(*_MODEL, "gpu.device", "data", "kd", "finetune"), needs=("export",), teacher=True),
+        StagePlan(
+            "finetune",
+            reads=(*_MODEL, "gpu.device", "data", "kd", "distill", "finetune"),
+            needs=("export",),
+            teacher=True,
+        ),
         StagePlan(
             "evaluate",
             reads=(*_MODEL, *_LATENCY, "data", "budget", "evaluate"),

@@ -6,6 +6,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from hawada.adapters.attach import GroupFilter, attach_adapters, group_table, select_groups
+from hawada.adapters.base import Shape
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.gates import SigmoidGate
 from hawada.core.structure import GatePoint, Group
@@ -27,7 +28,7 @@ def count_hooks(model):
 
 def test_attach_then_detach_is_bit_identical(tiny):
     adapter, model = tiny
-    inputs = adapter.example_inputs(2)
+    inputs = adapter.example_inputs(Shape(2))
     expected, state = model(*inputs), copy.deepcopy(model.state_dict())
     student = attach_adapters(model, adapter_cls=adapter)
     assert not torch.equal(student(*inputs), expected)
@@ -40,7 +41,7 @@ def test_attach_then_detach_is_bit_identical(tiny):
 
 def test_gates_at_one_reproduce_the_teacher(tiny):
     adapter, model = tiny
-    inputs = adapter.example_inputs(2)
+    inputs = adapter.example_inputs(Shape(2))
     expected = model(*inputs)
     with attach_adapters(model, adapter_cls=adapter, gate=lambda units: SigmoidGate(units, init=50.0)) as student:
         assert torch.equal(student(*inputs), expected)
@@ -82,7 +83,7 @@ def test_a_function_can_be_the_filter(declared):
 
 def test_a_group_whose_parent_does_not_pass_loses_it(tiny):
     adapter, model = tiny
-    inputs = adapter.example_inputs(2)
+    inputs = adapter.example_inputs(Shape(2))
     expected = model(*inputs)
     with attach_adapters(model, adapter_cls=adapter, filter_fn=GroupFilter(kind="channel")) as student:
         assert {group.parent for group in student.groups} == {None}

@@ -6,6 +6,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from hawada.adapters.base import Shape
 from hawada.adapters.torchvision import resnet
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.evaluate import compare_outputs
@@ -17,7 +18,7 @@ from hawada.core.student import Student
 @pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet50"])
 def test_hard_gated_equals_sliced(build_network, random_units, name):
     adapter, model = build_network(name)
-    groups, inputs = adapter.groups(model), adapter.example_inputs(2)
+    groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     student = Student(model, groups)
     removed = set()
     for seed in range(20):
@@ -34,7 +35,7 @@ def test_hard_gated_equals_sliced(build_network, random_units, name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_hard_gated_equals_sliced_on_cuda(tiny, random_units):
     adapter, model = tiny
-    groups, inputs = adapter.groups(model), adapter.example_inputs(2)[0].cuda().double()
+    groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))[0].cuda().double()
     student = Student(model.cuda().double(), groups)
     for seed in range(5):
         keep = random_units(groups, seed)
@@ -74,13 +75,13 @@ def test_sites_come_in_order_of_execution(tiny):
     sites, order = adapter.sites(model), []
     for site in sites:
         model.get_submodule(site.module).register_forward_hook(lambda *_, path=site.module: order.append(path))
-    model(*adapter.example_inputs(1))
+    model(*adapter.example_inputs(Shape(1)))
     assert order == [site.module for site in sites]
 
 
 def test_a_slim_network_can_be_pruned_again(tiny, random_units):
     adapter, model = tiny
-    groups, inputs = adapter.groups(model), adapter.example_inputs(2)
+    groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     slim = materialize(model, groups, keep_all(groups) | {"layer1.0.branch": (), "layer4.0.conv1": (3, 4, 5)})
     fewer = adapter.groups(slim)
     assert "layer1.0.branch" not in {group.name for group in fewer}
@@ -93,7 +94,7 @@ def test_a_slim_network_can_be_pruned_again(tiny, random_units):
 
 def test_example_inputs_are_always_the_same():
     adapter = ResNetAdapter(image_size=48)
-    (first,), (again,) = adapter.example_inputs(2), adapter.example_inputs(2)
+    (first,), (again,) = adapter.example_inputs(Shape(2)), adapter.example_inputs(Shape(2))
     assert first.shape == (2, 3, 48, 48) and torch.equal(first, again)
 
 
@@ -190,7 +191,7 @@ def test_a_teacher_from_a_local_file(tiny, tmp_path):
     adapter = ResNetAdapter(**TINY, path=str(path))
     adapter.check_teacher()
     teacher = adapter.teacher()
-    inputs = adapter.example_inputs(2)
+    inputs = adapter.example_inputs(Shape(2))
     assert not teacher.training
     assert torch.allclose(teacher(*inputs), model(*inputs), atol=1e-5)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hawada
-from hawada.adapters.base import MANIFEST, WEIGHTS, load_model, save_model
+from hawada.adapters.base import MANIFEST, WEIGHTS, Shape, load_model, save_model
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.export import materialize
 from hawada.core.structure import keep_all
@@ -27,7 +27,7 @@ def save(tiny, tmp_path):
         slim = materialize(model, groups, keep)
         path = tmp_path / "slim"
         spec = {"_target_": target, **SPEC}
-        save_model(path, slim, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
+        save_model(path, slim, adapter=adapter, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
         return path, slim
 
     return write
@@ -50,7 +50,7 @@ def edit_manifest(path, **changes):
 )
 def test_round_trip(save, tiny, changes):
     path, slim = save(changes)
-    inputs = tiny[0].example_inputs(2)
+    inputs = tiny[0].example_inputs(Shape(2))
     for loaded in (load_model(path), hawada.load(str(path))):
         assert list(loaded.state_dict()) == list(slim.state_dict())
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in slim.state_dict().items())
@@ -78,7 +78,7 @@ def test_a_saved_folder_is_a_teacher(save, tiny):
     path, same = save({})
     adapter = ResNetAdapter(**SPEC, path=str(path))
     adapter.check_teacher()
-    inputs = adapter.example_inputs(2)
+    inputs = adapter.example_inputs(Shape(2))
     assert torch.equal(adapter.teacher()(*inputs), same(*inputs))
 
 
@@ -153,7 +153,7 @@ def test_a_trusted_adapter_is_used(save, tiny, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "mypackage", types.SimpleNamespace(Mine=Mine))
     path, slim = save(target="mypackage.Mine")
-    inputs = tiny[0].example_inputs(1)
+    inputs = tiny[0].example_inputs(Shape(1))
     assert torch.allclose(load_model(path, ["mypackage."])(*inputs), slim(*inputs), atol=1e-5)
 
 
@@ -180,7 +180,8 @@ def test_a_finetuned_model_keeps_its_numbers(tiny, tmp_path):
     slim = materialize(model, groups, keep).half()
     with torch.no_grad():
         slim.fc.bias.add_(1.0)
-    save_model(tmp_path, slim, adapter_spec={"_target_": TARGET, **SPEC}, teacher=model, groups=groups, keep=keep)
+    spec = {"_target_": TARGET, **SPEC}
+    save_model(tmp_path, slim, adapter=adapter, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
     loaded = load_model(tmp_path)
     assert loaded.fc.bias.dtype == torch.float16 and torch.equal(loaded.fc.bias, slim.fc.bias)
 
@@ -192,14 +193,15 @@ def test_only_the_structure_of_the_teacher_matters(tiny, tmp_path):
     keep = keep_all(adapter.groups(model)) | {"layer2.0.conv1": (1, 2)}
     slim = materialize(model, adapter.groups(model), keep)
     spec = {"_target_": TARGET, **SPEC}
-    save_model(tmp_path, slim, adapter_spec=spec, teacher=skeleton, groups=adapter.groups(skeleton), keep=keep)
-    inputs = adapter.example_inputs(1)
+    skeleton_groups = adapter.groups(skeleton)
+    save_model(tmp_path, slim, adapter=adapter, adapter_spec=spec, teacher=skeleton, groups=skeleton_groups, keep=keep)
+    inputs = adapter.example_inputs(Shape(1))
     assert torch.allclose(load_model(tmp_path)(*inputs), slim(*inputs), atol=1e-5)
 
 
 def test_weights_with_an_unknown_tensor_are_refused(save):
     path, slim = save()
     save_file({**slim.state_dict(), "zzz": torch.zeros(1)}, path / WEIGHTS)
-    edit_manifest(path, sha256=hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest())
+    edit_manifest(path, sha256={WEIGHTS: hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()})
     with pytest.raises(ValueError, match="zzz is on one side only"):
         load_model(path)

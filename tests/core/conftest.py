@@ -1,11 +1,13 @@
 """A toy residual network with everything an adapter declares, and a proxy whose milliseconds are known by hand."""
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from hawada.core.site_table import LatencyTable, SiteTable
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
 
@@ -110,6 +112,21 @@ def inputs():
 @pytest.fixture
 def linear_proxy():
     return LinearProxy
+
+
+@pytest.fixture
+def hand_table():
+    """a: 10 ms at 4 units, 20 ms at 8; b: 1 ms without its branch, else 3, 5 or 9 ms at 2, 4 or 6 units."""
+    return LatencyTable(
+        [
+            SiteTable(Site("a", ("wide",), "early"), ((4, 8),), np.array([10.0, 20.0])),
+            SiteTable(
+                Site("b", ("branch", "inner"), "late"),
+                ((0, 1), (2, 4, 6)),
+                np.array([[1.0, 1.0, 1.0], [3.0, 5.0, 9.0]]),
+            ),
+        ]
+    )
 
 
 @pytest.fixture

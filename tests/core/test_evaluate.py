@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, predict_classes
+from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
 
 
 def test_tied_parameters_count_once():
@@ -27,11 +27,11 @@ def test_predictions_come_in_order():
     wanted = torch.tensor([2, 0, 1, 1, 2])
     inputs = nn.functional.one_hot(torch.tensor([2, 0, 0, 1, 2]), 3).float()
     batches = [(inputs[:3], wanted[:3]), (inputs[3:], wanted[3:])]
-    predicted, labels = predict_classes(model, batches, lambda output: output)
-    assert predicted.tolist() == [2, 0, 0, 1, 2] and labels.tolist() == wanted.tolist()
-    flipped, _ = predict_classes(model, batches, lambda output: -output - torch.arange(3) * 0.1)
-    assert flipped.tolist() == [0, 1, 1, 0, 0]
-    assert not predicted.requires_grad
+    found = score(model, batches, lambda output: output)
+    assert found.predicted.tolist() == [2, 0, 0, 1, 2] and found.accuracy == 0.8
+    flipped = score(model, batches, lambda output: -output - torch.arange(3) * 0.1)
+    assert flipped.predicted.tolist() == [0, 1, 1, 0, 0] and flipped.accuracy == 0.2
+    assert not found.predicted.requires_grad
 
 
 def test_outputs_are_compared_by_their_largest_difference():

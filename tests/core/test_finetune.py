@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hawada.core.distill import KDConfig
+from hawada.core.distill import Distillation, KDConfig, Outputs
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 
 
@@ -49,7 +49,12 @@ def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
     student = nn.Linear(6, 3)
     records = []
     Finetuner(20, lr=0.05).fit(
-        student, unlabelled, teacher=teacher, loss=KDConfig(1.0), accelerator=accelerator, on_step=records.append
+        student,
+        unlabelled,
+        teacher=teacher,
+        distillation=Distillation(KDConfig(1.0)),
+        accelerator=accelerator,
+        on_step=records.append,
     )
     assert accuracy(student, x, y) > 0.9
     assert set(records[0]) == {"kd"} and len(records) == 20 * len(loader)
@@ -62,7 +67,12 @@ def test_labels_are_weighted_against_the_teacher(net, problem, accelerator):
     records = []
     teacher = copy.deepcopy(net).eval()
     Finetuner(1, lr=1e-9, label_weight=0.25).fit(
-        net, [(x, y)], teacher=teacher, loss=KDConfig(2.0), accelerator=accelerator, on_step=records.append
+        net,
+        [(x, y)],
+        teacher=teacher,
+        distillation=Distillation(KDConfig(2.0)),
+        accelerator=accelerator,
+        on_step=records.append,
     )
     net.train().requires_grad_(False)
     assert records[0]["label"] == pytest.approx(0.25 * float(F.cross_entropy(net(x), y)), rel=1e-3)
@@ -82,7 +92,8 @@ def test_norms_and_biases_take_no_weight_decay(problem, accelerator):
     nn.init.ones_(model[0].bias)
     before = copy.deepcopy(model.state_dict())
     silent = Finetuner(2, lr=0.1, weight_decay=0.5)
-    silent.fit(model, problem[0], accelerator=accelerator, logits=lambda output: output * 0.0)
+    mute = Distillation(reader=lambda model, inputs, **_: Outputs(model(inputs) * 0.0))
+    silent.fit(model, problem[0], accelerator=accelerator, distillation=mute)
     assert float(model[0].weight.detach().norm()) < 0.9 * float(before["0.weight"].norm())
     assert torch.equal(model[0].bias, before["0.bias"]) and torch.equal(model[1].weight, before["1.weight"])
 

@@ -36,8 +36,8 @@ def test_elements_of_all_units_are_distinct_and_skip_what_no_unit_owns():
 
 def test_widths_count_the_kept_units(groups):
     keep = keep_all(groups)
-    assert widths_of(keep) == full_widths(groups)
-    assert widths_of(keep | {"first.hidden": (1, 5)}) == full_widths(groups) | {"first.hidden": 2}
+    assert widths_of(keep, groups) == full_widths(groups)
+    assert widths_of(keep | {"first.hidden": (1, 5)}, groups) == full_widths(groups) | {"first.hidden": 2}
 
 
 def test_removed_parents_empty_children_and_grandchildren():
@@ -63,8 +63,14 @@ def test_a_sound_declaration_passes(groups, toy):
     [
         ({"name": "first.branch"}, "two groups share a name; group names must be unique"),
         ({"units": 0}, "first.hidden: 0 units; a group needs at least one"),
-        ({"parent": "nobody"}, "first.hidden: parent 'nobody' is not a group of one unit"),
-        ({"parent": "second.hidden"}, "first.hidden: parent 'second.hidden' is not a group of one unit"),
+        (
+            {"parent": "nobody"},
+            "first.hidden: parent 'nobody' is not a group among whose units 8 can be shared out",
+        ),
+        (
+            {"parent": "second.hidden", "units": 12},
+            "first.hidden: parent 'second.hidden' is not a group among whose units 12 can be shared out",
+        ),
         ({"removes": (Removal("first"),)}, "first.hidden: removes modules but has 8 units; only a group of one may"),
         ({"gated_at": (GatePoint("third.down"),)}, "first.hidden: the model has no module 'third.down'"),
         ({"cuts": (Cut("first.up.wait", 0),)}, "first.hidden: the model has no parameter or buffer 'first.up.wait'"),

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from hawada.core.distill import KDConfig, mse_reg
+from hawada.core.distill import Distillation, KDConfig, mse_reg
 from hawada.core.export import ExportPolicy
 from hawada.core.penalties import L1
 from hawada.core.structure import full_widths
@@ -23,7 +23,7 @@ def make_trainer(toy, groups, linear_proxy, accelerator):
             "proxy": linear_proxy(),
             "gate_optimizer": torch.optim.Adam(thetas, lr=lr),
             "weight_optimizer": weight_lr and torch.optim.SGD(student.model.parameters(), lr=weight_lr),
-            "loss": KDConfig(1.0),
+            "distillation": Distillation(KDConfig(1.0)),
             "groups": groups,
             "target_ms": None,
             "teacher_ms": TEACHER_MS,
@@ -84,14 +84,18 @@ def test_a_negative_lambda_is_refused(make_trainer, options):
 
 
 def test_below_the_target_latency_does_not_push(make_trainer, loader):
-    trainer = make_trainer(target_ms=8.95, lambda_init=100.0, lambda_lr=0.0, loss=lambda s, t: (s * 0.0).sum())
+    trainer = make_trainer(
+        target_ms=8.95, lambda_init=100.0, lambda_lr=0.0, distillation=Distillation(lambda s, t: (s * 0.0).sum())
+    )
     before = states(trainer.gated.gates)
     trainer.train_epoch(loader)
     assert same(before, states(trainer.gated.gates))
 
 
 def test_penalties_push_and_are_reported(make_trainer, loader):
-    trainer = make_trainer(lambda_init=0.0, penalties=[L1(5.0)], loss=lambda s, t: (s * 0.0).sum())
+    trainer = make_trainer(
+        lambda_init=0.0, penalties=[L1(5.0)], distillation=Distillation(lambda s, t: (s * 0.0).sum())
+    )
     before = states(trainer.gated.gates)
     step = trainer.train_epoch(loader)
     assert 4.0 < step.penalty < 5.0 and step.kd == 0.0
@@ -235,7 +239,8 @@ def test_patience_0_never_stops_early(make_trainer):
 @pytest.mark.parametrize("target_ms", [4.0, 6.5])
 def test_gates_settle_near_the_target(make_trainer, loader, target_ms):
     """The gap starts at 0.25 and more; gates that swing around the target do not pass."""
-    trainer = make_trainer(target_ms=target_ms, loss=lambda s, t: 10 * mse_reg(s, t), lambda_lr=0.05, lr=0.02)
+    distillation = Distillation(lambda s, t: 10 * mse_reg(s, t))
+    trainer = make_trainer(target_ms=target_ms, distillation=distillation, lambda_lr=0.05, lr=0.02)
     gaps = []
     trainer.fit(loader, epochs=200, on_epoch=lambda epoch, step: gaps.append(step.gap))
     assert gaps[0] > 0.2 and max(map(abs, gaps[-20:])) < 0.02

@@ -33,6 +33,7 @@ RESULT: dict[str, Any] = {
         "accuracy": 0.9648,
         "path": "/out/finetune/slim",
     },
+    "metric": "accuracy",
     "agreement": 0.9736,
     "kd": 0.0613,
 }

@@ -7,6 +7,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,33 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hawada.core.export import plan_edits, set_structure
-from hawada.core.structure import Group, Site
+from hawada.core.distill import Alignment, Outputs
+from hawada.core.edits import Edits, plan_edits, set_structure
+from hawada.core.export import materialize
+from hawada.core.profiler import Inputs
+from hawada.core.structure import Group, Keep, Site
 
 MANIFEST = "hawada.json"
 WEIGHTS = "model.safetensors"
 TRUSTED = ("hawada.",)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one timed call is made of.
+
+    Attributes:
+        batch: sequences or images at once.
+        phase: `forward` (a plain forward pass), or for a language model `prefill` (the prompt, up to the first token),
+            `decode` (one further token) or `generate` (the prompt and all new tokens).
+        prompt: tokens of the prompt.
+        new_tokens: tokens that are generated after it.
+    """
+
+    batch: int
+    phase: str = "forward"
+    prompt: int = 128
+    new_tokens: int = 32
 
 
 class Adapter(ABC):
@@ -27,7 +49,19 @@ class Adapter(ABC):
 
     A subclass keeps its constructor's arguments plain (strings, numbers, lists): they are what a saved model's
     manifest holds, and `skeleton()` must rebuild the same architecture from them.
+
+    Attributes:
+        modality: `image` or `text`: the data that the models take.
+        phases: the phases whose latency can be asked for.
+        layouts: `heterogeneous` (every group has its own width) and possibly `uniform`.
+        stock_reload: a Python program that loads a saved model without this package and compares; None where the
+            format needs this package. Its arguments: folder, inputs (safetensors), output (safetensors), threads.
     """
+
+    modality = "image"
+    phases: tuple[str, ...] = ("forward",)
+    layouts: tuple[str, ...] = ("heterogeneous",)
+    stock_reload: str | None = None
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -35,7 +69,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def teacher(self) -> nn.Module:
-        """The pretrained model in eval mode, on the CPU.
+        """The pretrained model in eval mode, in float32 on the CPU.
 
         Raises:
             ValueError: when the weights cannot be had, naming the local-path option.
@@ -48,6 +82,28 @@ class Adapter(ABC):
             ValueError: naming the local-path option.
         """
 
+    def check_layout(self, layout: str, groups: Sequence[Group]) -> None:
+        """Check that models can be saved in a layout.
+
+        Raises:
+            ValueError: when this family has no such layout.
+        """
+        if layout not in self.layouts:
+            raise ValueError(
+                f"export.layout: {layout} is not a layout of {type(self).__name__}; it has {', '.join(self.layouts)}"
+            )
+
+    def check_shape(self, shape: Shape) -> None:
+        """Check that models can be called as asked.
+
+        Raises:
+            ValueError: when this family has no such phase, or the shape exceeds what the model takes.
+        """
+        if shape.phase not in self.phases:
+            raise ValueError(
+                f"budget.phase: {shape.phase} is not a phase of {type(self).__name__}; it has {', '.join(self.phases)}"
+            )
+
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:
         """Everything that may be removed from `model`, a skeleton or teacher of this adapter."""
@@ -57,48 +113,104 @@ class Adapter(ABC):
         """The modules that the latency table times, in order of execution."""
 
     @abstractmethod
-    def example_inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """Inputs of the shape whose latency is optimised, on the CPU, the same values every time."""
+    def example_inputs(self, shape: Shape) -> Inputs:
+        """Inputs of one call in the shape's phase, on the CPU, the same values every time."""
+
+    def workload(self, model: nn.Module, shape: Shape) -> nn.Module:
+        """What is timed: called with `example_inputs`, it runs `model` as the phase does."""
+        return model
+
+    def parts(self, model: nn.Module, shape: Shape) -> list[tuple[float, nn.Module, Shape]]:
+        """The calls that the phase is made of, as (how often, workload, its shape); for the table of sites."""
+        return [(1.0, self.workload(model, shape), shape)]
 
     def logits(self, output: Any) -> Tensor:
-        """The logits, (batch, classes), within what the model returns."""
+        """The logits, (batch, classes) or (batch, tokens, classes), within what the model returns."""
         return output
+
+    def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
+        """Run a model for distillation; see `hawada.core.distill.Outputs`.
+
+        Raises:
+            ValueError: when the family has no features or hidden states to show.
+        """
+        if features or hidden:
+            raise ValueError(
+                f"{type(self).__name__} shows no features or hidden states; set distill.chunk=null and "
+                "distill.hidden_weight=0"
+            )
+        return Outputs(self.logits(model(inputs)))
+
+    def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment | None:
+        """Which of the teacher's hidden states a model sliced to `keep` still has."""
+        return None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of a text model."""
+        raise ValueError(f"{type(self).__name__} takes no text; choose data= of the kind that the model takes")
+
+    def greedy_tokens(self, model: nn.Module, inputs: Inputs, count: int) -> Tensor | None:
+        """Tokens that the model generates after `inputs`, (batch, count); None for models that generate nothing."""
+        return None
+
+    def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
+        """The physically smaller model, in eval mode: no gates, no hooks."""
+        return materialize(model, groups, keep).eval()
+
+    def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
+        """Write the weights into a folder; returns what the manifest must hold to rebuild the shape."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+        replaced = {name: list(keeps) for name, keeps in edits.replaced.items()}
+        return {"attributes": edits.attributes, "replaced": replaced}
+
+    def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
+        """The inverse of `write`: the model in eval mode, on the CPU."""
+        with torch.device("meta"):
+            model = self.skeleton()
+        model = set_structure(model, manifest["attributes"], manifest["replaced"])
+        _fill(model, load_file(path / WEIGHTS), path)
+        return model.eval()
 
 
 def save_model(
     path: Path,
     model: nn.Module,
     *,
+    adapter: Adapter,
     adapter_spec: Mapping[str, Any],
     teacher: nn.Module,
     groups: Sequence[Group],
     keep: Mapping[str, Sequence[int]],
 ) -> None:
-    """Write a teacher or slim model as safetensors beside a manifest that tells how to rebuild its shape.
+    """Write a teacher or slim model beside a manifest that tells how to rebuild its shape.
 
     The manifest carries the SHA-256 of the weights and is written last, so a folder without it is not a model.
 
     Args:
         path: folder; made if missing.
-        model: what `materialize(teacher, groups, keep)` returned, possibly finetuned.
-        adapter_spec: the adapter's `_target_` and constructor arguments.
+        model: what `adapter.slim(teacher, groups, keep)` returned, possibly finetuned.
+        adapter: of the model's family.
+        adapter_spec: its `_target_` and constructor arguments.
         teacher: the unpruned architecture (its numbers do not matter).
         groups: its declaration.
         keep: kept indices.
     """
-    edits = plan_edits(teacher, groups, keep)
     path.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    structure = adapter.write(path, model, plan_edits(teacher, groups, keep))
     manifest = {
         "format": 1,
         "adapter": dict(adapter_spec),
-        "attributes": edits.attributes,
-        "replaced": {name: list(keeps) for name, keeps in edits.replaced.items()},
+        **structure,
         "keep": {name: list(kept) for name, kept in keep.items()},
-        "sha256": hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": {file.name: _sha256(file) for file in sorted(path.glob("*.safetensors"))},
     }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_model(path: Path, trust: Sequence[str] = ()) -> nn.Module:
@@ -116,13 +228,15 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     Raises:
         ValueError: when the folder is not a saved model, is damaged, or names an adapter that is not trusted.
     """
-    for name in (MANIFEST, WEIGHTS):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} holds no {name}: not a saved model, or its writing was interrupted")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
     trusted = (*TRUSTED, trust) if isinstance(trust, str) else (*TRUSTED, *trust)
     manifest = json.loads((path / MANIFEST).read_text())
-    if hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest() != manifest["sha256"]:
-        raise ValueError(f"{path / WEIGHTS} does not match the checksum in {MANIFEST}: copy or export it again")
+    for name, digest in manifest["sha256"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path} holds no {name}: its writing was interrupted; copy or export it again")
+        if _sha256(path / name) != digest:
+            raise ValueError(f"{path / name} does not match the checksum in {MANIFEST}: copy or export it again")
     spec = dict(manifest["adapter"])
     target = spec.pop("_target_")
     if not target.startswith(trusted):
@@ -133,11 +247,7 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
         raise ValueError(f"{path} wants to call {target}, which is not an adapter; do not use this file")
     adapter = adapter_class(**spec)
-    with torch.device("meta"):
-        model = adapter.skeleton()
-    model = set_structure(model, manifest["attributes"], manifest["replaced"])
-    _fill(model, load_file(path / WEIGHTS), path)
-    return adapter, model.eval()
+    return adapter, adapter.read(path, manifest)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

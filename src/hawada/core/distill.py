@@ -1,11 +1,18 @@
-"""Knowledge distillation: the student's outputs against the teacher's."""
+"""Knowledge distillation: what a model says, and the student's words against the teacher's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # a label that does not count: padding, or the end of a text
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -45,3 +52,176 @@ class KDConfig:
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         loss = kd_loss(student_logits, teacher_logits, self.temperature)
         return loss + self.mse_weight * mse_reg(student_logits, teacher_logits) if self.mse_weight else loss
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says about a batch: logits, or the features from which a head makes them a few tokens at a time.
+
+    Attributes:
+        logits: (batch, classes) or (batch, tokens, classes); None when features and head are given.
+        features: what the head takes, (batch, tokens, width).
+        head: features -> logits.
+        hidden: states before the first layer and after each one, (batch, tokens, width); empty unless asked for.
+    """
+
+    logits: Tensor | None
+    features: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Reader(Protocol):
+    """Runs a model on a batch's inputs."""
+
+    def __call__(self, model: nn.Module, inputs: Tensor, *, features: bool, hidden: bool) -> Outputs: ...
+
+
+def plain_reader(model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
+    """For models that return logits and nothing else."""
+    return Outputs(model(inputs))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which of the teacher's hidden states and units the student still has.
+
+    Attributes:
+        states: for each of the student's hidden states, the index of the teacher's that it answers to.
+        units: the teacher's units of the hidden stream that the student kept, or None for all.
+    """
+
+    states: tuple[int, ...]
+    units: tuple[int, ...] | None = None
+
+
+def hidden_mse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    alignment: Alignment | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Mean squared difference of hidden states, each relative to the teacher's mean square; a scalar in float32.
+
+    Widths and depths may differ: dropped units and layers of the teacher are left out of the comparison.
+
+    Args:
+        student: states of shape (batch, tokens, width).
+        teacher: likewise, possibly wider and more.
+        alignment: None when both have the same shape.
+        valid: (batch, tokens), True where a token counts.
+    """
+    states = range(len(student)) if alignment is None else alignment.states
+    units = None if alignment is None or alignment.units is None else list(alignment.units)
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for own, index in zip(student, states, strict=True):
+        wanted = teacher[index] if units is None else teacher[index][..., units]
+        own, wanted = (own, wanted) if valid is None else (own[valid], wanted[valid])
+        wanted = wanted.float()
+        total = total + F.mse_loss(own.float(), wanted) / wanted.square().mean().clamp_min(1e-12)
+    return total / len(student)
+
+
+class Distillation:
+    """The losses of a student (or of a model that learns from labels alone) on a batch.
+
+    Token by token for sequences: positions whose label is `IGNORED` do not count. Labels are already shifted: the label
+    of a position is the next token.
+
+    Args:
+        loss: (student logits, teacher logits) -> mean over samples or tokens; None learns from labels alone.
+        reader: runs a model; an adapter's `outputs`.
+        chunk: compute losses from features for so many tokens at a time, so that the logits of a long batch never
+            exist at once; None works on whole logits. The result is the same.
+        hidden_weight: factor of `hidden_mse`; 0 leaves hidden states alone.
+        alignment: of the student's hidden states with the teacher's.
+        label_weight: factor of the cross-entropy with the labels.
+    """
+
+    def __init__(
+        self,
+        loss: Loss | None = None,
+        *,
+        reader: Reader = plain_reader,
+        chunk: int | None = None,
+        hidden_weight: float = 0.0,
+        alignment: Alignment | None = None,
+        label_weight: float = 0.0,
+    ) -> None:
+        self.loss, self.reader, self.chunk = loss, reader, chunk
+        self.hidden_weight, self.alignment, self.label_weight = hidden_weight, alignment, label_weight
+
+    def read(self, model: nn.Module, inputs: Tensor) -> Outputs:
+        """What a model says, in the form that the losses need."""
+        return self.reader(model, inputs, features=self.chunk is not None, hidden=self.hidden_weight > 0)
+
+    def losses(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """The weighted terms: `kd` and `hidden` with a teacher, `label` with labels; scalars whose sum is the loss.
+
+        Args:
+            student: what the student said.
+            teacher: what the teacher said about the same inputs, or None.
+            labels: (batch,), or (batch, tokens) of next tokens; None when there are none.
+        """
+        scored = student.features if student.logits is None else student.logits
+        assert scored is not None
+        valid = None
+        if labels is not None and labels.shape == scored.shape[:-1] and bool((labels == IGNORED).any()):
+            valid = labels != IGNORED
+        if student.logits is not None:
+            wanted = None if teacher is None else teacher.logits
+            terms = self._terms(*(_pick(x, valid) for x in (student.logits, wanted, labels)))
+        else:
+            terms = self._chunked(student, teacher, labels, valid)
+        if teacher is not None and self.hidden_weight:
+            if not student.hidden:
+                raise ValueError("kd.hidden_weight: this model shows no hidden states; set it to 0")
+            terms["hidden"] = self.hidden_weight * hidden_mse(student.hidden, teacher.hidden, self.alignment, valid)
+        return terms
+
+    def _terms(self, student: Tensor | None, teacher: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
+        """Losses of logits whose every position counts, (..., classes)."""
+        terms: dict[str, Tensor] = {}
+        assert student is not None
+        if teacher is not None and self.loss is not None:
+            terms["kd"] = self.loss(student, teacher)
+        if labels is not None and self.label_weight > 0:
+            terms["label"] = self.label_weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten())
+        return terms
+
+    def _chunked(
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor | None, valid: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The same from features: logits of one chunk at a time, made again in the backward pass."""
+        own = _rows(student.features, valid)  # (tokens, width)
+        wanted = None if teacher is None else _rows(teacher.features, valid)
+        targets = None if labels is None else (labels.flatten() if valid is None else labels[valid])
+        assert own is not None and student.head is not None
+        names: list[str] = []
+
+        def piece(*tensors: Any) -> Any:
+            features, said, target = tensors
+            assert student.head is not None
+            theirs = None if said is None or teacher is None or teacher.head is None else teacher.head(said)
+            terms = self._terms(student.head(features), theirs, target)
+            names[:] = list(terms)
+            return tuple(terms.values())
+
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(own), self.chunk or len(own)):
+            part = slice(start, start + (self.chunk or len(own)))
+            tensors = [None if x is None else x[part] for x in (own, wanted, targets)]
+            values = checkpoint(piece, *tensors, use_reentrant=False)
+            for name, value in zip(names, values, strict=True):
+                sums[name] = sums.get(name, value.new_zeros(())) + value * (len(own[part]) / len(own))
+        return sums
+
+
+def _pick(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The valid positions, (tokens, ...); everything when all are valid."""
+    return x if x is None or valid is None else x[valid]
+
+
+def _rows(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """(batch, tokens, width) -> (valid tokens, width)."""
+    return None if x is None else (x.flatten(0, -2) if valid is None else x[valid])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hawada.core.distill import IGNORED
 from hawada.core.profiler import Inputs
 
 
@@ -26,15 +30,46 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     return int(counter.get_total_flops() // 2)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How a model did on labelled data.
+
+    Attributes:
+        predicted: the most likely class at every position that counts, (positions,), on the CPU.
+        accuracy: fraction of them that agree with the label.
+        nll: mean negative log-likelihood of the labels in nats.
+    """
+
+    predicted: Tensor
+    accuracy: float
+    nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll): per token for a language model."""
+        return math.exp(min(self.nll, 700.0))
+
+
 @torch.no_grad()
-def predict_classes(model: nn.Module, batches: Iterable[Any], logits: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-    """(predicted, labels), both (samples,) on the CPU, over batches of (inputs, labels), in the model's dtype."""
+def score(model: nn.Module, batches: Iterable[Any], logits: Callable[[Any], Tensor]) -> Scores:
+    """Run a model, in its own dtype, over batches of (inputs, labels).
+
+    Labels have shape (batch,), or (batch, tokens) where `IGNORED` ones do not count.
+    """
     weight = next(model.parameters())
-    predicted, labels = [], []
-    for inputs, wanted in batches:
-        predicted.append(logits(model(inputs.to(weight))).argmax(-1).cpu())
-        labels.append(wanted)
-    return torch.cat(predicted), torch.cat(labels)
+    predicted, correct, loss, count = [], 0, 0.0, 0
+    for inputs, labels in batches:
+        said = logits(model(inputs.to(weight if inputs.is_floating_point() else weight.device)))
+        labels = labels.to(said.device)
+        said, labels = said[labels != IGNORED], labels[labels != IGNORED]  # (positions, classes), (positions,)
+        best = said.argmax(-1)
+        loss += float(F.cross_entropy(said.float(), labels, reduction="sum"))
+        correct += int((best == labels).sum())
+        count += len(labels)
+        predicted.append(best.cpu())
+    if not count:
+        raise ValueError("the test data is empty; check data.root, data.path and data.test_samples")
+    return Scores(torch.cat(predicted), correct / count, loss / count)
 
 
 def compare_outputs(first: Tensor, second: Tensor) -> dict[str, float]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from hawada.core.distill import Distillation
 from hawada.core.gates import parameter_groups
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -51,8 +52,7 @@ class Finetuner:
         loader: Any,
         *,
         teacher: nn.Module | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        logits: Callable[[Any], Tensor] = lambda output: output,
+        distillation: Distillation | None = None,
         accelerator: Accelerator | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
         on_epoch: Callable[[int, dict[str, float]], None] | None = None,
@@ -63,8 +63,7 @@ class Finetuner:
             model: every parameter trains, BatchNorm statistics included.
             loader: sized; yields (inputs, labels) or (inputs,).
             teacher: frozen; None trains from labels alone.
-            loss: (student logits, teacher logits) -> scalar; needed with a teacher.
-            logits: picks the logits out of what a model returns.
+            distillation: how models are run and what is compared; its label weight gives way to this trainer's.
             accelerator: device placement and mixed precision.
             on_step: called with the losses of each step.
             on_epoch: called with (epoch from 0, mean losses).
@@ -74,6 +73,8 @@ class Finetuner:
             FloatingPointError: when the loss stops being finite.
         """
         accelerator = accelerator or Accelerator()
+        distillation = copy.copy(distillation or Distillation())
+        distillation.label_weight = self.label_weight
         model.requires_grad_(True)
         optimizer, schedule = self._optimizer(model, max(1, self.epochs * len(loader)))
         prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -83,7 +84,7 @@ class Finetuner:
             prepared.train()
             sums: dict[str, float] = {}
             for batch in loader:
-                losses = self._losses(prepared, teacher, batch, loss, logits, accelerator)
+                losses = self._losses(prepared, teacher, batch, distillation, accelerator)
                 total_loss = torch.stack(list(losses.values())).sum()
                 if not bool(torch.isfinite(total_loss)):
                     raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}; lower the learning rate")
@@ -127,21 +128,18 @@ class Finetuner:
         model: nn.Module,
         teacher: nn.Module | None,
         batch: Any,
-        loss: Callable[[Tensor, Tensor], Tensor] | None,
-        logits: Callable[[Any], Tensor],
+        distillation: Distillation,
         accelerator: Accelerator,
     ) -> dict[str, Tensor]:
         """The weighted terms: `kd` with a teacher, `label` when the batch has labels."""
         inputs, *rest = (tensor.to(accelerator.device) for tensor in batch)
-        losses: dict[str, Tensor] = {}
         with accelerator.autocast():
-            predicted = logits(model(inputs))
-            if teacher is not None and loss is not None:
+            said = distillation.read(model, inputs)
+            wanted = None
+            if teacher is not None:
                 with torch.no_grad():
-                    wanted = logits(teacher(inputs))
-                losses["kd"] = loss(predicted, wanted)
-            if rest and self.label_weight > 0:
-                losses["label"] = self.label_weight * F.cross_entropy(predicted.float(), rest[0])
+                    wanted = distillation.read(teacher, inputs)
+            losses = distillation.losses(said, wanted, rest[0] if rest else None)
         if not losses:
             raise ValueError("there is nothing to learn from: no teacher, and no labels or label_weight=0")
         return losses

@@ -241,6 +241,8 @@ def relative_medians(
 ) -> dict[str, float]:
     """Milliseconds of many modules measured together; the first is the baseline to which the others are tied."""
     names = list(models)
+    if not names:
+        return {}
     samples = sample_rounds([clock.prepare(models[name], inputs[name]) for name in names], rounds, seed)
     ratios = np.median(samples / np.maximum(samples[:, [0]], TINY_MS), axis=0)
     baseline = max(float(np.median(samples[:, 0])), TINY_MS)

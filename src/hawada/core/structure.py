@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 # For each group, the sorted indices of the units that stay; a group that lies inside a removed parent keeps ().
 Keep = dict[str, tuple[int, ...]]
+# For each group, how many units stay; where units belong to a parent's in equal numbers, how many for each of those.
 Widths = dict[str, int]
 
 
@@ -75,17 +76,38 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm over a gated stream: its statistics must run over the kept units only.
+
+    Attributes:
+        module: its path; it has a `weight` and, for a LayerNorm, a `bias`.
+        kind: `layer` (Ba et al., Layer Normalization, 2016) or `rms` (Zhang and Sennrich, 2019).
+        eps: what it adds to the variance.
+    """
+
+    module: str
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that live on the same coupled tensor axes and are gated, timed and cut together.
 
     Attributes:
         name: unique among a model's groups.
-        kind: `channel`, `head`, `ffn`, `branch`, `layer` …; the key of `gpu.multiple` and of group filters.
+        kind: `channel`, `head`, `ffn`, `branch`, `layer` …; the key of `gpu.multiple` and of group filters. Under the
+            uniform layout, groups of one kind have the same width.
         units: how many units the unpruned model has.
         gated_at: exactly one point per writer of the gated stream.
         cuts: the axes that shrink.
         removes: for groups of one unit that have no axis to cut (branches, layers).
-        parent: name of the one-unit group inside which this one lives; its gate multiplies this group's.
+        parent: name of the group inside which this one lives. The units are shared out among the parent's in order and
+            in equal numbers; a unit's gate is multiplied by its parent's, and it goes when that goes.
+        equal_per_parent: how many units each of the parent's holds, where every one that stays must keep equally many
+            (query heads of a KV head); None leaves them free.
+        norms: norms whose statistics run over these units.
+        attributes: module attributes, `path.name`, that must equal the group's width.
     """
 
     name: str
@@ -95,6 +117,14 @@ class Group:
     cuts: tuple[Cut, ...] = ()
     removes: tuple[Removal, ...] = ()
     parent: str | None = None
+    equal_per_parent: int | None = None
+    norms: tuple[Norm, ...] = ()
+    attributes: tuple[str, ...] = ()
+
+    @property
+    def full_width(self) -> int:
+        """The unpruned width."""
+        return self.equal_per_parent or self.units
 
 
 @dataclass(frozen=True)
@@ -117,24 +147,89 @@ def keep_all(groups: Sequence[Group]) -> Keep:
     return {group.name: tuple(range(group.units)) for group in groups}
 
 
-def widths_of(keep: Mapping[str, Sequence[int]]) -> Widths:
-    """How many units each group keeps."""
-    return {name: len(kept) for name, kept in keep.items()}
+def widths_of(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> Widths:
+    """The width of every group.
+
+    Raises:
+        ValueError: when units that must be equally many for each of the parent's are not.
+    """
+    widths: Widths = {}
+    for group in groups:
+        kept = keep[group.name]
+        if group.equal_per_parent is None:
+            widths[group.name] = len(kept)
+            continue
+        parents = [unit // group.equal_per_parent for unit in kept]
+        counts = {parents.count(parent) for parent in set(parents)}
+        held = len(set(parents))
+        if len(counts) > 1 or (group.parent in keep and held not in (0, len(keep[group.parent]))):
+            raise ValueError(
+                f"{group.name}: {len(kept)} units cannot be shared equally among the units of {group.parent}; "
+                "keep the same number for each"
+            )
+        widths[group.name] = next(iter(counts), 0)
+    return widths
 
 
 def full_widths(groups: Sequence[Group]) -> Widths:
     """The unpruned widths."""
-    return {group.name: group.units for group in groups}
+    return {group.name: group.full_width for group in groups}
+
+
+def keep_first(groups: Sequence[Group], widths: Mapping[str, int], order: Mapping[str, Sequence[int]] = {}) -> Keep:
+    """The first units in these numbers, by group; of a group with `equal_per_parent`, of each of the parent's that stays.
+
+    Args:
+        groups: parents among them, in any order.
+        widths: of every group.
+        order: by group, all its units with the most wanted first; groups without an entry go by index.
+    """
+    by_name = {group.name: group for group in groups}
+    keep: Keep = {}
+
+    def choose(group: Group) -> tuple[int, ...]:
+        if group.name in keep:
+            return keep[group.name]
+        wanted: Iterable[int] = order.get(group.name, range(group.units))
+        parent = by_name.get(group.parent or "")
+        if parent is not None:
+            staying, share = set(choose(parent)), group.units // parent.units
+            wanted = [unit for unit in wanted if unit // share in staying]
+        width = widths[group.name]
+        if group.equal_per_parent is None:
+            chosen = list(wanted)[:width]
+        else:
+            families: dict[int, list[int]] = {}
+            for unit in wanted:
+                families.setdefault(unit // group.equal_per_parent, []).append(unit)
+            chosen = [unit for family in families.values() for unit in family[:width]]
+        keep[group.name] = tuple(sorted(chosen))
+        return keep[group.name]
+
+    return {group.name: choose(group) for group in groups}
 
 
 def without_orphans(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> Keep:
-    """Sort every entry and empty the groups whose parent (or parent's parent) is gone."""
-    parents = {group.name: group.parent for group in groups}
+    """Sort every entry and drop the units whose parent unit (or that one's parent) is gone."""
+    by_name = {group.name: group for group in groups}
+    result: Keep = {}
 
-    def alive(name: str | None) -> bool:  # a parent that is not among the groups counts as kept
-        return name not in parents or (len(keep[name]) > 0 and alive(parents[name]))
+    def alive(group: Group) -> tuple[int, ...]:  # a parent that is not among the groups counts as kept
+        if group.name not in result:
+            kept: Iterable[int] = keep[group.name]
+            parent = by_name.get(group.parent or "")
+            if parent is not None:
+                staying, share = set(alive(parent)), group.units // parent.units
+                kept = [unit for unit in kept if unit // share in staying]
+            result[group.name] = tuple(sorted(kept))
+        return result[group.name]
 
-    return {group.name: tuple(sorted(keep[group.name])) if alive(group.parent) else () for group in groups}
+    return {group.name: alive(group) for group in groups}
+
+
+def completed(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> Keep:
+    """Kept indices of every group from those of some: groups without an entry stay whole, units without parent go."""
+    return without_orphans({**keep_all(groups), **keep}, groups)
 
 
 def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
@@ -157,11 +252,25 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
             above = by_name[above].parent
         if group.units < 1:
             raise ValueError(f"{group.name}: {group.units} units; a group needs at least one")
-        if group.parent is not None and (group.parent not in by_name or by_name[group.parent].units != 1):
-            raise ValueError(f"{group.name}: parent {group.parent!r} is not a group of one unit")
+        if group.parent is not None and (group.parent not in by_name or group.units % by_name[group.parent].units):
+            raise ValueError(
+                f"{group.name}: parent {group.parent!r} is not a group among whose units {group.units} can be shared out"
+            )
+        if group.equal_per_parent is not None and (
+            group.units % group.equal_per_parent
+            or (group.parent and by_name[group.parent].units * group.equal_per_parent != group.units)
+        ):
+            raise ValueError(
+                f"{group.name}: {group.units} units are not {group.equal_per_parent} for each of the parent's"
+            )
         if group.removes and group.units != 1:
             raise ValueError(f"{group.name}: removes modules but has {group.units} units; only a group of one may")
-        for path in [point.module for point in group.gated_at] + [removal.module for removal in group.removes]:
+        paths = [
+            *(p.module for p in group.gated_at),
+            *(r.module for r in group.removes),
+            *(n.module for n in group.norms),
+        ]
+        for path in [*paths, *(attribute.rpartition(".")[0] for attribute in group.attributes)]:
             if path not in modules:
                 raise ValueError(f"{group.name}: the model has no module {path!r}")
         for cut in group.cuts:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hawada.core.gates import SigmoidGate, multiply_along
-from hawada.core.structure import GatePoint, Group, check_groups, without_orphans
+from hawada.core.structure import GatePoint, Group, Norm, check_groups, without_orphans
 
 GateFactory = Callable[[int], SigmoidGate]
 
@@ -32,6 +32,27 @@ class GateHook:
         if self.point.side == "input" or isinstance(output, tuple):
             return (x, *rest)
         return x
+
+
+class NormHook:
+    """Computes a norm again with statistics over the kept units: gate 0 takes a unit out of mean and variance.
+
+    With all gates equal it is the norm times that gate; removed units come out as exactly 0.
+    """
+
+    def __init__(self, gate: SigmoidGate, norm: Norm) -> None:
+        self.gate = gate
+        self.norm = norm
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        gate = self.gate.gate
+        x = args[0].float()  # (..., units), already multiplied by the gate where it was written
+        if self.norm.kind == "layer":
+            x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
+        variance = x.square().sum(-1, keepdim=True) / gate.square().sum()
+        normed = (x * torch.rsqrt(variance + self.norm.eps)).to(output.dtype)
+        scaled = module.weight * normed
+        return scaled if self.norm.kind == "rms" else scaled + module.bias * gate.to(output.dtype)
 
 
 class Student(nn.Module):
@@ -58,6 +79,9 @@ class Student(nn.Module):
             for point in group.gated_at:
                 if point.side not in ("input", "output"):
                     raise ValueError(f"{group.name}: side {point.side!r} of {point.module} is not input or output")
+            for norm in group.norms:
+                if norm.kind not in ("layer", "rms"):
+                    raise ValueError(f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms")
         self.groups = tuple(groups)
         self.model = model
         gates = [gate(group.units) for group in groups]  # a factory that fails leaves the model untouched
@@ -69,6 +93,8 @@ class Student(nn.Module):
                 module, hook = modules[point.module], GateHook(group_gate, point)
                 attach = module.register_forward_pre_hook if point.side == "input" else module.register_forward_hook
                 self._handles.append(attach(hook))
+            for norm in group.norms:
+                self._handles.append(modules[norm.module].register_forward_hook(NormHook(group_gate, norm)))
         device = next((parameter.device for parameter in model.parameters()), None)
         self.gates.to(device=device)
 
@@ -90,13 +116,16 @@ class Student(nn.Module):
 
         def effective(name: str) -> Tensor:
             parent = parents[name]
-            return own[name] * effective(parent) if parent in own else own[name]
+            if parent not in own:
+                return own[name]
+            return own[name] * effective(parent).repeat_interleave(own[name].numel() // own[parent].numel())
 
         return {name: effective(name) for name in own}
 
     def soft_widths(self) -> dict[str, Tensor]:
-        """Expected kept units of each group given that its parent stays: differentiable scalars for a proxy."""
-        return {name: gate.sum() for name, gate in self.own_gates().items()}
+        """Expected width of each group given that its parent stays: differentiable scalars for a proxy."""
+        own = self.own_gates()
+        return {group.name: own[group.name].sum() * (group.full_width / group.units) for group in self.groups}
 
     def detach(self) -> nn.Module:
         """Remove every hook and hand back the model."""

@@ -14,14 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hawada.core.distill import Distillation, Outputs
 from hawada.core.export import ExportPolicy, keep_from_gates, materialize
 from hawada.core.gates import parameter_groups, project_gates_into_constraints
 from hawada.core.penalties import Penalty, combined_penalty
 from hawada.core.proxy_cost import Proxy
-from hawada.core.structure import Group, full_widths, keep_all, widths_of
+from hawada.core.structure import Group, Keep, completed, full_widths, widths_of
 from hawada.core.student import Student
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class LagrangeTrainer:
         proxy: widths of *all* groups -> milliseconds.
         gate_optimizer: over the student's thetas.
         weight_optimizer: over its other parameters, or None.
-        loss: (student logits, teacher logits) -> scalar.
+        distillation: what the student is to reproduce.
         penalties: see `hawada.core.penalties`.
         groups: every group that the proxy knows; those without a gate count as full.
         target_ms: or None.
@@ -75,8 +74,8 @@ class LagrangeTrainer:
         lambda_init: first value of the multiplier.
         lambda_lr: its rise per step and unit of relative gap.
         minimum_fraction: every gate is projected to keep at least this fraction of its units in expectation.
-        logits: picks the logits out of what the model returns.
         measure: a sliced model -> milliseconds, for `measure_latency`; None disables probes.
+        slim: (model, kept indices) -> the sliced model that probes measure; None cuts a copy in place.
         policy: how probes read widths from gates.
         accelerator: places models, optimizers and batches.
     """
@@ -89,7 +88,7 @@ class LagrangeTrainer:
         proxy: Proxy,
         gate_optimizer: Optimizer,
         weight_optimizer: Optimizer | None = None,
-        loss: Loss,
+        distillation: Distillation,
         penalties: Sequence[Penalty] = (),
         groups: Sequence[Group],
         target_ms: float | None,
@@ -97,8 +96,8 @@ class LagrangeTrainer:
         lambda_init: float = 1.0,
         lambda_lr: float = 0.1,
         minimum_fraction: float = 0.0,
-        logits: Callable[[Any], Tensor] = lambda output: output,
         measure: Callable[[nn.Module], float] | None = None,
+        slim: Callable[[nn.Module, Keep], nn.Module] | None = None,
         policy: ExportPolicy | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -114,11 +113,12 @@ class LagrangeTrainer:
         self.gated: Student = self.accelerator.unwrap_model(self.student)
         self.student.eval()
         self.teacher.eval()
-        self.proxy, self.loss, self.penalties, self.groups = proxy, loss, list(penalties), list(groups)
+        self.proxy, self.distillation, self.penalties, self.groups = proxy, distillation, list(penalties), list(groups)
         self.target_ms, self.teacher_ms = target_ms, teacher_ms
         self.lambda_, self.lambda_lr = float(lambda_init), float(lambda_lr)
         self.minimum_fraction = minimum_fraction
-        self.logits, self.measure, self.policy = logits, measure, policy or ExportPolicy()
+        self.measure, self.policy = measure, policy or ExportPolicy()
+        self.slim = slim or (lambda model, keep: materialize(model, self.groups, keep))
         self.measured_ms: float | None = None
 
     def predicted_ms(self) -> Tensor:
@@ -146,10 +146,10 @@ class LagrangeTrainer:
 
     def probe(self) -> float:
         """Slice the student where its gates stand, measure it and add the figure to the proxy's fit."""
-        keep = keep_all(self.groups) | keep_from_gates(self.gated.own_gates(), self.gated.groups, self.policy)
-        slim = materialize(self.gated.model, self.groups, keep)
-        self.measured_ms = self.measure_latency(slim)
-        self.proxy.add_sample(widths_of(keep), self.measured_ms)
+        gates = self.gated.own_gates()
+        keep = completed(keep_from_gates(gates, self.gated.groups, self.policy), self.groups)
+        self.measured_ms = self.measure_latency(self.slim(self.gated.model, keep))
+        self.proxy.add_sample(widths_of(keep, self.groups), self.measured_ms)
         return self.measured_ms
 
     def train_epoch(
@@ -158,7 +158,8 @@ class LagrangeTrainer:
         """One pass over the data, or its first `max_steps` batches; returns means over its steps (and the last lambda).
 
         Args:
-            loader: yields (inputs, …) with inputs of shape (batch, …); anything after the inputs is not used.
+            loader: yields (inputs,) or (inputs, labels), inputs of shape (batch, …). Labels only tell which tokens
+                count.
             on_step: called after every step, for live display.
             max_steps: at most so many steps.
 
@@ -167,8 +168,8 @@ class LagrangeTrainer:
         """
         steps: list[Step] = []
         for batch in islice(loader, max_steps):
-            inputs = batch[0].to(self.accelerator.device)
-            steps.append(self._step(inputs))
+            inputs, *rest = (tensor.to(self.accelerator.device) for tensor in batch)
+            steps.append(self._step(inputs, rest[0] if rest else None))
             if on_step is not None:
                 on_step(steps[-1])
         if not steps:
@@ -235,13 +236,13 @@ class LagrangeTrainer:
                 best, waited = math.inf, 0
         return "finished"
 
-    def _step(self, inputs: Tensor) -> Step:
+    def _step(self, inputs: Tensor, labels: Tensor | None) -> Step:
         """Weights on KD if they train, then gates on KD, penalties and the latency gap, then lambda."""
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.logits(self.teacher(inputs))
+            said = self.distillation.read(self.teacher, inputs)
         if self.weight_optimizer is not None:
-            self._descend(self._distill(inputs, teacher_logits), self.weight_optimizer)
-        kd = self._distill(inputs, teacher_logits)
+            self._descend(self._distill(inputs, labels, said), self.weight_optimizer)
+        kd = self._distill(inputs, labels, said)
         predicted = self.predicted_ms()
         penalty = combined_penalty(self.gated.effective_gates(), self.gated.groups, self.penalties)
         gap = (predicted - (self.target_ms or 0.0)) / self.teacher_ms
@@ -254,9 +255,10 @@ class LagrangeTrainer:
         kd_value, penalty_value, ms, gap_value = (float(value.detach()) for value in (kd, penalty, predicted, gap))
         return Step(kd_value, penalty_value, ms, gap_value, self.lambda_, self.measured_ms)
 
-    def _distill(self, inputs: Tensor, teacher_logits: Tensor) -> Tensor:
+    def _distill(self, inputs: Tensor, labels: Tensor | None, said: Outputs) -> Tensor:
         with self.accelerator.autocast():
-            return self.loss(self.logits(self.student(inputs)), teacher_logits)
+            losses = self.distillation.losses(self.distillation.read(self.student, inputs), said, labels)
+        return torch.stack(list(losses.values())).sum()
 
     def _descend(self, loss: Tensor, optimizer: Optimizer) -> None:
         if not bool(torch.isfinite(loss)):

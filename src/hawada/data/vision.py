@@ -87,6 +87,8 @@ class VisionData:
         workers: loader processes.
     """
 
+    metric = "accuracy"
+
     def __init__(
         self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], *, classes: int, workers: int = 0
     ) -> None:

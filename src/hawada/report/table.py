@@ -32,19 +32,25 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         table.add_row(label, f"{teacher[key]:,}", f"{slim[key]:,}", f"{slim[key] / teacher[key]:.3f}")
     table.add_row("latency ms", _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio))
     table.add_row("speed-up", "1.00x", f"{1 / ratio['median']:.2f}x", "")
-    table.add_row("accuracy", f"{teacher['accuracy']:.2%}", f"{slim['accuracy']:.2%}", "")
+    metric = result["metric"]
+    table.add_row(metric, shown(metric, teacher[metric]), shown(metric, slim[metric]), "")
     table.add_row("agreement", "", f"{result['agreement']:.2%}", "")
     if result["target_ms"] is not None:
         table.add_row("target", "", f"{result['target_ms']:.3f} ms", f"{result['target_ratio']:.3f}")
     table.add_row("verdict", "", f"[bold {colour}]{result['verdict']}[/]", "")
     console.print(table)
     timed = result["timed_as"]
-    shown = f"batch {timed['batch']}, {timed['dtype']} on {timed['device']}"
-    console.print(f"{escape(result['reason'])} ({shown})\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
+    described = f"batch {timed['batch']}, {timed['dtype']} on {timed['device']}"
+    console.print(f"{escape(result['reason'])} ({described})\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
     move = "" if timed["device"] == "cpu" else f".to({timed['device']!r})"
     move += "" if timed["dtype"] == "float32" else f".to(torch.{timed['dtype']})"
     code = f"  import hawada\n  model = hawada.load({slim['path']!r}){move}\n  logits = model(images)"
     console.print(escape(code), soft_wrap=True)
+
+
+def shown(metric: str, value: float) -> str:
+    """A quality as people read it: fractions in percent, perplexities as they are."""
+    return f"{value:.2%}" if metric == "accuracy" else f"{value:.4g}"
 
 
 def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -55,7 +61,7 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
         keys: the swept keys.
     """
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
-    for name in (*keys, "verdict", "ratio", "slim ms", "accuracy", "agreement", "gate KD"):
+    for name in (*keys, "verdict", "ratio", "slim ms", "quality", "agreement", "gate KD"):
         table.add_column(escape(name), justify="left" if name in (*keys, "verdict") else "right", overflow="fold")
     failures = []
     for job in jobs:
@@ -70,7 +76,7 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
                 result["verdict"],
                 f"{result['latency_ratio']['median']:.3f}",
                 f"{result['slim']['latency_ms']['median']:.2f}",
-                f"{result['slim']['accuracy']:.2%}",
+                shown(result["metric"], result["slim"][result["metric"]]),
                 f"{result['agreement']:.2%}",
                 f"{result['kd']:.4f}" if result.get("kd") is not None else "",
             )

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, predict_classes
+from hawada.adapters.base import Shape
+from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
 from hawada.core.profiler import Comparison, Interval
 from hawada.report.progress import Progress
 from hawada.run import Run
@@ -24,13 +25,15 @@ RELOAD = """
 import pathlib, sys, torch
 from safetensors.torch import load_file, save_file
 from hawada.adapters.base import load_with_adapter
-torch.set_num_threads(int(sys.argv[4]))
-adapter, model = load_with_adapter(pathlib.Path(sys.argv[1]), trust=[sys.argv[5]])
-inputs = load_file(sys.argv[2])
+folder, inputs, output, threads, target = sys.argv[1:]
+torch.set_num_threads(int(threads))
+adapter, model = load_with_adapter(pathlib.Path(folder), trust=[target])
+given = load_file(inputs)
 with torch.no_grad():
-    output = adapter.logits(model(*(inputs[name] for name in sorted(inputs))))
-    save_file({"logits": output.contiguous()}, sys.argv[3])
+    said = adapter.logits(model(*(given[name] for name in sorted(given))))
+    save_file({"logits": said.contiguous()}, output)
 """
+NEW_TOKENS = 32  # that a language model generates before and after reloading
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -43,17 +46,18 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         reloaded = prove_reload(work, slim, slim_path, folder)
         progress.step("scoring")
         models = {"teacher": teacher, "slim": slim}
-        loader = work.data.test_loader(cfg.evaluate.batch_size)
-        predicted, accuracy = {}, {}
-        for name, model in models.items():
-            predicted[name], labels = predict_classes(work.timed(model), loader, work.adapter.logits)
-            accuracy[name] = float((predicted[name] == labels).float().mean())
+        loader, metric = work.data.test_loader(cfg.evaluate.batch_size), work.data.metric
+        scores = {name: score(work.placed(model), loader, work.adapter.logits) for name, model in models.items()}
+        one = work.inputs(replace(work.shape, batch=1, phase="forward"))
         costs = {
-            name: {"params": count_parameters(model), "macs": count_macs(model, tuple(x[:1] for x in work.inputs))}
-            for name, model in models.items()
+            name: {"params": count_parameters(model), "macs": count_macs(model, one)} for name, model in models.items()
         }
         progress.step("measuring")
         comparison = measure_until_clear(work, teacher, slim)
+        phases = {work.shape.phase: comparison}
+        for phase in work.adapter.phases[:2]:
+            if phase not in phases:
+                phases[phase] = measure_phase(work, teacher, slim, replace(work.shape, phase=phase))
         progress.step("")
         verdict, reason = work.budget.verdict(comparison)
         teacher_ms = comparison.baseline.median
@@ -73,12 +77,21 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                     name: {
                         "latency_ms": _short(latency[name]) | {"p95": latency[name].p95},
                         **costs[name],
-                        "accuracy": accuracy[name],
+                        metric: getattr(scores[name], metric),
                         "path": work.absolute(paths[name]),
                     }
                     for name in models
                 },
-                "agreement": float((predicted["teacher"] == predicted["slim"]).float().mean()),
+                "metric": metric,
+                "agreement": float((scores["teacher"].predicted == scores["slim"].predicted).float().mean()),
+                "phases": {
+                    phase: {
+                        "teacher_ms": _short(measured.baseline),
+                        "slim_ms": _short(measured.candidate),
+                        "ratio": _short(measured.ratio),
+                    }
+                    for phase, measured in phases.items()
+                },
                 "kd": run.result("train").get("kd"),
                 "proxy": run.result("profile")["fidelity"],
                 "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
@@ -90,6 +103,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 def measure_until_clear(work: Workspace, teacher: nn.Module, slim: nn.Module) -> Comparison:
     """A fresh comparison; when its interval straddles the target, once more and for longer."""
+    teacher, slim = work.timed(teacher), work.timed(slim)
     comparison = work.compare(teacher, slim)
     if work.budget.has_target and work.budget.verdict(comparison)[0] == "unverified":
         rounds = work.rounds
@@ -103,28 +117,45 @@ def measure_until_clear(work: Workspace, teacher: nn.Module, slim: nn.Module) ->
     return comparison
 
 
-def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -> dict[str, float]:
-    """Difference of logits between a model in memory and its files loaded by a new process.
+def measure_phase(work: Workspace, teacher: nn.Module, slim: nn.Module, shape: Shape) -> Comparison:
+    """The latency of a phase that the target is not on."""
+    return work.compare(work.timed(teacher, shape), work.timed(slim, shape), shape=shape)
+
+
+def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -> dict[str, Any]:
+    """Difference between a model in memory and its files loaded by a new process.
+
+    The process loads the files with stock tools and cannot import this package, where the format allows it. A language
+    model must also generate the same tokens.
 
     Raises:
-        RuntimeError: when the process fails or the logits differ by more than `EQUALITY`.
+        RuntimeError: when the process fails, the logits differ by more than `EQUALITY`, or the tokens differ.
     """
     inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
-    example = work.adapter.example_inputs(min(8, work.batch))
+    example = work.check_inputs()
     save_file({f"{index:03d}": x for index, x in enumerate(example)}, inputs)
-    target = work.adapter_spec["_target_"]
-    command = [sys.executable, "-c", RELOAD, str(path), str(inputs), str(output), str(torch.get_num_threads()), target]
+    command = [sys.executable, "-c", work.adapter.stock_reload or RELOAD]
+    command += [str(path.resolve()), str(inputs.resolve()), str(output.resolve()), str(torch.get_num_threads())]
+    if work.adapter.stock_reload is None:
+        command.append(work.adapter_spec["_target_"])
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
+    there = load_file(output)
     with torch.no_grad():
         here = work.adapter.logits(model(*example))
-    record = compare_outputs(here, load_file(output)["logits"])
+        tokens = work.adapter.greedy_tokens(model, example, NEW_TOKENS)
+    record: dict[str, Any] = compare_outputs(here, there["logits"])
     inputs.unlink()
     output.unlink()
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
         raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")
+    record["stock"] = work.adapter.stock_reload is not None
+    if tokens is not None:
+        record["same_tokens"] = bool((tokens == there["tokens"]).all())
+        if not record["same_tokens"]:
+            raise RuntimeError(f"{path} generates other tokens after reloading")
     return record
 
 

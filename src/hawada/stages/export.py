@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from hawada.adapters.base import save_model
+from hawada.core.allocation import saliency_from_gates
 from hawada.core.evaluate import compare_outputs
-from hawada.core.export import keep_from_gates, materialize
+from hawada.core.export import keep_from_gates
 from hawada.core.profiler import Comparison
-from hawada.core.search_export import BudgetSearch, Candidate, saliency_from_gates, search_export
-from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.core.search_export import BudgetSearch, Candidate, search_export
+from hawada.core.structure import Group, Keep, completed, keep_all, widths_of
 from hawada.core.student import Student
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
@@ -36,14 +37,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if "verdict" in record:
             return record  # nothing holds the budget: the stage leaves no manifest and counts as not finished
         progress.done()
-        slim = materialize(student.model, work.groups, keep).eval()
+        slim = work.slim(student.model, keep)
         equivalence = prove_equivalence(work, student, slim, keep)
-        for name, model, kept in (("slim", slim, keep), ("teacher", teacher, keep_all(work.groups))):
-            save_model(
-                folder / name, model, adapter_spec=work.adapter_spec, teacher=work.meta, groups=work.groups, keep=kept
-            )
+        work.save(folder / "slim", slim, keep)
+        work.save(folder / "teacher", teacher, keep_all(work.groups))
         write_json(folder / "keep.json", {name: list(kept) for name, kept in keep.items()})
-        return run.finish("export", {**record, "widths": widths_of(keep), "equivalence": equivalence})
+        return run.finish("export", {**record, "widths": widths_of(keep, work.groups), "equivalence": equivalence})
 
 
 def load_student(work: Workspace, teacher: nn.Module) -> Student:
@@ -64,7 +63,7 @@ def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: 
     Raises:
         RuntimeError: when they differ by more than `EQUALITY`: the adapter's declaration is wrong.
     """
-    inputs = work.adapter.example_inputs(min(8, work.batch))
+    inputs = work.check_inputs()
     slim = copy.deepcopy(slim).cpu().float()
     with torch.no_grad(), student.hard_gated({g.name: keep[g.name] for g in student.groups}):
         gated = work.adapter.logits(student.cpu()(*inputs))
@@ -84,12 +83,12 @@ def _choose(
     reference = work.timed(copy.deepcopy(teacher))
 
     def measure(keep: Keep) -> Comparison:
-        comparison = work.compare(reference, work.timed(materialize(student.model, work.groups, keep)))
+        comparison = work.compare(reference, work.timed(work.slim(student.model, keep)))
         progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
         return comparison
 
     policy = work.policy
-    from_gates = keep_all(work.groups) | keep_from_gates(student.own_gates(), student.groups, policy)
+    from_gates = completed(keep_from_gates(student.own_gates(), student.groups, policy), work.groups)
     if not work.budget.has_target:
         comparison = measure(from_gates)
         return from_gates, {
@@ -106,7 +105,7 @@ def _choose(
         measure=measure,
         budget=work.budget,
         teacher_ms=teacher_ms,
-        start=widths_of(from_gates) if work.cfg.export.widths == "gates" else None,
+        start=widths_of(from_gates, work.groups) if work.cfg.export.widths == "gates" else None,
     )
     found = search_export(search, work.cfg.export.max_measurements)
     comparison = found.chosen.comparison
@@ -115,7 +114,7 @@ def _choose(
         f"{len(found.candidates)} models measured",
         "status": found.status,
         "measured": comparison.as_dict(),
-        "candidates": [_described(candidate) for candidate in found.candidates],
+        "candidates": [_described(candidate, work.groups) for candidate in found.candidates],
     }
     if found.status == "infeasible":
         target_ms = work.budget.ratio(comparison.baseline.median) * comparison.baseline.median
@@ -127,11 +126,11 @@ def _choose(
     return found.chosen.keep, record
 
 
-def _described(candidate: Candidate) -> dict[str, Any]:
+def _described(candidate: Candidate, groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "level": candidate.level,
         "predicted_ratio": candidate.predicted_ratio,
         "ratio": candidate.comparison.ratio.as_dict(),
         "worth": candidate.worth,
-        "widths": widths_of(candidate.keep),
+        "widths": widths_of(candidate.keep, groups),
     }

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hawada.adapters.base import save_model
 from hawada.config import build
 from hawada.core.finetune import recalibrate_batchnorm
+from hawada.core.structure import Keep
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run
 from hawada.stages.workspace import Workspace
@@ -19,6 +19,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `finetune/slim`."""
     work = Workspace(cfg, run)
     slim, teacher = work.saved_model("export", "slim"), work.teacher()
+    keep: Keep = json.loads((run.folder("export") / "keep.json").read_text())
     slim.to(work.accelerator.device)
     samples, batch_size = cfg.finetune.recalibration_samples, cfg.finetune.batch_size
     if samples:
@@ -38,22 +39,14 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 slim,
                 loader,
                 teacher=teacher,
-                loss=build(cfg.kd),
-                logits=work.adapter.logits,
+                distillation=work.distillation(keep),
                 accelerator=work.accelerator,
                 on_step=lambda losses: progress.step(**losses),
                 on_epoch=on_epoch,
             )
         if samples:
             recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
-        save_model(
-            folder / "slim",
-            slim,
-            adapter_spec=work.adapter_spec,
-            teacher=work.meta,
-            groups=work.groups,
-            keep=json.loads((run.folder("export") / "keep.json").read_text()),
-        )
+        work.save(folder / "slim", slim, keep)
         last = history[-1] if history else {}
         summary = ", ".join([f"{len(history)} epochs", *(f"{name} {value:.3g}" for name, value in last.items())])
         return run.finish("finetune", {"summary": summary, "epochs": len(history), **last})

@@ -31,14 +31,15 @@ def check(stages: list[str], run: Run) -> None:
     plans = [PLANS[stage] for stage in stages]
     if "pretrain" in stages and not run.cfg.model.pretrain:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
+    if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
+        Workspace(run.settings(stages[-1]), run).adapter.check_teacher()
     if any("groups" in plan.reads for plan in plans):
-        Workspace(run.settings("train"), run).gated_groups  # noqa: B018
-    if stages:
-        work = Workspace(run.settings(stages[-1]), run)
-        if any("data" in plan.reads for plan in plans):
-            work.data  # noqa: B018
-        if not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
-            work.adapter.check_teacher()
+        Workspace(run.settings("train"), run).check_groups()
+    if any(plan.measures for plan in plans):
+        work = Workspace(run.settings("profile"), run)
+        work.adapter.check_shape(work.shape)
+    if stages and any("data" in plan.reads for plan in plans):
+        Workspace(run.settings(stages[-1]), run).data  # noqa: B018
     if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
         _check_same_machine(stages, run)
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from omegaconf import DictConfig
 
-from hawada.adapters.base import save_model
 from hawada.config import build
-from hawada.core.evaluate import predict_classes
+from hawada.core.distill import Distillation
+from hawada.core.evaluate import Scores, score
 from hawada.core.structure import keep_all
+from hawada.data.llms import TextData
+from hawada.data.ngram import witten_bell_perplexity
 from hawada.report.progress import Progress
+from hawada.report.table import shown
 from hawada.run import MetricsLog, Run
 from hawada.stages.workspace import Workspace
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Write `pretrain/teacher` and its test accuracy."""
+    """Write `pretrain/teacher` and how good it is on test data."""
     work = Workspace(cfg, run)
     loader = work.data.train_loader(cfg.pretrain.batch_size, cfg.seed)
     model = work.adapter.skeleton()
@@ -27,19 +31,28 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             trainer.fit(
                 model,
                 loader,
-                logits=work.adapter.logits,
+                distillation=Distillation(reader=work.adapter.outputs, chunk=cfg.distill.chunk),
                 accelerator=work.accelerator,
                 on_step=lambda losses: progress.step(loss=losses["label"]),
                 on_epoch=lambda epoch, losses: log.write({"epoch": epoch, **losses}),
             )
-        save_model(
-            folder / "teacher",
-            model,
-            adapter_spec=work.adapter_spec,
-            teacher=work.meta,
-            groups=work.groups,
-            keep=keep_all(work.groups),
-        )
-        predicted, labels = predict_classes(model, work.data.test_loader(cfg.pretrain.batch_size), work.adapter.logits)
-        accuracy = float((predicted == labels).float().mean())
-        return run.finish("pretrain", {"summary": f"test accuracy {accuracy:.2%}", "accuracy": accuracy})
+        work.save(folder / "teacher", model, keep_all(work.groups))
+        scores = score(model, work.data.test_loader(cfg.pretrain.batch_size), work.adapter.logits)
+        metric = work.data.metric
+        result: dict[str, Any] = {metric: getattr(scores, metric)}
+        summary = f"test {metric} {shown(metric, result[metric])}"
+        if isinstance(work.data, TextData):
+            result["bits_per_byte"] = compare_with_ngram(work.data, scores)
+            summary += ", bits per byte: model {model:.3f}, interpolated byte 5-gram {ngram:.3f}".format(
+                **result["bits_per_byte"]
+            )
+        return run.finish("pretrain", {"summary": summary, **result})
+
+
+def compare_with_ngram(data: TextData, scores: Scores) -> dict[str, float]:
+    """Bits per byte of the test text: the model's, and those of an interpolated Witten-Bell byte 5-gram."""
+    train, test = data.byte_splits()
+    return {
+        "model": scores.nll * len(scores.predicted) / math.log(2) / len(test),
+        "ngram": math.log2(witten_bell_perplexity(train, test, order=5)),
+    }

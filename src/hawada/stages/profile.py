@@ -9,10 +9,11 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
-from hawada.core.export import materialize, smallest_keep
+from hawada.core.export import smallest_keep
 from hawada.core.profiler import Interval, bootstrap_median, sample_rounds, summarize
-from hawada.core.proxy_cost import build_table, fidelity, random_keep
-from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.core.proxy_cost import fidelity, random_keep
+from hawada.core.site_table import build_table
+from hawada.core.structure import Keep, completed, keep_all, widths_of
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
 from hawada.stages.workspace import Workspace
@@ -26,7 +27,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     The latency does not depend on the weights' values, so the untrained architecture is measured.
     """
     work = Workspace(cfg, run)
-    teacher = work.timed(work.adapter.skeleton())
+    teacher = work.placed(work.adapter.skeleton())
     policy = work.policy
     count = cfg.profile.calibration + cfg.profile.held_out
     chunks = math.ceil((count + 2) / CHUNK)
@@ -35,7 +36,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             teacher,
             work.groups,
             work.sites,
-            work.inputs,
+            [(times, call, work.inputs(shape)) for times, call, shape in work.adapter.parts(teacher, work.shape)],
             work.clock,
             policy=policy,
             points=cfg.profile.points,
@@ -52,11 +53,11 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         teacher_ms = measured[0]["latency_ms"]["median"]
         fitted, unseen = keeps[: 2 + cfg.profile.calibration], keeps[2 + cfg.profile.calibration :]
         for keep, record in zip(fitted, measured, strict=False):
-            proxy.add_sample(widths_of(keep), record["ratio"]["median"] * teacher_ms)
+            proxy.add_sample(widths_of(keep, work.groups), record["ratio"]["median"] * teacher_ms)
         real = [record["ratio"]["median"] * teacher_ms for record in measured[len(fitted) :]]
-        predicted = [float(proxy.predict(widths_of(keep))) for keep in unseen]
+        predicted = [float(proxy.predict(widths_of(keep, work.groups))) for keep in unseen]
         for keep, ms in zip(unseen, real, strict=True):
-            proxy.add_sample(widths_of(keep), ms)
+            proxy.add_sample(widths_of(keep, work.groups), ms)
         write_json(folder / "proxy.json", proxy.state())
         quality = fidelity(predicted, real)
         return run.finish(
@@ -70,7 +71,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
                 "fidelity": quality,
                 "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
-                "models": [{"widths": widths_of(keep), **record} for keep, record in zip(keeps, measured, strict=True)],
+                "models": [
+                    {"widths": widths_of(keep, work.groups), **record}
+                    for keep, record in zip(keeps, measured, strict=True)
+                ],
                 "timed_as": work.timed_as,
                 "simulated": work.clock.simulated,
                 "environment": work.environment(),
@@ -80,18 +84,19 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 def measure_fastest(work: Workspace) -> Interval:
     """Measured ratio to the teacher of the smallest model that the gated groups allow."""
-    teacher = work.timed(work.adapter.skeleton())
-    keep = keep_all(work.groups) | smallest_keep(work.gated_groups, work.policy)
-    return work.compare(teacher, materialize(teacher, work.groups, keep)).ratio
+    teacher = work.placed(work.adapter.skeleton())
+    keep = completed(smallest_keep(work.gated_groups, work.policy), work.groups)
+    return work.compare(work.timed(teacher), work.timed(work.slim(teacher, keep))).ratio
 
 
 def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
-    baseline = work.clock.prepare(teacher, work.inputs)
+    inputs = work.inputs()
+    baseline = work.clock.prepare(work.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
-        models = [materialize(teacher, work.groups, keep) for keep in keeps[start : start + CHUNK]]
-        samplers = [baseline, *(work.clock.prepare(model, work.inputs) for model in models)]
+        models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
+        samplers = [baseline, *(work.clock.prepare(model, inputs) for model in models)]
         samples = sample_rounds(samplers, work.rounds, work.cfg.seed)
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])

@@ -13,7 +13,8 @@ from torch import nn
 
 from hawada.config import build
 from hawada.core.gates import parameter_groups
-from hawada.core.proxy_cost import LatencyTable, Proxy
+from hawada.core.proxy_cost import Proxy
+from hawada.core.site_table import LatencyTable
 from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
@@ -97,7 +98,7 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
         weight_optimizer=None
         if weights is None
         else build(weights, params=sorted_parameters["weights"] + sorted_parameters["norms_and_biases"]),
-        loss=build(cfg.kd),
+        distillation=work.distillation(),
         penalties=[build(node) for node in cfg.penalty.values()],
         groups=work.groups,
         target_ms=budget.middle(teacher_ms) * teacher_ms if budget.has_target else None,
@@ -105,8 +106,8 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
         lambda_init=cfg["lambda"].init,
         lambda_lr=cfg["lambda"].lr,
         minimum_fraction=cfg.train.minimum_fraction,
-        logits=work.adapter.logits,
         measure=_probe_function(work, teacher, teacher_ms),
+        slim=work.slim,
         policy=work.policy,
         accelerator=work.accelerator,
     )

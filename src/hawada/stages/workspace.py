@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from hawada.adapters.attach import GroupFilter, select_groups
-from hawada.adapters.base import Adapter, load_model
+from hawada.adapters.base import Adapter, Shape, load_model, save_model
 from hawada.config import build
 from hawada.core.budget import Budget
 from hawada.core.device import environment, prepare_cpu, resolve_device
+from hawada.core.distill import Distillation
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.gates import SigmoidGate
 from hawada.core.profiler import Clock, Comparison, Inputs, Rounds, compare
 from hawada.core.proxy_cost import LatencyTable, Proxy
-from hawada.core.structure import Group, Site
+from hawada.core.structure import Group, Keep, Site
+from hawada.data.llms import TextData
 from hawada.data.vision import VisionData
 from hawada.run import Run, write_json
 
@@ -94,33 +98,71 @@ class Workspace:
         chosen = self.cfg.groups
         return select_groups(self.groups, self.meta, GroupFilter(chosen.name, chosen.kind))
 
+    def check_groups(self) -> None:
+        """Check that some group is gated, and that the layout can hold what gating leads to.
+
+        Raises:
+            ValueError: naming the key to change.
+        """
+        self.adapter.check_layout(self.cfg.export.layout, self.groups)
+        gated = {group.name for group in self.gated_groups}
+        for members in self.policy.shared(self.groups):
+            chosen = [member.name for member in members if member.name in gated]
+            if chosen and len(chosen) < len(members):
+                left_out = next(member.name for member in members if member.name not in gated)
+                raise ValueError(
+                    f"groups: {chosen[0]} would be gated and {left_out} not, but export.layout=uniform needs the same "
+                    "width for both; gate all of a kind, or set export.layout=heterogeneous"
+                )
+
     @cached_property
     def sites(self) -> list[Site]:
         """What the latency table times."""
         return self.adapter.sites(self.meta)
 
     @cached_property
-    def data(self) -> VisionData:
+    def data(self) -> VisionData | TextData:
         """The data set.
 
         Raises:
-            ValueError: when its images or labels are not what the model takes.
+            ValueError: when its images, text or labels are not what the model takes.
         """
+        target = self.cfg.data["_target_"]
+        wants_tokenizer = "tokenizer" in inspect.signature(resolve_name(target)).parameters
+        if wants_tokenizer != (self.adapter.modality == "text"):
+            raise ValueError(f"data: {target} is not {self.adapter.modality} data, which {self.cfg.model.name} takes")
+        if wants_tokenizer:
+            return self._text()
         data: VisionData = build(self.cfg.data)
         images, _ = next(iter(data.calibration_loader(1, 1)))
-        example = self.adapter.example_inputs(1)
+        example = self.adapter.example_inputs(Shape(1))
         if images.shape[1:] != example[0].shape[1:]:
             raise ValueError(
                 f"data: images of shape {tuple(images.shape[1:])} do not fit a model whose latency is optimised for "
-                f"{tuple(example[0].shape[1:])}; set data.image_size and model.adapter.image_size to the same"
+                f"{tuple(example[0].shape[1:])}; set data.image_size and the model's image size to the same"
             )
-        classes = self.adapter.logits(self.meta(*(x.to("meta") for x in example))).shape[-1]
+        classes = self._classes()
         if data.classes > classes:
             raise ValueError(
                 f"data: {data.classes} classes do not fit a model with {classes}; "
-                f"set model.adapter.num_classes={data.classes}"
+                f"set the model's number of classes to {data.classes}"
             )
         return data
+
+    def _text(self) -> TextData:
+        data: TextData = build(self.cfg.data, tokenizer=self.adapter.tokenizer())
+        if data.vocabulary > self._classes():
+            raise ValueError(
+                f"data: the tokenizer has {data.vocabulary} tokens and the model knows {self._classes()}; "
+                "use the tokenizer that belongs to the checkpoint"
+            )
+        return data
+
+    def _classes(self) -> int:
+        """How many classes, or tokens, the model tells apart; found on shapes alone."""
+        example = self.adapter.example_inputs(Shape(1, prompt=8))
+        with torch.no_grad():
+            return self.adapter.logits(self.meta(*(x.to("meta") for x in example))).shape[-1]
 
     def teacher(self) -> nn.Module:
         """A fresh copy of the pretrained model, in eval mode on the CPU."""
@@ -155,29 +197,75 @@ class Workspace:
         kind = self.device.type if self.cfg.gpu.device == "auto" else self.cfg.gpu.device
         return self.cfg.budget.batch or self.cfg.model.batch[kind]
 
+    @cached_property
+    def shape(self) -> Shape:
+        """What one timed call is made of."""
+        node = self.cfg.budget
+        return Shape(self.batch, node.phase, node.prompt, node.new_tokens)
+
     @property
     def timed_as(self) -> dict[str, Any]:
         """What a latency is the latency of."""
-        return {"device": self.device.type, "dtype": self.cfg.gpu.dtype, "batch": self.batch, "runtime": "eager"}
+        what = {"device": self.device.type, "dtype": self.cfg.gpu.dtype, "runtime": "eager", "phase": self.shape.phase}
+        tokens = {"prompt": self.shape.prompt, "new_tokens": self.shape.new_tokens}
+        return what | {"batch": self.batch} | (tokens if self.adapter.modality == "text" else {})
 
-    @cached_property
-    def inputs(self) -> Inputs:
-        """Inputs of the shape, dtype and device whose latency is optimised."""
-        example = self.adapter.example_inputs(self.batch)
+    def inputs(self, shape: Shape | None = None) -> Inputs:
+        """Inputs of one timed call, in dtype and on the device that is timed."""
+        example = self.adapter.example_inputs(shape or self.shape)
         return tuple(x.to(self.device, self.dtype if x.is_floating_point() else None) for x in example)
+
+    def check_inputs(self) -> Inputs:
+        """A few inputs of a plain forward pass, in float32 on the CPU, for comparing models."""
+        return self.adapter.example_inputs(Shape(min(8, self.batch), "forward", min(64, self.shape.prompt)))
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the models that are timed."""
         return getattr(torch, self.cfg.gpu.dtype)
 
-    def timed(self, model: nn.Module) -> nn.Module:
-        """A model as it is timed: eval mode, on the device, in the dtype. Moves the given one."""
+    def placed(self, model: nn.Module) -> nn.Module:
+        """A model in eval mode, on the device and in the dtype that are timed. Moves the given one."""
         return model.to(self.device, self.dtype).eval()
 
-    def compare(self, teacher: nn.Module, candidate: nn.Module, rounds: Rounds | None = None) -> Comparison:
+    def timed(self, model: nn.Module, shape: Shape | None = None) -> nn.Module:
+        """What is timed of a model: the phase's call of it, placed. Moves the given one."""
+        return self.adapter.workload(self.placed(model), shape or self.shape)
+
+    def slim(self, model: nn.Module, keep: Keep) -> nn.Module:
+        """A smaller copy of a model with only the kept units."""
+        return self.adapter.slim(model, self.groups, keep)
+
+    def compare(
+        self, teacher: nn.Module, candidate: nn.Module, rounds: Rounds | None = None, shape: Shape | None = None
+    ) -> Comparison:
         """Interleaved latency of two models that are already as they are timed."""
-        return compare(teacher, candidate, self.inputs, self.clock, rounds=rounds or self.rounds, seed=self.cfg.seed)
+        inputs = self.inputs(shape)
+        return compare(teacher, candidate, inputs, self.clock, rounds=rounds or self.rounds, seed=self.cfg.seed)
+
+    def save(self, path: Path, model: nn.Module, keep: Keep) -> None:
+        """Save a model that was sliced to `keep`."""
+        save_model(
+            path,
+            model,
+            adapter=self.adapter,
+            adapter_spec=self.adapter_spec,
+            teacher=self.meta,
+            groups=self.groups,
+            keep=keep,
+        )
+
+    def distillation(self, keep: Keep | None = None) -> Distillation:
+        """What a student is to reproduce, as configured; `keep` tells what a slim one still has."""
+        node = self.cfg.distill
+        alignment = self.adapter.alignment(self.groups, keep) if keep is not None and node.hidden_weight else None
+        return Distillation(
+            build(self.cfg.kd),
+            reader=self.adapter.outputs,
+            chunk=node.chunk,
+            hidden_weight=node.hidden_weight,
+            alignment=alignment,
+        )
 
     @cached_property
     def budget(self) -> Budget:
@@ -197,6 +285,7 @@ class Workspace:
                 threshold,
                 {kind: Rounding(values[min(level, len(values) - 1)]) for kind, values in listed.items()},
                 self.cfg.export.minimum,
+                uniform=self.cfg.export.layout == "uniform",
             )
             for level in range(levels)
         ]

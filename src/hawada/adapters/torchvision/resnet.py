@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hawada.adapters.base import MANIFEST, Adapter, load_model
+from hawada.adapters.base import MANIFEST, Adapter, Shape, load_model
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -146,9 +146,9 @@ class ResNetAdapter(Adapter):
             for path, block in _blocks(model)
         ]
 
-    def example_inputs(self, batch: int) -> tuple[Tensor, ...]:
+    def example_inputs(self, shape: Shape) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
-        return (torch.randn(batch, 3, self.image_size, self.image_size, generator=generator, device="cpu"),)
+        return (torch.randn(shape.batch, 3, self.image_size, self.image_size, generator=generator, device="cpu"),)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, BasicBlock | Bottleneck]]:

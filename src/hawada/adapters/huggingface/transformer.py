@@ -1,0 +1,332 @@
+"""What the families of the transformers library share: groups of a layer, loading, slim models, stock formats."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hawada.adapters.base import Adapter
+from hawada.adapters.huggingface import pretrained
+from hawada.adapters.huggingface.slim_model import (
+    build_empty,
+    build_filled,
+    read_config,
+    save_folder,
+    sliced_tensors,
+    slim_classes,
+    stock_class,
+)
+from hawada.core.distill import Alignment, Outputs
+from hawada.core.edits import Edits, plan_edits
+from hawada.core.structure import Cut, GatePoint, Group, Keep, Norm, Removal, Site
+from hawada.core.student import Student
+
+STOCK_RELOAD = """
+import json, pathlib, sys
+sys.modules["hawada"] = None  # importing it fails from here on
+import torch, transformers
+from safetensors.torch import load_file, save_file
+folder, inputs, output, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+model = transformers.{auto}.from_pretrained(
+    folder, trust_remote_code="slim" in config, local_files_only=True, use_safetensors=True, dtype=torch.float32
+).eval()
+given = load_file(inputs)["000"]
+with torch.no_grad():
+    said = {{"logits": model(given).logits.contiguous()}}
+    if {generates}:
+        tokens = model.generate(given, max_new_tokens=32, min_new_tokens=32, do_sample=False, num_beams=1,
+                                attention_mask=torch.ones_like(given), pad_token_id=0)
+        said["tokens"] = tokens[:, given.shape[1]:].contiguous()
+save_file(said, output)
+"""
+
+
+class TransformerAdapter(Adapter):
+    """Base of the families: residual layers of one attention and one MLP, each behind a norm.
+
+    A family says where these are and which tensors show their widths; the configuration of a slim model is read off
+    the shapes of the sliced tensors.
+
+    Args:
+        path: repository on the Hub, or a local folder with config.json and safetensors.
+        config: instead of a path, the configuration of an untrained model, with `model_type`.
+        branches: single attentions and MLPs may go (heterogeneous layout only).
+        stream: the hidden stream may become narrower.
+
+    Attributes:
+        auto: name of the transformers class that loads the family.
+        layers: path of the list of layers.
+        branches: for each branch of a layer (the kind of its group), its module, the norm in front of it, and how many
+            values the module returns.
+        writers: for each branch, the projection whose output joins the hidden stream.
+        into_ffn: projections from the stream to the FFN neurons.
+        layer_widths: config attributes of a layer: the tensor, its axis, and whether it counts heads.
+        embedding: the module that writes the stream first.
+        stream_tensors: tensors outside the layers and the axis on which they carry the stream; the first shows its width.
+        last_norm: path of the norm behind the last layer.
+        norm: kind of the norms (see `Norm`) and the config attribute of their eps.
+    """
+
+    auto: str
+    layers: str
+    branches: dict[str, tuple[str, str, int]]
+    writers: dict[str, str]
+    into_ffn: tuple[str, ...]
+    layer_widths: dict[str, tuple[str, int, bool]]
+    embedding: str
+    stream_tensors: dict[str, int]
+    last_norm: str
+    norm: tuple[str, str]
+    layouts = ("uniform", "heterogeneous")
+
+    def __init__(
+        self,
+        path: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        branches: bool = False,
+        stream: bool = False,
+    ) -> None:
+        self.path = path
+        self.config = None if config is None else dict(config)
+        self.with_branches, self.with_stream = branches, stream
+
+    # Groups
+
+    @abstractmethod
+    def head_groups(self, model: PreTrainedModel, path: str, parent: str) -> list[Group]:
+        """The heads of the attention at `path`."""
+
+    def groups(self, model: nn.Module) -> list[Group]:
+        groups: list[Group] = []
+        for path in self._layer_paths(model):
+            there = self._branches_of(model, path)
+            writers = {kind: f"{path}.{self.branches[kind][0]}.{self.writers[kind]}" for kind in there}
+            points = tuple(GatePoint(writer, dim=-1) for writer in writers.values())
+            groups.append(Group(path, "layer", 1, points, removes=(Removal(path),)))
+            parents = dict.fromkeys(there, path)
+            if self.with_branches and len(there) > 1:
+                groups += [self._branch_group(path, kind, writers[kind]) for kind in there]
+                parents = {kind: f"{path}.{kind}" for kind in there}
+            if "attention" in there:
+                attention = f"{path}.{self.branches['attention'][0]}"
+                groups += self.head_groups(model, attention, parents["attention"])  # type: ignore[arg-type]
+            if "mlp" in there:
+                groups.append(self._ffn_group(model, path, parents["mlp"]))
+        return [*groups, self._stream_group(model)] if self.with_stream else groups
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        groups = self.groups(model)
+        sites = []
+        for path in self._layer_paths(model):
+            for kind in self._branches_of(model, path):
+                module = f"{path}.{self.branches[kind][0]}"
+                touching = [g.name for g in groups if any(cut.tensor.startswith(f"{module}.") for cut in g.cuts)]
+                above = [name for name in (path, f"{path}.{kind}") if any(g.name == name and g.removes for g in groups)]
+                sites.append(Site(module, (*above, *touching), self.branches[kind][0]))
+        return sites
+
+    def _layer_paths(self, model: nn.Module) -> list[str]:
+        return [f"{self.layers}.{index}" for index in range(len(model.get_submodule(self.layers)))]  # type: ignore[arg-type]
+
+    def _branches_of(self, model: nn.Module, path: str) -> list[str]:
+        """The branches that a layer has; a slim one may lack some."""
+        layer = model.get_submodule(path)
+        return [kind for kind, (module, _, _) in self.branches.items() if list(getattr(layer, module).parameters())]
+
+    def _branch_group(self, path: str, kind: str, writer: str) -> Group:
+        """An attention or MLP with the norm in front of it."""
+        module, norm, _ = self.branches[kind]
+        removes = (Removal(f"{path}.{module}"), Removal(f"{path}.{norm}"))
+        return Group(f"{path}.{kind}", kind, 1, (GatePoint(writer, dim=-1),), removes=removes, parent=path)
+
+    def _ffn_group(self, model: nn.Module, path: str, parent: str) -> Group:
+        """FFN neurons: rows of the projections into them, columns of the one back to the stream."""
+        mlp = f"{path}.{self.branches['mlp'][0]}"
+        out = f"{mlp}.{self.writers['mlp']}"
+        rows = [cut for name in self.into_ffn for cut in cut_linear(model, f"{mlp}.{name}", 0)]
+        units: int = model.get_submodule(out).in_features  # type: ignore[assignment]
+        points = (GatePoint(out, side="input", dim=-1),)
+        return Group(f"{path}.ffn", "ffn", units, points, (*rows, *cut_linear(model, out, 1)), parent=parent)
+
+    def _stream_group(self, model: nn.Module) -> Group:
+        """The hidden stream: written by the embedding and by every branch, read by every other projection and norm."""
+        points, norms, cuts = [GatePoint(self.embedding, dim=-1)], [self.last_norm], []
+        for path in self._layer_paths(model):
+            for kind in self._branches_of(model, path):
+                module, norm, _ = self.branches[kind]
+                norms.append(f"{path}.{norm}")
+                for name, child in model.get_submodule(f"{path}.{module}").named_children():
+                    if isinstance(child, nn.Linear):
+                        writes = name == self.writers[kind]
+                        points += [GatePoint(f"{path}.{module}.{name}", dim=-1)] if writes else []
+                        cuts += cut_linear(model, f"{path}.{module}.{name}", 0 if writes else 1)
+        kind, eps = self.norm
+        cuts += [Cut(name, dim) for name, dim in self.stream_tensors.items()]
+        for norm in norms:
+            cuts += [Cut(f"{norm}.{name}", 0) for name, _ in model.get_submodule(norm).named_parameters()]
+        return Group(
+            name="stream",
+            kind="stream",
+            units=model.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            gated_at=tuple(points),
+            cuts=tuple(cuts),
+            norms=tuple(Norm(norm, kind, getattr(model.config, eps)) for norm in norms),
+        )
+
+    def check_layout(self, layout: str, groups: Sequence[Group]) -> None:
+        super().check_layout(layout, groups)
+        branches = [group.name for group in groups if group.kind in self.branches]
+        if layout == "uniform" and branches:
+            raise ValueError(
+                f"export.layout: uniform cannot leave out single branches ({branches[0]} …); "
+                "set model.adapter.branches=false or export.layout=heterogeneous"
+            )
+
+    # Models
+
+    def pretrained_config(self) -> PreTrainedConfig:
+        """The configuration of the unpruned model."""
+        if self.config is None:
+            return read_config(pretrained.fetch(self._source()))
+        settings = dict(self.config)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+    def skeleton(self) -> nn.Module:
+        return build_empty(self.pretrained_config(), self.auto)
+
+    def check_teacher(self) -> None:
+        pretrained.check_source(self._source())
+
+    def teacher(self) -> nn.Module:
+        return self._load(pretrained.fetch(self._source()))
+
+    def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
+        """Build the slim architecture from its configuration, then give it the kept elements of every tensor."""
+        assert isinstance(model, PreTrainedModel)
+        edits = plan_edits(model, groups, keep)
+        paths = self._layer_paths(model)
+        state = sliced_tensors(model, edits, paths)
+        kept = [index for index, path in enumerate(paths) if path not in edits.replaced]
+        return build_filled(self._slim_config(model, state, kept), self.auto, state, model)
+
+    def _slim_config(
+        self, model: PreTrainedModel, state: Mapping[str, Tensor], kept: Sequence[int]
+    ) -> PreTrainedConfig:
+        """The configuration that the shapes of the slim tensors ask for: a stock one where all layers are alike."""
+        settings, head_dim = model.config.to_dict(), self.head_dim(model)
+        for key, value in settings.items():
+            if isinstance(value, list) and "layer" in key:  # layer_types, no_rope_layers: one entry a layer
+                settings[key] = [value[index] for index in kept]
+        for key in ("architectures", "transformers_version", "auto_map", "slim"):
+            settings.pop(key, None)
+        shows, dim = next(iter(self.stream_tensors.items()))
+        settings |= {"num_hidden_layers": len(kept), "head_dim": head_dim, "hidden_size": state[shows].shape[dim]}
+        layers = [self._layer_settings(f"{self.layers}.{index}", state, head_dim) for index in range(len(kept))]
+        attending = [index for index, layer in enumerate(layers) if layer.get("attention", True)]
+        if settings.get("layer_types") and attending:  # the cache entry of a layer that does not attend stays unused
+            first = settings["layer_types"][attending[0]]
+            settings["layer_types"] = [t if i in attending else first for i, t in enumerate(settings["layer_types"])]
+        stock = stock_class(model.config)
+        config = None
+        if all(layer == layers[0] and False not in layer.values() for layer in layers):
+            config = self.uniform_config(stock, {**settings, **layers[0]})
+        if config is None:
+            branches = {kind: list(branch) for kind, branch in self.branches.items()}
+            slim = {"auto": self.auto, "layers": self.layers, "branches": branches, "widths": layers}
+            settings["model_type"] = f"slim_{stock.model_type}"
+            config = slim_classes(stock, self.auto)[0](**settings, slim=slim)
+        config._attn_implementation = model.config._attn_implementation
+        return config
+
+    def uniform_config(self, stock: type[PreTrainedConfig], settings: Mapping[str, Any]) -> PreTrainedConfig | None:
+        """The stock configuration of a slim model whose layers are alike; None where the family has no such."""
+        return stock(**settings)
+
+    def head_dim(self, model: nn.Module) -> int:
+        """Elements per head, which pruning never changes."""
+        config: Any = model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def _layer_settings(self, path: str, state: Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
+        """A layer's own config attributes, and False by the name of a branch that is gone."""
+        settings: dict[str, Any] = {}
+        for key, (name, dim, heads) in self.layer_widths.items():
+            tensor = state.get(f"{path}.{name}")
+            if tensor is not None:
+                settings[key] = tensor.shape[dim] // (head_dim if heads else 1)
+        for kind, (module, _, _) in self.branches.items():
+            if not any(name.startswith(f"{path}.{module}.") for name in state):
+                settings[kind] = False
+        return settings
+
+    # Running
+
+    def logits(self, output: Any) -> Tensor:
+        return output.logits
+
+    def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
+        if not features:
+            output = model(inputs, output_hidden_states=hidden)
+            return Outputs(output.logits, hidden=tuple(output.hidden_states) if hidden else ())
+        if self.modality != "text":
+            raise ValueError("distill.chunk: only language models are computed in chunks of tokens; set it to null")
+        output = model(inputs, output_hidden_states=True, logits_to_keep=1)
+        states = tuple(output.hidden_states)
+        inner = getattr(model, "module", model)  # under data-parallel training
+        inner = inner.model if isinstance(inner, Student) else inner
+        return Outputs(None, states[-1], inner.get_output_embeddings(), states if hidden else ())
+
+    def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment:
+        layers = [group for group in groups if group.kind == "layer"]
+        states = (0, *(index + 1 for index, group in enumerate(layers) if keep[group.name]))
+        states = (*states[:-1], len(layers))  # the last one is what the head reads, for some families behind a norm
+        units = next((tuple(keep[group.name]) for group in groups if group.kind == "stream"), None)
+        return Alignment(states, units)
+
+    # Files
+
+    @property
+    def stock_reload(self) -> str:  # type: ignore[override]
+        return STOCK_RELOAD.format(auto=self.auto, generates=self.modality == "text")
+
+    def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
+        """Save as transformers does, with what lies beside the checkpoint (tokenizer, image processor)."""
+        save_folder(path, model)  # type: ignore[arg-type]
+        self.write_companions(path)
+        return {}
+
+    def write_companions(self, path: Path) -> None:
+        """Put tokenizer, image processor and the like beside a saved model."""
+        if self.path is not None:
+            pretrained.copy_companions(pretrained.fetch(self.path), path)
+
+    def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
+        return self._load(path)
+
+    def _load(self, folder: Path) -> nn.Module:
+        """A checkpoint in float32, checked tensor by tensor."""
+        config = read_config(folder)
+        model_class = getattr(type(config), "slim_model", None) or getattr(transformers, self.auto)
+        return pretrained.load_checked(model_class, folder, config=config, dtype=torch.float32)
+
+    def _source(self) -> str:
+        if self.path is None:
+            raise ValueError("model.path: no checkpoint is given; set model.path to a repository or a local folder")
+        return self.path
+
+
+def cut_linear(model: nn.Module, path: str, dim: int, per_unit: int = 1) -> list[Cut]:
+    """Cuts of a Linear's rows (dim 0, its bias included) or columns (dim 1)."""
+    cuts = [Cut(f"{path}.weight", dim, per_unit, follows="out_features" if dim == 0 else "in_features")]
+    if dim == 0 and model.get_submodule(path).bias is not None:
+        cuts.append(Cut(f"{path}.bias", 0, per_unit))
+    return cuts

@@ -1,0 +1,55 @@
+"""Vision Transformers for image classification: heads, FFN neurons, layers."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from hawada.adapters.base import Shape
+from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear
+from hawada.core.profiler import Inputs
+from hawada.core.structure import GatePoint, Group
+
+
+class ViTAdapter(TransformerAdapter):
+    """Dosovitskiy et al., An Image is Worth 16x16 Words, 2020."""
+
+    auto = "AutoModelForImageClassification"
+    layers = "vit.layers"
+    branches = {"attention": ("attention", "layernorm_before", 2), "mlp": ("mlp", "layernorm_after", 1)}
+    writers = {"attention": "o_proj", "mlp": "fc2"}
+    into_ffn = ("fc1",)
+    layer_widths = {
+        "num_attention_heads": ("attention.q_proj.weight", 0, True),
+        "intermediate_size": ("mlp.fc1.weight", 0, False),
+    }
+    embedding = "vit.embeddings"
+    stream_tensors = {
+        "vit.embeddings.cls_token": 2,
+        "vit.embeddings.position_embeddings": 2,
+        "vit.embeddings.patch_embeddings.projection.weight": 0,
+        "vit.embeddings.patch_embeddings.projection.bias": 0,
+        "classifier.weight": 1,
+    }
+    last_norm = "vit.layernorm"
+    norm = ("layer", "layer_norm_eps")
+
+    def head_groups(self, model: PreTrainedModel, path: str, parent: str) -> list[Group]:
+        size, out = self.head_dim(model), f"{path}.o_proj"
+        rows = [cut for name in ("q_proj", "k_proj", "v_proj") for cut in cut_linear(model, f"{path}.{name}", 0, size)]
+        return [
+            Group(
+                name=f"{path}.heads",
+                kind="head",
+                units=model.get_submodule(out).in_features // size,  # type: ignore[operator]
+                gated_at=(GatePoint(out, "input", dim=-1, per_unit=size),),
+                cuts=(*rows, *cut_linear(model, out, 1, size)),
+                parent=parent,
+            )
+        ]
+
+    def example_inputs(self, shape: Shape) -> Inputs:
+        config = self.pretrained_config()
+        generator = torch.Generator().manual_seed(0)
+        size = (shape.batch, config.num_channels, config.image_size, config.image_size)
+        return (torch.randn(*size, generator=generator, device="cpu"),)

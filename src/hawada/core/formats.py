@@ -1,0 +1,216 @@
+"""Formats that run without this package: an ONNX graph and a torch.export program, each compared once written."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hawada.core.evaluate import compare_outputs
+from hawada.core.profiler import Inputs
+
+FORMATS = ("hf", "onnx", "pt2")  # hf, the native folder, is written whatever is listed
+NEEDS = {"onnx": ("onnxruntime", "onnxscript")}
+# Relative to the largest logit. The runtime folds norms into convolutions and sums in another order than torch, with
+# kernels that differ by CPU and release: rounding alone was 4e-7 to 1.2e-6 for convolutional nets and transformers of
+# 12 to 50 layers at random weights. 1e-5 leaves other CPUs, deeper models and trained weights too little room.
+ONNX_TOLERANCE = 1e-4
+PT2_TOLERANCE = 1e-5  # the same kernels in the same order
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Check `export.formats` without importing anything, before any work.
+
+    Raises:
+        ValueError: when it is not a list, a name is unknown or a package that one of them needs is missing.
+    """
+    if isinstance(formats, str):
+        raise ValueError(f"export.formats: {formats!r} is not a list; write [{formats}]")
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"export.formats: {name!r} is not one of {', '.join(FORMATS)}")
+        needed = NEEDS.get(name, ())
+        if any(find_spec(package) is None for package in needed):
+            raise ValueError(f"export.formats: {name} needs {' and '.join(needed)}; pip install hawada[{name}]")
+
+
+def export_onnx(
+    model: nn.Module, inputs: Inputs, path: Path, *, logits: Callable[[Any], Tensor] = lambda output: output
+) -> dict[str, float]:
+    """Write an ONNX graph of the model in float32 and compare onnxruntime on the CPU with torch.
+
+    The graph's inputs have the names of the parameters of `model.forward`, its one output is `logits`, and the first
+    axis of each is `batch`. The weights are in the file; above 1.5 GiB torch puts them beside it, in `<path>.data`.
+
+    Args:
+        model: left as it is; a copy in eval mode is exported.
+        inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
+            batch size.
+        path: where the graph goes; after an error there is no file.
+        logits: picks the logits, (batch, ...), out of the model's output.
+
+    Returns:
+        `max_abs_diff` between the two and `max_abs_logit` of torch's, over both batch sizes.
+
+    Raises:
+        ValueError: when a package is missing.
+        RuntimeError: when torch cannot export the model, or the two differ by more than `ONNX_TOLERANCE`.
+    """
+    check_formats(["onnx"])
+    import onnxruntime
+
+    frozen = _freeze(model, logits)
+    names = _input_names(model, len(inputs))
+    with _removed_after_error(path):
+        program = _trace(frozen, inputs)
+        with _quiet():
+            torch.onnx.export(
+                program,
+                f=path,
+                dynamo=True,
+                dynamic_shapes=(tuple({0: "batch"} for _ in inputs),),
+                input_names=names,
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def run(*batch: Tensor) -> Tensor:
+            feeds = {name: x.numpy() for name, x in zip(names, batch, strict=True)}
+            return torch.from_numpy(session.run(["logits"], feeds)[0])
+
+        return _compare(frozen, run, inputs, path, ONNX_TOLERANCE)
+
+
+def export_pt2(
+    model: nn.Module, inputs: Inputs, path: Path, *, logits: Callable[[Any], Tensor] = lambda output: output
+) -> dict[str, float]:
+    """Write a torch.export program of the model in float32, load it again and compare the two on the CPU.
+
+    `torch.export.load(path).module()` takes the model's inputs and returns the logits, for any batch size.
+
+    Args:
+        model: left as it is; a copy in eval mode is exported.
+        inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
+            batch size.
+        path: where the program goes, ending in `.pt2`; after an error there is no file.
+        logits: picks the logits, (batch, ...), out of the model's output.
+
+    Returns:
+        `max_abs_diff` between the two and `max_abs_logit` of the model, over both batch sizes.
+
+    Raises:
+        RuntimeError: when torch cannot export the model, or the two differ by more than `PT2_TOLERANCE`.
+    """
+    frozen = _freeze(model, logits)
+    with _removed_after_error(path):
+        program = _trace(frozen, inputs)
+        with warnings.catch_warnings(action="ignore"):
+            torch.export.save(program, path)
+            loaded = torch.export.load(path)
+        return _compare(frozen, loaded.module(), inputs, path, PT2_TOLERANCE)
+
+
+class _Logits(nn.Module):
+    """A model that returns its logits only."""
+
+    def __init__(self, model: nn.Module, logits: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.logits(self.model(*inputs))
+
+
+def _freeze(model: nn.Module, logits: Callable[[Any], Tensor]) -> nn.Module:
+    """A copy on the CPU, in float32 and eval mode, without gradients and with contiguous weights."""
+    copied = copy.deepcopy(model).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    return _Logits(copied, logits).eval().requires_grad_(False)
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    """Inputs as the frozen copy takes them; whole numbers keep their type."""
+    return tuple(x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs)
+
+
+def _trace(frozen: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The program of any batch size. It is traced on two rows, because a single one would be taken for a constant.
+
+    The rows are saved with the program, so they are zeros; the local paths of the sources would be, so they go.
+    """
+    rows = tuple(x.new_zeros(2, *x.shape[1:]) for x in _on_cpu(inputs))
+    batch = Dim("batch")
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(frozen, rows, dynamic_shapes=(tuple({0: batch} for _ in rows),), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _input_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the first parameters of `model.forward`; numbered where it takes any number of them."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[:count]
+    if len(parameters) < count or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return [f"input_{index}" for index in range(count)]
+    return [parameter.name for parameter in parameters]
+
+
+def _compare(
+    frozen: nn.Module, run: Callable[..., Tensor], inputs: Inputs, path: Path, tolerance: float
+) -> dict[str, float]:
+    """Largest difference of what was written from what was traced, on the inputs and on another batch size."""
+    given = _on_cpu(inputs)
+    single = len(given[0]) == 1
+    other = tuple(torch.cat([x, x.flip(-1)]) if single else x[:1] for x in given)
+    found = {"max_abs_diff": 0.0, "max_abs_logit": 0.0}
+    for batch in (given, other):
+        with torch.no_grad():
+            wanted, got = frozen(*batch), run(*batch)
+        if wanted.shape != got.shape:
+            raise RuntimeError(f"{path}: logits have the shape {tuple(got.shape)}, the model's {tuple(wanted.shape)}")
+        differences = compare_outputs(wanted, got)
+        allowed = tolerance * differences["max_abs_logit"]
+        if not differences["max_abs_diff"] <= allowed:  # also when one of them is nan
+            raise RuntimeError(
+                f"{path}: logits differ from the model's by {differences['max_abs_diff']:.3g} at a batch of "
+                f"{len(wanted)}, more than {allowed:.3g} ({tolerance:g} of the largest)"
+            )
+        found = {key: max(found[key], differences[key]) for key in found}
+    return found
+
+
+@contextmanager
+def _removed_after_error(path: Path) -> Iterator[None]:
+    """Leave no file that was not found equal to the model."""
+    try:
+        yield
+    except BaseException:
+        for written in (path, path.with_name(f"{path.name}.data")):
+            written.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide warnings, raised or logged; errors pass."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)

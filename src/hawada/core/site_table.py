@@ -1,0 +1,231 @@
+"""Times of single sites over a grid of widths, taken from really sliced modules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from hawada.core.export import ExportPolicy, materialize
+from hawada.core.profiler import Clock, Inputs, Rounds, relative_medians
+from hawada.core.structure import Group, Site, full_widths, keep_first, widths_of
+
+SoftWidths = Mapping[str, Tensor | float | int]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """Times of one site over a grid of widths.
+
+    Attributes:
+        site: which module, touched by which groups.
+        grid: for each of `site.groups`, the widths that were measured, ascending.
+        ms: milliseconds, one axis per group.
+    """
+
+    site: Site
+    grid: tuple[tuple[int, ...], ...]
+    ms: NDArray[np.float64]
+
+    def interpolate(self, widths: SoftWidths) -> Tensor:
+        """Multilinear in the widths, constant outside the grid; differentiable; a float64 scalar."""
+        values = torch.as_tensor(self.ms, dtype=torch.float64)
+        for name, points in zip(self.site.groups, self.grid, strict=True):
+            axis = torch.tensor(points, dtype=torch.float64)
+            width = torch.as_tensor(widths[name]).cpu().double().clamp(axis[0], axis[-1])
+            if len(points) == 1:
+                values = values[0]
+                continue
+            right = int(torch.searchsorted(axis, width.detach()).clamp(1, len(points) - 1))
+            share = (width - axis[right - 1]) / (axis[right] - axis[right - 1])
+            values = values[right - 1] + share * (values[right] - values[right - 1])  # drops the first axis
+        return values
+
+
+class LatencyTable:
+    """One `SiteTable` per site. Rows are monotone: a stair stays a stair, but a wider site is never cheaper."""
+
+    def __init__(self, sites: Sequence[SiteTable]) -> None:
+        self.sites = tuple(sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "sites": [
+                {
+                    "module": table.site.module,
+                    "groups": list(table.site.groups),
+                    "kind": table.site.kind,
+                    "grid": [list(points) for points in table.grid],
+                    "ms": table.ms.tolist(),
+                }
+                for table in self.sites
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LatencyTable:
+        """The inverse of `as_dict`."""
+        return cls(
+            [
+                SiteTable(
+                    Site(entry["module"], tuple(entry["groups"]), entry["kind"]),
+                    tuple(tuple(points) for points in entry["grid"]),
+                    np.asarray(entry["ms"], dtype=np.float64),
+                )
+                for entry in record["sites"]
+            ]
+        )
+
+
+def build_table(
+    model: nn.Module,
+    groups: Sequence[Group],
+    sites: Sequence[Site],
+    calls: Sequence[tuple[float, nn.Module, Inputs]],
+    clock: Clock,
+    *,
+    policy: ExportPolicy,
+    points: int = 9,
+    rounds: Rounds | None = None,
+    on_site: Callable[[str], None] | None = None,
+) -> LatencyTable:
+    """Slice a copy of each distinct site to a grid of widths and time it on the arguments it really gets.
+
+    Sites of the same architecture and arguments share one measurement.
+
+    Args:
+        model: teacher or skeleton, in eval mode on the device that is timed.
+        groups: its declaration.
+        sites: what to time.
+        calls: what the latency is made of, as (how many times, a module that calls `model`, its inputs): a plain
+            forward pass is [(1, model, inputs)].
+        clock: takes the time.
+        policy: its rounding decides which widths exist.
+        points: grid points per group with many units (fewer when several groups touch a site).
+        rounds: how long to measure.
+        on_site: called with each site's path when it is done.
+    """
+    by_name = {group.name: group for group in groups}
+    captured = [(times, _capture(model, [site.module for site in sites], call, given)) for times, call, given in calls]
+    measured: dict[tuple[Any, ...], NDArray[np.float64]] = {}
+    tables = []
+    for site in sites:
+        members = [by_name[name] for name in site.groups]
+        inner = sum(1 for group in members if not group.removes)
+        count = points if inner <= 1 else max(3, points // 2 + 1)
+        grid = tuple(_grid(policy.widths(group), count) for group in members)
+        module = model.get_submodule(site.module)
+        ms = np.zeros([len(axis) for axis in grid])
+        for times, arguments in captured:
+            shapes = tuple(tuple(x.shape) for x in SiteCall.inputs(arguments[site.module]))
+            signature = (repr(module), shapes, grid)
+            if signature not in measured:
+                measured[signature] = _time_grid(
+                    model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()
+                )
+            ms = ms + times * measured[signature]
+        tables.append(SiteTable(site, grid, ms))
+        if on_site is not None:
+            on_site(site.module)
+    return LatencyTable(tables)
+
+
+def _grid(widths: Sequence[int], count: int) -> tuple[int, ...]:
+    """At most `count` of the allowed widths, evenly spread, both ends among them."""
+    picks = np.linspace(0, len(widths) - 1, min(count, len(widths))).round().astype(int)
+    return tuple(widths[pick] for pick in sorted(set(picks.tolist())))
+
+
+class SiteCall(nn.Module):
+    """A site together with what it is called with, so that a clock can call it on tensors alone.
+
+    The tensors among the arguments become the inputs of `forward`; the other arguments (a cache, flags) are kept, and
+    copied with the call, so that no two calls share a cache.
+    """
+
+    def __init__(self, module: nn.Module, arguments: Arguments) -> None:
+        super().__init__()
+        self.module = module
+        leaves, self.structure = tree_flatten(arguments)
+        self.others = [None if isinstance(leaf, Tensor) else copy.deepcopy(leaf) for leaf in leaves]
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+
+    @staticmethod
+    def inputs(arguments: Arguments) -> Inputs:
+        """The tensors among the arguments, in the order of `forward`."""
+        return tuple(leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
+
+    def forward(self, *tensors: Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if own else other for own, other in zip(self.is_tensor, self.others, strict=True)]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        return self.module(*args, **kwargs)
+
+
+def _capture(model: nn.Module, paths: Sequence[str], call: nn.Module, inputs: Inputs) -> dict[str, Arguments]:
+    """What each module is called with when the whole model is: (positional, keyword) arguments."""
+    captured: dict[str, Arguments] = {}
+
+    def capture(path: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            captured[path] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(capture(path), with_kwargs=True, prepend=True)
+        for path in paths
+    ]
+    try:
+        with torch.no_grad():
+            call(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def _time_grid(
+    model: nn.Module,
+    groups: Sequence[Group],
+    site: Site,
+    grid: Sequence[Sequence[int]],
+    arguments: Arguments,
+    clock: Clock,
+    rounds: Rounds,
+) -> NDArray[np.float64]:
+    """Milliseconds at every grid point; points that slice to the same module are timed once, a removed one takes 0."""
+    full = full_widths(groups)
+    points: dict[tuple[int, ...], tuple[int, ...]] = {}  # grid widths -> widths that remain once parents are gone
+    calls: dict[str, SiteCall] = {}
+    for widths in itertools.product(*[reversed(axis) for axis in grid]):  # the full width comes first: the baseline
+        keep = keep_first(groups, full | dict(zip(site.groups, widths, strict=True)))
+        remain = widths_of(keep, groups)
+        points[widths] = tuple(remain[name] for name in site.groups)
+        if str(points[widths]) not in calls:
+            module = materialize(model, groups, keep, prefix=site.module)
+            if not isinstance(module, nn.Identity):
+                calls[str(points[widths])] = SiteCall(module, arguments)
+    times = relative_medians(calls, dict.fromkeys(calls, SiteCall.inputs(arguments)), clock, rounds)
+    ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
+    return _monotone(ms.reshape([len(axis) for axis in grid]))
+
+
+def _monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least-squares isotonic along each axis, then a running maximum, which restores all axes at once."""
+    for axis in range(ms.ndim):
+        ms = np.apply_along_axis(lambda row: isotonic_regression(row).x, axis, ms)
+    for axis in range(ms.ndim):
+        ms = np.maximum.accumulate(ms, axis=axis)
+    return ms
