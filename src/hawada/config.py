@@ -140,6 +140,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.device": ("auto", "cpu", "mps", "cuda"),
     "export.widths": ("allocation", "gates"),
     "export.layout": ("uniform", "heterogeneous"),
+    "export.push": ("slim", "gated"),
     "budget.phase": ("forward", "prefill", "decode", "generate"),
     "runtime.mixed_precision": ("no", "bf16", "fp16"),
 }

@@ -64,6 +64,11 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
         ),
+        StagePlan(
+            "publish",
+            reads=(*_MODEL, "gpu.device", *_SHAPE, "export.formats", "export.push_to", "export.push"),
+            needs=("train", "export", "finetune", "evaluate"),
+        ),
     )
 }
 
@@ -75,7 +80,10 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
 
 def order(cfg: DictConfig) -> list[str]:
     """The stages of a whole pipeline, in order."""
-    return [name for name in PLANS if name != "pretrain" or cfg.model.pretrain]
+    left_out = set() if cfg.model.pretrain else {"pretrain"}
+    if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
+        left_out.add("publish")
+    return [name for name in PLANS if name not in left_out]
 
 
 def upstream(name: str, cfg: DictConfig) -> list[str]:

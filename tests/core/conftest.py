@@ -87,6 +87,21 @@ def groups():
 
 
 @pytest.fixture
+def layers():
+    """Four layers of four KV heads with two query heads each, and eight FFN neurons: a declaration without a model."""
+    return [
+        group
+        for path in (f"layers.{index}" for index in range(4))
+        for group in (
+            Group(path, "layer", 1, (), removes=(Removal(path),)),
+            Group(f"{path}.kv", "kv", 4, (), parent=path),
+            Group(f"{path}.query", "query", 8, (), parent=f"{path}.kv", equal_per_parent=2),
+            Group(f"{path}.ffn", "ffn", 8, (), parent=path),
+        )
+    ]
+
+
+@pytest.fixture
 def sites():
     return [Site(path, (f"{path}.branch", f"{path}.hidden"), "block") for path in ("first", "second")]
 

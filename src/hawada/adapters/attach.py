@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 from torch import nn
 
-from hawada.adapters.base import Adapter
 from hawada.core.gates import SigmoidGate
 from hawada.core.structure import Group
 from hawada.core.student import GateFactory, Student
 
 GroupFilterFn = Callable[[Group, nn.Module], bool]
+
+
+class Declares(Protocol):
+    """Part of an adapter that attaching needs."""
+
+    def groups(self, model: nn.Module) -> list[Group]: ...
+
+
+def is_attention_layer(group: Group, model: nn.Module) -> bool:
+    """Passes the groups of attention heads, whatever the family calls them."""
+    return group.kind in ("head", "kv_head", "query_head")
 
 
 class GroupFilter:
@@ -63,7 +74,7 @@ def select_groups(groups: Sequence[Group], model: nn.Module, filter_fn: GroupFil
 def attach_adapters(
     model: nn.Module,
     *,
-    adapter_cls: Callable[[], Adapter] | Adapter,
+    adapter_cls: type[Declares] | Declares,
     filter_fn: GroupFilterFn | None = None,
     gate: GateFactory = SigmoidGate,
 ) -> Student:
@@ -71,14 +82,14 @@ def attach_adapters(
 
     Args:
         model: what the adapter describes.
-        adapter_cls: an adapter, or its class when it needs no arguments.
+        adapter_cls: what declares groups (an adapter), or its class when it needs no arguments.
         filter_fn: called with (group, model); None takes every group.
         gate: makes a gate from a unit count.
 
     Raises:
         ValueError: when no group passes the filter, or a group does not fit the model; nothing is attached then.
     """
-    adapter = adapter_cls if isinstance(adapter_cls, Adapter) else adapter_cls()
+    adapter = adapter_cls() if isinstance(adapter_cls, type) else adapter_cls
     return Student(model, select_groups(adapter.groups(model), model, filter_fn), gate)
 
 

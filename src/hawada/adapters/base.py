@@ -82,6 +82,10 @@ class Adapter(ABC):
             ValueError: naming the local-path option.
         """
 
+    def saved_gates(self) -> Path | None:
+        """Trained gates that lie beside the weights: thetas by group name, as safetensors; None without any."""
+        return None
+
     def check_layout(self, layout: str, groups: Sequence[Group]) -> None:
         """Check that models can be saved in a layout.
 
@@ -156,6 +160,10 @@ class Adapter(ABC):
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
         """The physically smaller model, in eval mode: no gates, no hooks."""
         return materialize(model, groups, keep).eval()
+
+    def loads_with(self, path: str, model: nn.Module) -> str:
+        """Python code that loads a saved model."""
+        return f"import hawada\n\nmodel = hawada.load({path!r})"
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
         """Write the weights into a folder; returns what the manifest must hold to rebuild the shape."""

@@ -175,7 +175,7 @@ class Distillation:
             terms = self._chunked(student, teacher, labels, valid)
         if teacher is not None and self.hidden_weight:
             if not student.hidden:
-                raise ValueError("kd.hidden_weight: this model shows no hidden states; set it to 0")
+                raise ValueError("distill.hidden_weight: this model shows no hidden states; set it to 0")
             terms["hidden"] = self.hidden_weight * hidden_mse(student.hidden, teacher.hidden, self.alignment, valid)
         return terms
 

@@ -45,9 +45,11 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
     replaced: dict[str, tuple[str, ...]] = {}
     for group in groups:
         kept = keep[group.name]
+        if group.parent is not None and not keep[group.parent]:
+            continue  # it goes with its parent
         if group.removes and not kept:
             replaced.update({removal.module: removal.keeps for removal in group.removes})
-        if len(kept) == group.units or (group.parent is not None and not keep[group.parent]):
+        if len(kept) == group.units:
             continue
         if group.cuts and not kept:
             raise ValueError(f"{group.name}: all {group.units} units would go; keep at least one")

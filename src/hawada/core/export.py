@@ -144,7 +144,9 @@ def keep_from_gates(gates: Mapping[str, Tensor], groups: Sequence[Group], policy
             nearest = policy.rounding_of(members[0]).round(sum(counts) / len(counts), members[0].full_width)
             width = max(nearest, policy.widths(members[0])[0])
         widths |= dict.fromkeys((member.name for member in members), width)
-    for group in sorted((g for g in groups if g.removes and not widths[g.name]), key=lambda g: -float(gates[g.name])):
+    for group in sorted(
+        (g for g in groups if g.removes and not widths[g.name]), key=lambda g: -float(gates[g.name].detach())
+    ):
         if not policy.removable(group, widths | {group.name: 1}, groups):
             widths[group.name] = 1
     return keep_first(groups, widths, {name: best_first(gate) for name, gate in gates.items()})

@@ -162,7 +162,7 @@ def widths_of(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> Wid
         parents = [unit // group.equal_per_parent for unit in kept]
         counts = {parents.count(parent) for parent in set(parents)}
         held = len(set(parents))
-        if len(counts) > 1 or (group.parent in keep and held not in (0, len(keep[group.parent]))):
+        if len(counts) > 1 or held not in (0, len(keep.get(group.parent or "", set(parents)))):
             raise ValueError(
                 f"{group.name}: {len(kept)} units cannot be shared equally among the units of {group.parent}; "
                 "keep the same number for each"
@@ -176,8 +176,10 @@ def full_widths(groups: Sequence[Group]) -> Widths:
     return {group.name: group.full_width for group in groups}
 
 
-def keep_first(groups: Sequence[Group], widths: Mapping[str, int], order: Mapping[str, Sequence[int]] = {}) -> Keep:
-    """The first units in these numbers, by group; of a group with `equal_per_parent`, of each of the parent's that stays.
+def keep_first(
+    groups: Sequence[Group], widths: Mapping[str, int], order: Mapping[str, Sequence[int]] | None = None
+) -> Keep:
+    """The first units in these numbers; where a parent's units hold equally many, the first of each that stays.
 
     Args:
         groups: parents among them, in any order.
@@ -190,7 +192,7 @@ def keep_first(groups: Sequence[Group], widths: Mapping[str, int], order: Mappin
     def choose(group: Group) -> tuple[int, ...]:
         if group.name in keep:
             return keep[group.name]
-        wanted: Iterable[int] = order.get(group.name, range(group.units))
+        wanted: Iterable[int] = (order or {}).get(group.name, range(group.units))
         parent = by_name.get(group.parent or "")
         if parent is not None:
             staying, share = set(choose(parent)), group.units // parent.units
@@ -254,7 +256,7 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
             raise ValueError(f"{group.name}: {group.units} units; a group needs at least one")
         if group.parent is not None and (group.parent not in by_name or group.units % by_name[group.parent].units):
             raise ValueError(
-                f"{group.name}: parent {group.parent!r} is not a group among whose units {group.units} can be shared out"
+                f"{group.name}: parent {group.parent!r} is not a group whose units can share out {group.units}"
             )
         if group.equal_per_parent is not None and (
             group.units % group.equal_per_parent

@@ -44,7 +44,7 @@ class NormHook:
         self.gate = gate
         self.norm = norm
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gate = self.gate.gate
         x = args[0].float()  # (..., units), already multiplied by the gate where it was written
         if self.norm.kind == "layer":

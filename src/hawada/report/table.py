@@ -30,7 +30,13 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for key, label in (("params", "parameters"), ("macs", "MACs")):
         table.add_row(label, f"{teacher[key]:,}", f"{slim[key]:,}", f"{slim[key] / teacher[key]:.3f}")
-    table.add_row("latency ms", _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio))
+    table.add_row(
+        _latency_label(result), _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio)
+    )
+    for phase, measured in result["phases"].items():
+        if phase != result["timed_as"]["phase"]:
+            row = [_interval(measured[key]) for key in ("teacher_ms", "slim_ms", "ratio")]
+            table.add_row(f"{phase} ms", *row)
     table.add_row("speed-up", "1.00x", f"{1 / ratio['median']:.2f}x", "")
     metric = result["metric"]
     table.add_row(metric, shown(metric, teacher[metric]), shown(metric, slim[metric]), "")
@@ -42,10 +48,13 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
     timed = result["timed_as"]
     described = f"batch {timed['batch']}, {timed['dtype']} on {timed['device']}"
     console.print(f"{escape(result['reason'])} ({described})\n\nslim model: {escape(slim['path'])}", soft_wrap=True)
-    move = "" if timed["device"] == "cpu" else f".to({timed['device']!r})"
-    move += "" if timed["dtype"] == "float32" else f".to(torch.{timed['dtype']})"
-    code = f"  import hawada\n  model = hawada.load({slim['path']!r}){move}\n  logits = model(images)"
+    code = "\n".join(f"  {line}" for line in slim["loads_with"].splitlines() if line)
     console.print(escape(code), soft_wrap=True)
+
+
+def _latency_label(result: Mapping[str, Any]) -> str:
+    phase = result["timed_as"]["phase"]
+    return "latency ms" if phase == "forward" else f"{phase} ms"
 
 
 def shown(metric: str, value: float) -> str:

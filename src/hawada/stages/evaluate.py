@@ -16,8 +16,9 @@ from torch import nn
 from hawada.adapters.base import Shape
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
 from hawada.core.profiler import Comparison, Interval
+from hawada.report.card import model_card
 from hawada.report.progress import Progress
-from hawada.run import Run
+from hawada.run import Run, write_text
 from hawada.stages.export import EQUALITY
 from hawada.stages.workspace import Workspace
 
@@ -63,42 +64,45 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         teacher_ms = comparison.baseline.median
         paths = {"teacher": teacher_path, "slim": slim_path}
         latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
-        return run.finish(
-            "evaluate",
-            {
-                "summary": f"{verdict}: {reason}",
-                "verdict": verdict,
-                "reason": reason,
-                "target_ms": work.budget.ratio(teacher_ms) * teacher_ms if work.budget.has_target else None,
-                "target_ratio": work.budget.ratio(teacher_ms) if work.budget.has_target else None,
-                "timed_as": work.timed_as,
-                "latency_ratio": _short(comparison.ratio),
-                **{
-                    name: {
-                        "latency_ms": _short(latency[name]) | {"p95": latency[name].p95},
-                        **costs[name],
-                        metric: getattr(scores[name], metric),
-                        "path": work.absolute(paths[name]),
-                    }
-                    for name in models
-                },
-                "metric": metric,
-                "agreement": float((scores["teacher"].predicted == scores["slim"].predicted).float().mean()),
-                "phases": {
-                    phase: {
-                        "teacher_ms": _short(measured.baseline),
-                        "slim_ms": _short(measured.candidate),
-                        "ratio": _short(measured.ratio),
-                    }
-                    for phase, measured in phases.items()
-                },
-                "kd": run.result("train").get("kd"),
-                "proxy": run.result("profile")["fidelity"],
-                "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
-                "environment": work.environment(),
-                "measured": asdict(comparison),
+        result = {
+            "summary": f"{verdict}: {reason}",
+            "verdict": verdict,
+            "reason": reason,
+            "target_ms": work.budget.ratio(teacher_ms) * teacher_ms if work.budget.has_target else None,
+            "target_ratio": work.budget.ratio(teacher_ms) if work.budget.has_target else None,
+            "timed_as": work.timed_as,
+            "latency_ratio": _short(comparison.ratio),
+            **{
+                name: {
+                    "latency_ms": _short(latency[name]) | {"p95": latency[name].p95},
+                    **costs[name],
+                    metric: getattr(scores[name], metric),
+                    "path": work.absolute(paths[name]),
+                }
+                for name in models
             },
-        )
+            "metric": metric,
+            "agreement": float((scores["teacher"].predicted == scores["slim"].predicted).float().mean()),
+            "phases": {
+                phase: {
+                    "teacher_ms": _short(measured.baseline),
+                    "slim_ms": _short(measured.candidate),
+                    "ratio": _short(measured.ratio),
+                }
+                for phase, measured in phases.items()
+            },
+            "kd": run.result("train").get("kd"),
+            "proxy": run.result("profile")["fidelity"],
+            "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
+            "environment": work.environment(),
+            "measured": asdict(comparison),
+        }
+        base = cfg.model.get("path")
+        code = work.adapter.loads_with(result["slim"]["path"], slim)
+        result["slim"]["loads_with"] = code
+        card = model_card(result, name=run.root.name, base=base, loads_with=work.adapter.loads_with("path/to/it", slim))
+        write_text(slim_path / "README.md", card)  # the hub shows it; finetune's manifest does not list it
+        return run.finish("evaluate", result)
 
 
 def measure_until_clear(work: Workspace, teacher: nn.Module, slim: nn.Module) -> Comparison:

@@ -9,6 +9,8 @@ from typing import Any
 from rich.markup import escape
 
 from hawada.config import check_targets
+from hawada.core.budget import SUCCESS
+from hawada.core.formats import check_formats
 from hawada.core.profiler import Interval
 from hawada.plan import PLANS, order, upstream
 from hawada.report.progress import console
@@ -29,6 +31,8 @@ def check(stages: list[str], run: Run) -> None:
     for stage in stages:
         check_targets(run.settings(stage))
     plans = [PLANS[stage] for stage in stages]
+    if "publish" in stages:
+        check_formats(run.cfg.export.formats)
     if "pretrain" in stages and not run.cfg.model.pretrain:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
     if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
@@ -84,8 +88,12 @@ def run_pipeline(run: Run) -> dict[str, Any]:
         if stage == "pretrain" and (foregone := foregone_result(run)):
             write_json(run.root / "result.json", foregone)
             return foregone
-        result = run_stage(stage, run)
-        if "verdict" in result:
+        if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
+            console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
+            break
+        done = run_stage(stage, run)
+        result = {**result, "published": done} if stage == "publish" else done
+        if "verdict" in result and stage != "evaluate":
             break
     return result
 

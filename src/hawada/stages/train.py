@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.config import build
@@ -25,6 +25,8 @@ from hawada.stages.workspace import Workspace
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes."""
     work = Workspace(cfg, run)
+    if work.adapter.saved_gates() is not None:
+        return adopt_gates(work, run)
     profile = run.result("profile")
     with work.writing("train") as folder:
         trainer = make_trainer(work, profile["teacher_ms"])
@@ -72,6 +74,30 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "open_units": {name: int((gate >= 0.5).sum()) for name, gate in own.items()},
             },
         )
+
+
+def adopt_gates(work: Workspace, run: Run) -> dict[str, Any]:
+    """Take the gates that lie beside the teacher's weights instead of training.
+
+    Raises:
+        ValueError: when they do not belong to the groups that are gated.
+    """
+    source = work.adapter.saved_gates()
+    assert source is not None
+    thetas = load_file(source)
+    wanted = {group.name: (group.units,) for group in work.gated_groups}
+    found = {name: tuple(theta.shape) for name, theta in thetas.items()}
+    if found != wanted:
+        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))[0]
+        raise ValueError(
+            f"model.path: {source} has {found.get(odd, 'no gates')} for {odd}, the model wants "
+            f"{wanted.get(odd, 'none')}; gate the same groups, or remove the file to train gates anew"
+        )
+    with work.writing("train") as folder:
+        save_file(thetas, folder / "gates.safetensors")
+        write_json(folder / "proxy.json", load_proxy(work, "profile").state())
+        result = {"stopped": "adopted", "epochs": 0, "source": str(source)}
+        return run.finish("train", {"summary": f"gates taken from {source}", **result})
 
 
 def _summary(stopped: str, history: list[Step]) -> str:

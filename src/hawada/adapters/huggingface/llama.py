@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from hawada.adapters.base import Shape
 from hawada.adapters.huggingface import pretrained
 from hawada.adapters.huggingface.byte_tokenizer import byte_tokenizer
 from hawada.adapters.huggingface.phases import Decode, Generate, Prefill
-from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear
+from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
 from hawada.core.profiler import Inputs
 from hawada.core.structure import GatePoint, Group
 
@@ -30,22 +30,25 @@ class LlamaAdapter(TransformerAdapter):
     modality = "text"
     phases = ("prefill", "decode", "generate")
     layers = "model.layers"
-    branches = {"attention": ("self_attn", "input_layernorm", 2), "mlp": ("mlp", "post_attention_layernorm", 1)}
-    writers = {"attention": "o_proj", "mlp": "down_proj"}
+    branches: ClassVar = {
+        "attention": ("self_attn", "input_layernorm", 2),
+        "mlp": ("mlp", "post_attention_layernorm", 1),
+    }
+    writers: ClassVar = {"attention": "o_proj", "mlp": "down_proj"}
     into_ffn = ("gate_proj", "up_proj")
-    layer_widths = {
+    layer_widths: ClassVar = {
         "num_attention_heads": ("self_attn.q_proj.weight", 0, True),
         "num_key_value_heads": ("self_attn.k_proj.weight", 0, True),
         "intermediate_size": ("mlp.down_proj.weight", 1, False),
     }
     embedding = "model.embed_tokens"
-    stream_tensors = {"model.embed_tokens.weight": 1, "lm_head.weight": 1}
+    stream_tensors: ClassVar = {"model.embed_tokens.weight": 1, "lm_head.weight": 1}
     last_norm = "model.norm"
     norm = ("rms", "rms_norm_eps")
 
     def head_groups(self, model: PreTrainedModel, path: str, parent: str) -> list[Group]:
         size = self.head_dim(model)
-        heads, kv_heads = (model.get_submodule(f"{path}.{n}").out_features // size for n in ("q_proj", "k_proj"))  # type: ignore[operator]
+        heads, kv_heads = (linear(model, f"{path}.{name}").out_features // size for name in ("q_proj", "k_proj"))
         share, out = heads // kv_heads, f"{path}.o_proj"
         kv = Group(
             name=f"{path}.kv",
@@ -108,6 +111,7 @@ class LlamaAdapter(TransformerAdapter):
         return (torch.randint(0, vocabulary, (shape.batch, length), generator=generator, device="cpu"),)
 
     def workload(self, model: nn.Module, shape: Shape) -> nn.Module:
+        assert isinstance(model, PreTrainedModel)
         length = shape.prompt + shape.new_tokens
         if shape.phase == "prefill":
             return Prefill(model, length)

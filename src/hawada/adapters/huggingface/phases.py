@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 
@@ -47,7 +47,7 @@ class PinnedCache(Cache):
 class Prefill(nn.Module):
     """One forward pass over the prompt, (batch, prompt) ids, into a reset static cache; logits of the last position."""
 
-    def __init__(self, model: nn.Module, max_cache_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_cache_len: int) -> None:
         super().__init__()
         self.model = model
         self.cache = PinnedCache(model.config.num_hidden_layers, max_cache_len, 0)
@@ -63,11 +63,14 @@ class Decode(nn.Module):
     token, (t_last - t_first) / (n - 1).
     """
 
-    def __init__(self, model: nn.Module, prompt: int, max_cache_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: int, max_cache_len: int) -> None:
         super().__init__()
         self.model = model
         self.cache = PinnedCache(model.config.num_hidden_layers, max_cache_len, prompt)
         self.token: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "token": None}  # a copy starts anew, perhaps on another device
 
     def forward(self, input_ids: Tensor) -> Tensor:
         token = input_ids if self.token is None else self.token
@@ -79,10 +82,13 @@ class Decode(nn.Module):
 class Generate(nn.Module):
     """The prompt, (batch, prompt) ids, and then greedily all new tokens; returns them, (batch, new_tokens)."""
 
-    def __init__(self, model: nn.Module, new_tokens: int, max_cache_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, new_tokens: int, max_cache_len: int) -> None:
         super().__init__()
         self.model, self.new_tokens, self.max_cache_len = model, new_tokens, max_cache_len
         self.cache: StaticCache | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": None}  # a copy starts empty, as that of a PinnedCache does
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if self.cache is None:

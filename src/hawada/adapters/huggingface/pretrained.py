@@ -112,7 +112,7 @@ def load_checked(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
     _check_weights(folder, str(folder))
     _check_family(config, model_class, folder)
     try:
-        with _without_load_report():
+        with quietly():
             model, info = model_class.from_pretrained(
                 folder,
                 **{"dtype": "auto", **options},
@@ -260,18 +260,24 @@ def _check_family(config: dict[str, Any], model_class: Any, folder: Path) -> Non
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Keep transformers' table of misfits off the screen: they are raised, in a sentence."""
+def quietly() -> Iterator[None]:
+    """Keep transformers' progress bars, and its table of misfits (they are raised, in a sentence), off the screen."""
+    from transformers.utils import logging as transformers_logging
+
     logger = logging.getLogger("transformers.modeling_utils")
+    bars = transformers_logging.is_progress_bar_enabled()
 
     def keep(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
     logger.addFilter(keep)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.removeFilter(keep)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 This file is shipped beside the weights of such a model, so it needs nothing but torch and transformers.
 """
 
+# mypy: ignore-errors
 import copy
 
 from torch import nn
@@ -23,8 +24,9 @@ class NoBranch(nn.Module):
 class SlimLayers:
     """Mixin in front of a transformers model class; builds each layer with the widths that `config.slim` lists.
 
-    `config.slim` holds `layers` (path of the layer list), `branches` (for each, its module, its norm and how many values
-    it returns) and `widths` (for each layer, config attributes of its own; a branch's name with False where it is gone).
+    `config.slim` holds `layers` (path of the layer list), `branches` (for each, its module, its norm and how many
+    values it returns) and `widths` (for each layer, config attributes of its own; a branch's name with False where it
+    is gone).
     """
 
     def __init__(self, config, *args, **kwargs):

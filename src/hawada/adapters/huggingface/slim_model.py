@@ -1,4 +1,4 @@
-"""Slim transformers models: built from a configuration that the sliced tensors ask for, and read without foreign code."""
+"""Slim transformers models: built from a configuration that the sliced tensors ask for, read without foreign code."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hawada.adapters.huggingface import slim_layers
+from hawada.adapters.huggingface.pretrained import quietly
 from hawada.core.edits import Edits, without_elements
 
 _SLIM_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
@@ -54,7 +55,8 @@ def sliced_tensors(model: nn.Module, edits: Edits, layers: Sequence[str]) -> dic
 def build_empty(config: PreTrainedConfig, auto: str) -> PreTrainedModel:
     """An untrained model in float32 and eval mode, on torch's current default device."""
     if hasattr(type(config), "slim_model"):
-        return type(config).slim_model(config).float().eval()
+        slim: Any = type(config)
+        return slim.slim_model(config).float().eval()
     return getattr(transformers, auto).from_config(config, dtype=torch.float32).eval()
 
 
@@ -78,8 +80,9 @@ def build_filled(
         else:
             holder._buffers[attribute] = state[name]
     model.tie_weights()
-    if getattr(original, "generation_config", None) is not None:
-        model.generation_config = copy.deepcopy(original.generation_config)
+    generation = getattr(original, "generation_config", None)
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
     return model.eval()
 
 
@@ -115,9 +118,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def save_folder(path: Path, model: PreTrainedModel) -> None:
     """Save as transformers does, in the dtype of the configuration, with the modelling file where one is needed."""
     dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
-    plain: Any = copy.deepcopy(model).to("cpu", dtype)
+    plain: Any = copy.deepcopy(model).to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
     plain.config.dtype = dtype
-    plain.save_pretrained(path)
+    with quietly():
+        plain.save_pretrained(path)
     if not hasattr(type(model.config), "slim_model"):
         return
     config, stock = stock_class(model.config), type(model).stock_model.__name__  # type: ignore[attr-defined]

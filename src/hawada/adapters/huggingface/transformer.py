@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -71,19 +71,20 @@ class TransformerAdapter(Adapter):
         into_ffn: projections from the stream to the FFN neurons.
         layer_widths: config attributes of a layer: the tensor, its axis, and whether it counts heads.
         embedding: the module that writes the stream first.
-        stream_tensors: tensors outside the layers and the axis on which they carry the stream; the first shows its width.
+        stream_tensors: tensors outside the layers, and the axis on which they carry the stream; the first shows its
+            width.
         last_norm: path of the norm behind the last layer.
         norm: kind of the norms (see `Norm`) and the config attribute of their eps.
     """
 
     auto: str
     layers: str
-    branches: dict[str, tuple[str, str, int]]
-    writers: dict[str, str]
+    branches: ClassVar[dict[str, tuple[str, str, int]]]
+    writers: ClassVar[dict[str, str]]
     into_ffn: tuple[str, ...]
-    layer_widths: dict[str, tuple[str, int, bool]]
+    layer_widths: ClassVar[dict[str, tuple[str, int, bool]]]
     embedding: str
-    stream_tensors: dict[str, int]
+    stream_tensors: ClassVar[dict[str, int]]
     last_norm: str
     norm: tuple[str, str]
     layouts = ("uniform", "heterogeneous")
@@ -153,7 +154,7 @@ class TransformerAdapter(Adapter):
         mlp = f"{path}.{self.branches['mlp'][0]}"
         out = f"{mlp}.{self.writers['mlp']}"
         rows = [cut for name in self.into_ffn for cut in cut_linear(model, f"{mlp}.{name}", 0)]
-        units: int = model.get_submodule(out).in_features  # type: ignore[assignment]
+        units = linear(model, out).in_features
         points = (GatePoint(out, side="input", dim=-1),)
         return Group(f"{path}.ffn", "ffn", units, points, (*rows, *cut_linear(model, out, 1)), parent=parent)
 
@@ -209,6 +210,10 @@ class TransformerAdapter(Adapter):
     def teacher(self) -> nn.Module:
         return self._load(pretrained.fetch(self._source()))
 
+    def saved_gates(self) -> Path | None:
+        gates = None if self.path is None else pretrained.fetch(self.path) / "gates.safetensors"
+        return gates if gates is not None and gates.is_file() else None
+
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
         """Build the slim architecture from its configuration, then give it the kept elements of every tensor."""
         assert isinstance(model, PreTrainedModel)
@@ -224,7 +229,7 @@ class TransformerAdapter(Adapter):
         """The configuration that the shapes of the slim tensors ask for: a stock one where all layers are alike."""
         settings, head_dim = model.config.to_dict(), self.head_dim(model)
         for key, value in settings.items():
-            if isinstance(value, list) and "layer" in key:  # layer_types, no_rope_layers: one entry a layer
+            if isinstance(value, list) and "layer" in key and len(value) >= model.config.num_hidden_layers:
                 settings[key] = [value[index] for index in kept]
         for key in ("architectures", "transformers_version", "auto_map", "slim"):
             settings.pop(key, None)
@@ -243,7 +248,7 @@ class TransformerAdapter(Adapter):
             branches = {kind: list(branch) for kind, branch in self.branches.items()}
             slim = {"auto": self.auto, "layers": self.layers, "branches": branches, "widths": layers}
             settings["model_type"] = f"slim_{stock.model_type}"
-            config = slim_classes(stock, self.auto)[0](**settings, slim=slim)
+            config = slim_classes(stock, self.auto)[0](**settings, slim=slim)  # type: ignore[call-arg]
         config._attn_implementation = model.config._attn_implementation
         return config
 
@@ -281,7 +286,7 @@ class TransformerAdapter(Adapter):
             raise ValueError("distill.chunk: only language models are computed in chunks of tokens; set it to null")
         output = model(inputs, output_hidden_states=True, logits_to_keep=1)
         states = tuple(output.hidden_states)
-        inner = getattr(model, "module", model)  # under data-parallel training
+        inner: Any = getattr(model, "module", model)  # under data-parallel training
         inner = inner.model if isinstance(inner, Student) else inner
         return Outputs(None, states[-1], inner.get_output_embeddings(), states if hidden else ())
 
@@ -297,6 +302,10 @@ class TransformerAdapter(Adapter):
     @property
     def stock_reload(self) -> str:  # type: ignore[override]
         return STOCK_RELOAD.format(auto=self.auto, generates=self.modality == "text")
+
+    def loads_with(self, path: str, model: nn.Module) -> str:
+        trust = ", trust_remote_code=True" if hasattr(model.config, "slim") else ""
+        return f"from transformers import {self.auto}\n\nmodel = {self.auto}.from_pretrained({path!r}{trust})"
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
         """Save as transformers does, with what lies beside the checkpoint (tokenizer, image processor)."""
@@ -324,9 +333,16 @@ class TransformerAdapter(Adapter):
         return self.path
 
 
+def linear(model: nn.Module, path: str) -> nn.Linear:
+    """The Linear at a path."""
+    module = model.get_submodule(path)
+    assert isinstance(module, nn.Linear), path
+    return module
+
+
 def cut_linear(model: nn.Module, path: str, dim: int, per_unit: int = 1) -> list[Cut]:
     """Cuts of a Linear's rows (dim 0, its bias included) or columns (dim 1)."""
     cuts = [Cut(f"{path}.weight", dim, per_unit, follows="out_features" if dim == 0 else "in_features")]
-    if dim == 0 and model.get_submodule(path).bias is not None:
+    if dim == 0 and linear(model, path).bias is not None:
         cuts.append(Cut(f"{path}.bias", 0, per_unit))
     return cuts

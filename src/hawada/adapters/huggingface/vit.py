@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from transformers import PreTrainedModel
 
 from hawada.adapters.base import Shape
-from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear
+from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
 from hawada.core.profiler import Inputs
 from hawada.core.structure import GatePoint, Group
 
@@ -16,15 +18,15 @@ class ViTAdapter(TransformerAdapter):
 
     auto = "AutoModelForImageClassification"
     layers = "vit.layers"
-    branches = {"attention": ("attention", "layernorm_before", 2), "mlp": ("mlp", "layernorm_after", 1)}
-    writers = {"attention": "o_proj", "mlp": "fc2"}
+    branches: ClassVar = {"attention": ("attention", "layernorm_before", 2), "mlp": ("mlp", "layernorm_after", 1)}
+    writers: ClassVar = {"attention": "o_proj", "mlp": "fc2"}
     into_ffn = ("fc1",)
-    layer_widths = {
+    layer_widths: ClassVar = {
         "num_attention_heads": ("attention.q_proj.weight", 0, True),
         "intermediate_size": ("mlp.fc1.weight", 0, False),
     }
     embedding = "vit.embeddings"
-    stream_tensors = {
+    stream_tensors: ClassVar = {
         "vit.embeddings.cls_token": 2,
         "vit.embeddings.position_embeddings": 2,
         "vit.embeddings.patch_embeddings.projection.weight": 0,
@@ -41,7 +43,7 @@ class ViTAdapter(TransformerAdapter):
             Group(
                 name=f"{path}.heads",
                 kind="head",
-                units=model.get_submodule(out).in_features // size,  # type: ignore[operator]
+                units=linear(model, out).in_features // size,
                 gated_at=(GatePoint(out, "input", dim=-1, per_unit=size),),
                 cuts=(*rows, *cut_linear(model, out, 1, size)),
                 parent=parent,
