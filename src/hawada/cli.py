@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hawada.config import GPU_SHORTHANDS, conf_dir, register_resolvers, validate
+from hawada.config import GPU_SHORTHANDS, build, conf_dir, register_resolvers, validate
 from hawada.plan import PLANS, planned
 from hawada.run import Run
 
@@ -59,6 +59,8 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
     run.check_writable()
+    if "precheck" in cfg.model and plans:
+        build(cfg.model.precheck)
     for name in stages:
         run.check(name)
     if stage in PLANS:

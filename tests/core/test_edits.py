@@ -32,6 +32,20 @@ def test_a_removed_module_leaves_the_named_children_in_a_row(inputs):
     assert set(slim.state_dict()) == {"block.a.weight", "block.a.bias"}
 
 
+def test_what_lies_inside_a_removed_module_goes_with_it(inputs):
+    model = nn.Sequential()
+    model.add_module("layer", nn.Sequential())
+    model.layer.add_module("branch", nn.Linear(6, 6))
+    removals = {name: (Removal(path),) for name, path in (("layer", "layer"), ("branch", "layer.branch"))}
+    layer = Group("layer", "layer", 1, (), removes=removals["layer"])
+    branch = Group("branch", "branch", 1, (), removes=removals["branch"], parent="layer")
+    for groups in ([layer, branch], [branch, layer]):
+        for keep in ({"layer": (), "branch": ()}, {"layer": (), "branch": (0,)}):
+            assert plan_edits(model, groups, keep).replaced == {"layer": ()}
+            assert torch.equal(materialize(model, groups, keep)(inputs), inputs)
+            assert torch.equal(materialize(model, groups, keep, prefix="layer.branch")(inputs), inputs)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

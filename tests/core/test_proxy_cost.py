@@ -6,7 +6,7 @@ import torch
 
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.proxy_cost import LatencyProxy, fidelity, random_keep
-from hawada.core.structure import keep_all, without_orphans
+from hawada.core.structure import keep_all, widths_of, without_orphans
 
 
 @pytest.mark.parametrize(
@@ -94,3 +94,28 @@ def test_random_models_are_allowed_seeded_and_diverse(groups):
     assert widths == {0, 2, 4, 6, 8}
     assert {len(keep["second.branch"]) for keep in keeps} == {0, 1}
     assert set(keeps[0]) == set(keep_all(groups))
+
+
+def test_random_uniform_models_have_one_width_a_kind_and_enough_layers(layers):
+    policy = ExportPolicy(minimum={"layer": 2, "kv": 2, "ffn": 3}, rounding={"ffn": Rounding(2)}, uniform=True)
+    seen = set()
+    for seed in range(60):
+        keep = random_keep(layers, policy, np.random.default_rng(seed))
+        widths = widths_of(keep, layers)
+        staying = [index for index in range(4) if widths[f"layers.{index}"]]
+        assert len(staying) >= 2
+        alike = {tuple(widths[f"layers.{index}.{kind}"] for kind in ("kv", "query", "ffn")) for index in staying}
+        assert len(alike) == 1
+        seen |= {(len(staying), *alike.pop())}
+    assert {layers for layers, *_ in seen} == {2, 3, 4}
+    assert {kv for _, kv, _, _ in seen} == {2, 3, 4}
+    assert {query for *_, query, _ in seen} == {1, 2}
+    assert {ffn for *_, ffn in seen} == {4, 6, 8}
+
+
+def test_random_models_need_not_be_uniform_and_keep_the_minimum_too(layers):
+    policy = ExportPolicy(minimum={"layer": 3, "ffn": 3})
+    for seed in range(30):
+        widths = widths_of(random_keep(layers, policy, np.random.default_rng(seed)), layers)
+        staying = [index for index in range(4) if widths[f"layers.{index}"]]
+        assert len(staying) >= 3 and all(widths[f"layers.{index}.ffn"] >= 3 for index in staying)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hawada.adapters.base import Shape
 from hawada.adapters.torchvision.resnet import ResNetAdapter
@@ -11,8 +12,8 @@ from hawada.core.export import ExportPolicy, Rounding, materialize
 from hawada.core.profiler import Rounds
 from hawada.core.proxy_cost import LatencyProxy, fidelity, random_keep
 from hawada.core.simulated import SimulatedClock
-from hawada.core.site_table import LatencyTable, build_table
-from hawada.core.structure import full_widths, widths_of
+from hawada.core.site_table import LatencyTable, SiteCall, build_table
+from hawada.core.structure import Cut, GatePoint, Group, Site, full_widths, widths_of
 
 QUICK = Rounds(precision=0.5, min_rounds=3, max_rounds=3)
 
@@ -121,3 +122,109 @@ def test_a_table_over_several_widths_is_monotone_in_each():
     ms = table.sites[0].ms
     assert ms.shape == (2, 3, 3)
     assert all((np.diff(ms, axis=axis) >= 0).all() for axis in range(3))
+
+
+def toy_table(toy, groups, sites, *calls):
+    return build_table(toy, groups, sites, calls, SimulatedClock(), policy=ExportPolicy(), points=3, rounds=QUICK)
+
+
+def test_a_site_that_is_gone_takes_no_time(toy, groups, sites, inputs):
+    table = toy_table(toy, groups, sites, (1, toy, (inputs,)))
+    for entry in table.sites:
+        assert entry.ms[0].tolist() == [0.0, 0.0, 0.0] and float(entry.ms[1].min()) > 0
+    proxy = LatencyProxy(table)
+    assert float(proxy.predict(dict.fromkeys(full_widths(groups), 0))) == 0.0
+
+
+def test_calls_count_as_often_as_they_happen(toy, groups, sites, inputs):
+    one, many = (toy_table(toy, groups, sites, (1, toy, (x,))) for x in (inputs[:2], inputs.repeat(500, 1)))
+    both = toy_table(toy, groups, sites, (1, toy, (inputs[:2],)), (2.5, toy, (inputs.repeat(500, 1),)))
+    for entry, first, second in zip(both.sites, one.sites, many.sites, strict=True):
+        assert float(second.ms[1, -1]) > 2 * float(first.ms[1, -1])
+        assert np.allclose(entry.ms, first.ms + 2.5 * second.ms)
+
+
+class Memory:
+    """What is neither tensor nor number, as a cache is: it counts how often it was used."""
+
+    def __init__(self):
+        self.used = 0
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 8)
+
+    def forward(self, x, *, memory, factor, negative=False):
+        memory.used += 1
+        return self.linear(x) * (-factor if negative else factor) * memory.used
+
+
+class Whole(nn.Module):
+    """Calls its site with keyword arguments, among them a tensor, a flag and a memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.site, self.head, self.memory = Scaled(), nn.Linear(8, 3), Memory()
+
+    def forward(self, x):
+        return self.head(self.site(x, memory=self.memory, factor=x.mean(), negative=True))
+
+
+SCALED = Group(
+    "hidden",
+    "channel",
+    8,
+    (GatePoint("site"),),
+    (
+        Cut("site.linear.weight", 0, follows="out_features"),
+        Cut("site.linear.bias", 0),
+        Cut("head.weight", 1, follows="in_features"),
+    ),
+)
+
+
+def scaled_arguments(inputs):
+    return (inputs,), {"memory": Memory(), "factor": torch.tensor(0.5), "negative": True}
+
+
+def test_a_site_is_called_on_its_tensors_alone_and_given_the_rest(inputs):
+    site, arguments = Scaled(), scaled_arguments(inputs)
+    call, tensors = SiteCall(site, arguments), SiteCall.inputs(arguments)
+    assert [x.shape for x in tensors] == [(16, 6), ()]
+    assert torch.equal(call(*tensors), site.linear(inputs) * -0.5)
+    doubled = call(2 * tensors[0], tensors[1])  # the second use of this call's own memory
+    assert torch.equal(doubled, site.linear(2 * inputs) * -0.5 * 2)
+
+
+def test_no_two_calls_share_what_they_remember(inputs):
+    arguments = scaled_arguments(inputs)
+    first = SiteCall(Scaled(), arguments)
+    first(*SiteCall.inputs(arguments))
+    second, copied = SiteCall(Scaled(), arguments), copy.deepcopy(first)
+    for call in (second, copied, copied):
+        call(*SiteCall.inputs(arguments))
+    memories = [next(other for other in call.others if isinstance(other, Memory)) for call in (first, second, copied)]
+    assert [memory.used for memory in memories] == [1, 1, 3]
+    assert arguments[1]["memory"].used == 0
+
+
+def test_a_table_of_a_site_with_keyword_arguments_leaves_their_owner_alone(inputs):
+    model = Whole()
+    sites = [Site("site", ("hidden",), "site")]
+    table = toy_table(model, [SCALED], sites, (1, model, (inputs,)))
+    assert model.memory.used == 1  # when the arguments were captured
+    ms = table.sites[0].ms
+    assert ms.shape == (3,) and (np.diff(ms) > 0).all()
+
+
+def test_a_simulated_clock_times_a_call_as_the_module(inputs):
+    linear = nn.Linear(6, 8)
+    plain = SimulatedClock().prepare(linear, (inputs,))()
+    for arguments in (((inputs,), {}), ((), {"input": inputs})):
+        assert SimulatedClock().prepare(SiteCall(linear, arguments), SiteCall.inputs(arguments))() == plain
+    arguments = scaled_arguments(inputs)
+    call = SiteCall(Scaled(), arguments)
+    assert SimulatedClock().prepare(call, SiteCall.inputs(arguments))() > plain
+    assert next(other for other in call.others if isinstance(other, Memory)).used == 0

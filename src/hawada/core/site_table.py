@@ -209,6 +209,7 @@ def _time_grid(
     full = full_widths(groups)
     points: dict[tuple[int, ...], tuple[int, ...]] = {}  # grid widths -> widths that remain once parents are gone
     calls: dict[str, SiteCall] = {}
+    inputs: dict[str, Inputs] = {}
     for widths in itertools.product(*[reversed(axis) for axis in grid]):  # the full width comes first: the baseline
         keep = keep_first(groups, full | dict(zip(site.groups, widths, strict=True)))
         remain = widths_of(keep, groups)
@@ -217,7 +218,11 @@ def _time_grid(
             module = materialize(model, groups, keep, prefix=site.module)
             if not isinstance(module, nn.Identity):
                 calls[str(points[widths])] = SiteCall(module, arguments)
-    times = relative_medians(calls, dict.fromkeys(calls, SiteCall.inputs(arguments)), clock, rounds)
+                first, *others = SiteCall.inputs(arguments)
+                if site.reads is not None:
+                    first = first[..., : remain[site.reads]].contiguous()
+                inputs[str(points[widths])] = (first, *others)
+    times = relative_medians(calls, inputs, clock, rounds)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
     return _monotone(ms.reshape([len(axis) for axis in grid]))
 

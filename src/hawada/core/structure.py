@@ -135,11 +135,14 @@ class Site:
         module: its path.
         groups: names of *every* group whose width changes its time, parents first.
         kind: sites of one kind share a fitted scale (`layer1`, `attention` …).
+        reads: the group whose units lie on the last axis of the first tensor that the module is called with, where
+            that axis shrinks too.
     """
 
     module: str
     groups: tuple[str, ...]
     kind: str
+    reads: str | None = None
 
 
 def keep_all(groups: Sequence[Group]) -> Keep:

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
             article = []
         article.append(line.rstrip("\n"))
     yield "\n".join(article).strip()
+
+
+def articles_or_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """`articles` where one of the first lines is a title, else `paragraphs`: local files need not be WikiText."""
+    rest = iter(lines)
+    first = list(islice(rest, 200))
+    gather = articles if any(TITLE.fullmatch(line) for line in first) else paragraphs
+    yield from gather(chain(first, rest))
 
 
 def local_texts(path: str | None, column: str, *, gather: Gather | None = None) -> Splits:

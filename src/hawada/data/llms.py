@@ -12,7 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from hawada.data.corpus import Splits, articles, held_out, hub_texts, interpreter_texts, local_texts
+from hawada.data.corpus import (
+    Splits,
+    articles,
+    articles_or_paragraphs,
+    held_out,
+    hub_texts,
+    interpreter_texts,
+    local_texts,
+)
 from hawada.data.sequences import Batch, EpochBatches, PackedTokens
 
 if TYPE_CHECKING:
@@ -232,13 +240,13 @@ def wikitext(
     Args:
         tokenizer: text to ids.
         sequence_length: tokens in a sequence.
-        path: local files instead, see `text`; their lines, or rows, are WikiText's.
+        path: local files instead, see `text`; they may be WikiText, or any other text.
         samples: train on only the first so many sequences.
         streaming: read no more than `samples` need.
     """
     packing = Packing(tokenizer, sequence_length, samples, streaming)
     if path is not None:
-        return packing.pack(local_texts(path, "text", gather=articles))
+        return packing.pack(local_texts(path, "text", gather=articles_or_paragraphs))
     return packing.pack(hub_texts("Salesforce/wikitext", "wikitext-2-raw-v1", streaming=streaming, gather=articles))
 
 

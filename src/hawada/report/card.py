@@ -44,8 +44,8 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         "",
         f"# {name}",
         "",
-        f"A slim version of {base or 'a model that was trained for it'}, made by HawAda: its widths were chosen so that "
-        "its measured latency meets a budget.",
+        f"A slim version of {base or 'a model that was trained for it'}, made by HawAda: its widths were chosen so "
+        "that its measured latency meets a budget.",
         "",
         f"Verdict: **{result['verdict']}** ({result['reason']}).",
         "",

@@ -42,8 +42,9 @@ def check(stages: list[str], run: Run) -> None:
     if any(plan.measures for plan in plans):
         work = Workspace(run.settings("profile"), run)
         work.adapter.check_shape(work.shape)
-    if stages and any("data" in plan.reads for plan in plans):
-        Workspace(run.settings(stages[-1]), run).data  # noqa: B018
+    reading = [plan.name for plan in plans if "data" in plan.reads]
+    if reading:
+        Workspace(run.settings(reading[0]), run).data  # noqa: B018
     if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
         _check_same_machine(stages, run)
 

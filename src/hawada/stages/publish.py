@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hawada.adapters.huggingface import pretrained
+from hawada.adapters.huggingface import hub
 from hawada.core.budget import SUCCESS
 from hawada.core.formats import export_onnx, export_pt2
 from hawada.report.progress import Progress
@@ -48,6 +48,6 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 def _push(cfg: DictConfig, run: Run, files: list[Path]) -> str:
     """The slim model, or the teacher with its trained gates; returns the repository's address."""
     if cfg.export.push == "slim":
-        return pretrained.push(run.folder("finetune") / "slim", cfg.export.push_to, extra=files)
+        return hub.push(run.folder("finetune") / "slim", cfg.export.push_to, extra=files)
     gates = run.folder("train") / "gates.safetensors"
-    return pretrained.push(run.folder("export") / "teacher", cfg.export.push_to, extra=[gates])
+    return hub.push(run.folder("export") / "teacher", cfg.export.push_to, extra=[gates])

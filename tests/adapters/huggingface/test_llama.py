@@ -183,9 +183,7 @@ PER_LAYER = [
 
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize(("family", "options", "key", "entries"), PER_LAYER)
-def test_lists_with_an_entry_a_layer_lose_those_of_dropped_layers(
-    family, options, key, entries, uniform, build_model
-):
+def test_lists_with_an_entry_a_layer_lose_those_of_dropped_layers(family, options, key, entries, uniform, build_model):
     adapter, teacher = build_model(family, **options, num_hidden_layers=4, **{key: entries})
     groups, (inputs,) = adapter.groups(teacher), adapter.example_inputs(TEXT)
     dropped = {"model.layers.1": ()} if uniform else {"model.layers.1": (), "model.layers.3.ffn": (5, 7)}
@@ -332,5 +330,7 @@ def test_the_byte_tokenizer_has_a_token_for_each_byte_and_one_that_ends_a_text(t
     for tokenizer in tokenizers:
         assert len(tokenizer) == 257
         assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
-        assert tokenizer.decode([256]) == tokenizer.eos_token and tokenizer.decode([256], skip_special_tokens=True) == ""
+        assert (
+            tokenizer.decode([256]) == tokenizer.eos_token and tokenizer.decode([256], skip_special_tokens=True) == ""
+        )
         assert tokenizer("a")["input_ids"] != tokenizer("b")["input_ids"]

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_decode_goes_on_from_the_token_that_it_chose(ready):
     adapter, model = ready
     workload, (token,) = adapter.workload(model, shape_of("decode")), adapter.example_inputs(shape_of("decode"))
     logits = [workload(token).clone() for _ in range(3)]
-    for said, follows in zip(logits, logits[1:], strict=False):
+    for said, follows in itertools.pairwise(logits):
         fresh = adapter.workload(model, shape_of("decode"))
         assert torch.equal(fresh(said.argmax(-1)), follows)
 
@@ -132,23 +133,22 @@ def test_the_simulated_clock_times_every_phase_before_and_after_it_ran(ready):
 
 def time_sites(adapter, model, phase):
     groups = adapter.groups(model)
-    calls = [
-        (times, call, adapter.example_inputs(part)) for times, call, part in adapter.parts(model, shape_of(phase))
-    ]
+    calls = [(times, call, adapter.example_inputs(part)) for times, call, part in adapter.parts(model, shape_of(phase))]
     policy = ExportPolicy(rounding={"ffn": Rounding(8), "stream": Rounding(16)})
     clock = SimulatedClock(launch_us=0.5)
     return build_table(
-        model, groups, adapter.sites(model), calls, clock, policy=policy, points=3, rounds=Rounds(min_rounds=1, max_rounds=1)
+        model,
+        groups,
+        adapter.sites(model),
+        calls,
+        clock,
+        policy=policy,
+        points=3,
+        rounds=Rounds(min_rounds=1, max_rounds=1),
     )
 
 
-@pytest.mark.parametrize(
-    "stream",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="sites get the full stream in their arguments", strict=True)),
-    ],
-)
+@pytest.mark.parametrize("stream", [False, True])
 def test_tables_of_sites_are_monotone_and_a_layer_that_is_gone_takes_no_time(stream, build_model):
     adapter, teacher = build_model("gqa4", num_hidden_layers=2, stream=stream)
     sums = {}

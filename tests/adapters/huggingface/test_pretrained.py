@@ -25,8 +25,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hawada.adapters.huggingface import pretrained
-from hawada.adapters.huggingface.pretrained import check_source, copy_companions, fetch, find_local, load_checked, push
+from hawada.adapters.huggingface import hub as hub_module
+from hawada.adapters.huggingface.hub import check_source, fetch, find_local, push
+from hawada.adapters.huggingface.pretrained import copy_companions, load_checked
 
 TEXT = {
     "vocab_size": 32,
@@ -180,7 +181,7 @@ def test_sharded_snapshot_needs_every_shard(snapshots, shards, index, complete):
 
 
 def test_local_checkpoint_needs_no_network(tmp_path, snapshots, monkeypatch):
-    monkeypatch.setattr(pretrained, "_head", lambda repo: pytest.fail("asked the network"))
+    monkeypatch.setattr(hub_module, "_head", lambda repo: pytest.fail("asked the network"))
     folder = touch(tmp_path / "saved", "config.json", "model.safetensors")
     cached = snapshots("a", "config.json", "model.safetensors")
     check_source(str(folder))
@@ -272,12 +273,12 @@ def test_no_network(cache):
 
 def test_slow_network_is_given_up_on(cache, monkeypatch):
     done = threading.Event()
-    monkeypatch.setattr(pretrained, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(pretrained, "_head", lambda repo: done.wait(20))
+    monkeypatch.setattr(hub_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "_head", lambda repo: done.wait(20))
     with pytest.raises(ValueError, match=rf"cannot be downloaded \(no answer within 0\.1 s\); {BOTH_WAYS}"):
         check_source("owner/name")
     done.set()
-    assert pretrained.CONNECT_SECONDS <= 5
+    assert hub_module.CONNECT_SECONDS <= 5
 
 
 def test_offline_mode_asks_nothing(hub, monkeypatch):
@@ -316,7 +317,7 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
         assert revision == ("main" if len(calls) == 1 else "abc")
         return str(snapshots("abc", *wanted))
 
-    monkeypatch.setattr(pretrained, "_head", lambda repo: None)
+    monkeypatch.setattr(hub_module, "_head", lambda repo: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     folder = fetch("owner/name")
     assert sorted(path.name for path in folder.iterdir()) == sorted(there)
@@ -327,7 +328,7 @@ def test_broken_download(cache, snapshots, monkeypatch):
     def download(repo, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "_head", lambda repo: None)
+    monkeypatch.setattr(hub_module, "_head", lambda repo: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match=rf"llm\.path: owner/name .*No space left on device\); {BOTH_WAYS[:22]}"):
         fetch("owner/name", key="llm.path")

@@ -47,8 +47,9 @@ def two_thirds(groups):
 
 
 def ragged(groups):
-    """Different widths in every layer, and no attention in the last."""
-    keep = {group.name: tuple(range(5 * index + 4)) for index, group in enumerate(groups) if group.kind == "ffn"}
+    """Different widths in every layer, no attention in the last, and a stream that no number of heads divides."""
+    keep = {group.name: tuple(range(index + 4)) for index, group in enumerate(groups) if group.kind == "ffn"}
+    keep |= {group.name: tuple(range(31)) for group in groups if group.kind == "stream"}
     last = [group.name for group in groups if group.kind == "attention"][-1:]
     return completed({**keep, **dict.fromkeys(last, ())}, groups)
 
@@ -85,8 +86,8 @@ def test_round_trip(family, choose, save):
     inputs = adapter.example_inputs(SHAPE)
     with torch.no_grad():
         assert torch.equal(loaded(*inputs).logits, slim(*inputs).logits)
-    before, after = (model.config.to_dict() | {"dtype": None, "architectures": None} for model in (slim, loaded))
-    assert after | {"auto_map": None} == before | {"auto_map": None}
+    written = dict.fromkeys(("dtype", "architectures", "auto_map", "_name_or_path"))
+    assert loaded.config.to_dict() | written == slim.config.to_dict() | written
     if family == "gqa4":
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
         assert "lm_head.weight" not in load_file(folder / WEIGHTS)
@@ -116,7 +117,7 @@ def test_the_tokenizer_of_a_checkpoint_goes_along(build_model, tmp_path):
 
 @pytest.mark.parametrize("choose", [two_thirds, ragged])
 def test_what_was_finetuned_in_float32_from_a_bfloat16_checkpoint_stays_float32(choose, build_model, tmp_path):
-    adapter, model = build_model("gqa4")
+    _, model = build_model("gqa4")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "source")
     named = LlamaAdapter(path=str(tmp_path / "source"))
     teacher = named.teacher()
@@ -134,7 +135,7 @@ def test_what_was_finetuned_in_float32_from_a_bfloat16_checkpoint_stays_float32(
 @pytest.mark.parametrize("choose", [two_thirds, ragged])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_saved_configuration_has_head_dim(family, choose, save):
-    folder, adapter, slim = save(family, choose, branches=choose is ragged)
+    folder, _, slim = save(family, choose, branches=choose is ragged)
     record = json.loads((folder / "config.json").read_text())
     assert record["head_dim"] == (8 if family == "qwen3" else 6) == slim.config.head_dim
     assert record["hidden_size"] == slim.config.hidden_size
@@ -146,7 +147,9 @@ def test_without_head_dim_a_folder_is_refused(family, save):
     """transformers rebuilds it as hidden_size // heads and says nothing."""
     folder, _, _ = save(family, two_thirds)
     change_config(folder, lambda record: record.pop("head_dim"))
-    with pytest.raises(ValueError, match=rf"{folder}: \S*[kq]_proj\.\w+ is \(.*\) in the file, \(.*\) by config\.json"):
+    with pytest.raises(
+        ValueError, match=rf"{folder}.*((_proj|_norm)\.\w+ is \(.*\) in the file|head_dim.*; copy it again)"
+    ):
         hawada.load(folder)
 
 
@@ -248,7 +251,9 @@ def test_a_configuration_that_does_not_describe_the_tensors_is_an_error(build_mo
     groups = adapter.groups(teacher)
     layers = [f"model.layers.{index}" for index in range(3)]
     state = sliced_tensors(teacher, plan_edits(teacher, groups, two_thirds(groups)), layers)
-    with pytest.raises(RuntimeError, match=r"the slim configuration does not describe model\.embed_tokens\.weight: the"):
+    with pytest.raises(
+        RuntimeError, match=r"the slim configuration does not describe model\.embed_tokens\.weight: the"
+    ):
         build_filled(teacher.config, adapter.auto, state, teacher)
 
 
@@ -324,7 +329,7 @@ def test_hidden_states_line_up_with_those_of_the_gated_model(family, branches, b
     groups, (inputs,) = adapter.groups(teacher), adapter.example_inputs(SHAPE)
     layers = [group.name for group in groups if group.kind == "layer"]
     student = Student(copy.deepcopy(teacher), groups)
-    keeps = [completed({**random_units(groups, 0), **dict.fromkeys(layers, (0,)), layer: ()}, groups) for layer in layers]
+    keeps = [completed({layer: (), "stream": (0, 2, 3, 5, 11, 13, 17, 40)}, groups) for layer in layers]
     for keep in [*keeps, *(random_units(groups, seed) for seed in range(5))]:
         slim, alignment = adapter.slim(teacher, groups, keep), adapter.alignment(groups, keep)
         with torch.no_grad(), student.hard_gated(keep):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, MistralConfig, PreTrainedConfig, PreTrainedModel
 
 from hawada.adapters.base import Shape
-from hawada.adapters.huggingface import pretrained
+from hawada.adapters.huggingface import hub
 from hawada.adapters.huggingface.byte_tokenizer import byte_tokenizer
 from hawada.adapters.huggingface.phases import Decode, Generate, Prefill
 from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
@@ -142,7 +142,7 @@ class LlamaAdapter(TransformerAdapter):
         """The checkpoint's own; bytes for a model that is trained here."""
         if self.path is None:
             return byte_tokenizer()
-        return AutoTokenizer.from_pretrained(pretrained.fetch(self.path), local_files_only=True)
+        return AutoTokenizer.from_pretrained(hub.fetch(self.path), local_files_only=True)
 
     def write_companions(self, path: Path) -> None:
         if self.path is None:

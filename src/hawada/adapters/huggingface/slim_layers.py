@@ -30,6 +30,7 @@ class SlimLayers:
     """
 
     def __init__(self, config, *args, **kwargs):
+        config.validate()
         super().__init__(config, *args, **kwargs)
         layers = self.get_submodule(config.slim["layers"])
         attends = False
@@ -56,6 +57,10 @@ class SlimLayers:
 
 class SlimConfig:
     """Mixin in front of a transformers config class: widths are checked layer by layer, not for the whole."""
+
+    def validate(self):
+        for check in self.__class_validators__:  # the stock class's list, which names its own validate_architecture
+            getattr(self, check.__name__)()
 
     def validate_architecture(self):
         for widths in self.slim["widths"] if getattr(self, "slim", None) else ():

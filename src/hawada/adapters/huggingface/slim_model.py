@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -107,12 +108,20 @@ def slim_classes(
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """A folder's configuration; that of a heterogeneous slim model without running the code beside it."""
-    record = json.loads((folder / "config.json").read_text())
-    if "slim" not in record:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    stock = type(AutoConfig.for_model(record["model_type"].removeprefix("slim_")))
-    return slim_classes(stock, record["slim"]["auto"])[0].from_pretrained(folder, local_files_only=True)
+    """A folder's configuration; that of a heterogeneous slim model without running the code beside it.
+
+    Raises:
+        ValueError: when it cannot be read, or contradicts itself.
+    """
+    try:
+        record = json.loads((folder / "config.json").read_text())
+        if "slim" not in record:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        stock = type(AutoConfig.for_model(record["model_type"].removeprefix("slim_")))
+        return slim_classes(stock, record["slim"]["auto"])[0].from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{folder} has no usable config.json ({reason}); copy or export it again") from None
 
 
 def save_folder(path: Path, model: PreTrainedModel) -> None:

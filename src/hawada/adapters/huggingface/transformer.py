@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hawada.adapters.base import Adapter
-from hawada.adapters.huggingface import pretrained
+from hawada.adapters.huggingface import hub, pretrained
 from hawada.adapters.huggingface.slim_model import (
     build_empty,
     build_filled,
@@ -132,7 +132,8 @@ class TransformerAdapter(Adapter):
                 module = f"{path}.{self.branches[kind][0]}"
                 touching = [g.name for g in groups if any(cut.tensor.startswith(f"{module}.") for cut in g.cuts)]
                 above = [name for name in (path, f"{path}.{kind}") if any(g.name == name and g.removes for g in groups)]
-                sites.append(Site(module, (*above, *touching), self.branches[kind][0]))
+                reads = "stream" if "stream" in touching else None
+                sites.append(Site(module, (*above, *touching), self.branches[kind][0], reads))
         return sites
 
     def _layer_paths(self, model: nn.Module) -> list[str]:
@@ -197,7 +198,7 @@ class TransformerAdapter(Adapter):
     def pretrained_config(self) -> PreTrainedConfig:
         """The configuration of the unpruned model."""
         if self.config is None:
-            return read_config(pretrained.fetch(self._source()))
+            return read_config(hub.fetch(self._source()))
         settings = dict(self.config)
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
@@ -205,13 +206,13 @@ class TransformerAdapter(Adapter):
         return build_empty(self.pretrained_config(), self.auto)
 
     def check_teacher(self) -> None:
-        pretrained.check_source(self._source())
+        hub.check_source(self._source())
 
     def teacher(self) -> nn.Module:
-        return self._load(pretrained.fetch(self._source()))
+        return self._load(hub.fetch(self._source()))
 
     def saved_gates(self) -> Path | None:
-        gates = None if self.path is None else pretrained.fetch(self.path) / "gates.safetensors"
+        gates = None if self.path is None else hub.fetch(self.path) / "gates.safetensors"
         return gates if gates is not None and gates.is_file() else None
 
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
@@ -248,6 +249,8 @@ class TransformerAdapter(Adapter):
             branches = {kind: list(branch) for kind, branch in self.branches.items()}
             slim = {"auto": self.auto, "layers": self.layers, "branches": branches, "widths": layers}
             settings["model_type"] = f"slim_{stock.model_type}"
+            # A stock class that is pointed at the folder must fail, not fill what is gone with random numbers.
+            settings |= dict.fromkeys(self.layer_widths, 1)
             config = slim_classes(stock, self.auto)[0](**settings, slim=slim)  # type: ignore[call-arg]
         config._attn_implementation = model.config._attn_implementation
         return config
@@ -316,7 +319,7 @@ class TransformerAdapter(Adapter):
     def write_companions(self, path: Path) -> None:
         """Put tokenizer, image processor and the like beside a saved model."""
         if self.path is not None:
-            pretrained.copy_companions(pretrained.fetch(self.path), path)
+            pretrained.copy_companions(hub.fetch(self.path), path)
 
     def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
         return self._load(path)
