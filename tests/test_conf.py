@@ -124,6 +124,10 @@ def test_a_stage_has_a_second_name(alias: str, stage: str) -> None:
 USER_KEYS = {
     "kd.temperature": 3.0,
     "kd.mse_weight": 0.25,
+    "distill.chunk": 512,
+    "distill.hidden_weight": 0.5,
+    "export.layout": "uniform",
+    "export.minimum.ffn": 64,
     "latency_target_ms": 20.0,
     "lambda.init": 2.0,
     "lambda.lr": 0.125,
@@ -133,6 +137,10 @@ USER_KEYS = {
     "penalties.ceiling": 0.9,
     "budget.target_ms": 20.0,
     "budget.target_ratio": 0.5,
+    "budget.phase": "decode",
+    "budget.prompt": 64,
+    "budget.new_tokens": 16,
+    "model.path": "elsewhere",
 }
 
 

@@ -146,8 +146,11 @@ MODEL = {"latency_ms", "params", "macs", "accuracy", "path"}
 def test_the_result_has_every_promised_key(finished: Finished) -> None:
     result = finished.result
     promised = {"verdict", "target_ms", "latency_ratio", "teacher", "slim", "agreement", "proxy", "equivalence"}
-    assert promised | {"environment"} <= set(result)
+    assert promised | {"environment", "metric", "phases"} <= set(result)
     assert set(result["latency_ratio"]) >= INTERVAL
+    assert result["metric"] == "accuracy"
+    assert set(result["phases"]) == {"forward"}
+    assert all(set(figure) >= INTERVAL for figure in result["phases"]["forward"].values())
     assert {"mape", "kendall_tau", "samples"} <= set(result["proxy"])
     assert {"max_abs_diff", "max_abs_logit"} <= set(result["equivalence"])
     for name in ("teacher", "slim"):
@@ -164,10 +167,15 @@ def test_the_result_is_simulated_on_target_and_consistent(finished: Finished) ->
     assert 0.5 * result["target_ms"] < slim["latency_ms"]["high"] <= result["target_ms"]
     ratio = slim["latency_ms"]["median"] / teacher["latency_ms"]["median"]
     assert result["latency_ratio"]["median"] == pytest.approx(ratio)
+    forward = {"teacher_ms": teacher["latency_ms"], "slim_ms": slim["latency_ms"], "ratio": result["latency_ratio"]}
+    for name, figure in result["phases"]["forward"].items():
+        assert figure["median"] == forward[name]["median"]
     assert slim["params"] < teacher["params"] and slim["macs"] < teacher["macs"]
     assert result["proxy"]["samples"] == 2
     assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
-    assert all(0 <= figure <= 1 for figure in (teacher["accuracy"], slim["accuracy"], result["agreement"]))
+    pretrained = read(finished.root / "pretrain" / "result.json")["accuracy"]
+    figures = (pretrained, teacher["accuracy"], slim["accuracy"], result["agreement"])
+    assert all(0 <= figure <= 1 for figure in figures) and pretrained == teacher["accuracy"]
 
 
 def test_every_stage_leaves_a_manifest_that_fits_its_files(finished: Finished) -> None:

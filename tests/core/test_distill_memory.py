@@ -44,7 +44,7 @@ def watch():
     global peak
     while not over.is_set():
         peak = max(peak, held())
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 watcher = threading.Thread(target=watch)

@@ -154,7 +154,7 @@ def test_a_sound_declaration_passes(groups, toy):
         ({"units": 0}, "first.hidden: 0 units; a group needs at least one"),
         (
             {"parent": "nobody"},
-            "first.hidden: parent 'nobody' is not a group among whose units 8 can be shared out",
+            "first.hidden: parent 'nobody' is not a group whose units can share out 8",
         ),
         (
             {"parent": "second.hidden", "units": 12},

@@ -94,6 +94,14 @@ def test_the_result_shows_teacher_and_slim_side_by_side(label: str, shown: list[
         assert cell == pytest.approx(wanted, rel=2e-3)
 
 
+def test_a_language_models_quality_is_its_perplexity() -> None:
+    quality = {"teacher": {**RESULT["teacher"], "perplexity": 8.16}, "slim": {**RESULT["slim"], "perplexity": 1234.5}}
+    result = {**RESULT, **quality, "metric": "perplexity"}
+    assert cells(printed_result(result), "perplexity") == ["8.16", "1234", ""]
+    assert "accuracy" not in printed_result(result)
+    assert cells(printed_sweep(a_job("0.1", result)), "0.1")[3] == "1234"
+
+
 @pytest.mark.parametrize("verdict", ["met", "missed", "simulated"])
 def test_the_result_shows_its_verdict_and_why(verdict: str) -> None:
     text = printed_result({**RESULT, "verdict": verdict})

@@ -38,71 +38,74 @@ NEW_TOKENS = 32  # that a language model generates before and after reloading
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Write the figures that `outputs/<name>/result.json` promises."""
+    """Write the figures that `outputs/<name>/result.json` promises, and a card beside the slim model."""
     work = Workspace(cfg, run)
-    teacher, slim = work.teacher(), work.saved_model("finetune", "slim")
-    slim_path, teacher_path = run.folder("finetune") / "slim", run.folder("export") / "teacher"
+    models = {"teacher": work.teacher(), "slim": work.saved_model("finetune", "slim")}
+    paths = {"teacher": run.folder("export") / "teacher", "slim": run.folder("finetune") / "slim"}
     with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
-        reloaded = prove_reload(work, slim, slim_path, folder)
+        reloaded = prove_reload(work, models["slim"], paths["slim"], folder)
         progress.step("scoring")
-        models = {"teacher": teacher, "slim": slim}
-        loader, metric = work.data.test_loader(cfg.evaluate.batch_size), work.data.metric
-        scores = {name: score(work.placed(model), loader, work.adapter.logits) for name, model in models.items()}
-        one = work.inputs(replace(work.shape, batch=1, phase="forward"))
-        costs = {
-            name: {"params": count_parameters(model), "macs": count_macs(model, one)} for name, model in models.items()
-        }
+        quality = score_models(work, models)
         progress.step("measuring")
-        comparison = measure_until_clear(work, teacher, slim)
+        comparison = measure_until_clear(work, **models)
         phases = {work.shape.phase: comparison}
         for phase in work.adapter.phases[:2]:
             if phase not in phases:
-                phases[phase] = measure_phase(work, teacher, slim, replace(work.shape, phase=phase))
+                phases[phase] = measure_phase(work, **models, shape=replace(work.shape, phase=phase))
         progress.step("")
-        verdict, reason = work.budget.verdict(comparison)
-        teacher_ms = comparison.baseline.median
-        paths = {"teacher": teacher_path, "slim": slim_path}
+        result = {**judge(work, comparison), **quality, "phases": {name: _phase(c) for name, c in phases.items()}}
         latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
-        result = {
-            "summary": f"{verdict}: {reason}",
-            "verdict": verdict,
-            "reason": reason,
-            "target_ms": work.budget.ratio(teacher_ms) * teacher_ms if work.budget.has_target else None,
-            "target_ratio": work.budget.ratio(teacher_ms) if work.budget.has_target else None,
-            "timed_as": work.timed_as,
-            "latency_ratio": _short(comparison.ratio),
-            **{
-                name: {
-                    "latency_ms": _short(latency[name]) | {"p95": latency[name].p95},
-                    **costs[name],
-                    metric: getattr(scores[name], metric),
-                    "path": work.absolute(paths[name]),
-                }
-                for name in models
-            },
-            "metric": metric,
-            "agreement": float((scores["teacher"].predicted == scores["slim"].predicted).float().mean()),
-            "phases": {
-                phase: {
-                    "teacher_ms": _short(measured.baseline),
-                    "slim_ms": _short(measured.candidate),
-                    "ratio": _short(measured.ratio),
-                }
-                for phase, measured in phases.items()
-            },
+        for name, path in paths.items():
+            result[name] |= {"latency_ms": _short(latency[name]) | {"p95": latency[name].p95}}
+            result[name] |= {"path": work.absolute(path)}
+        result["slim"]["loads_with"] = work.adapter.loads_with(result["slim"]["path"], models["slim"])
+        result |= {
             "kd": run.result("train").get("kd"),
             "proxy": run.result("profile")["fidelity"],
             "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
             "environment": work.environment(),
             "measured": asdict(comparison),
         }
-        base = cfg.model.get("path")
-        code = work.adapter.loads_with(result["slim"]["path"], slim)
-        result["slim"]["loads_with"] = code
-        card = model_card(result, name=run.root.name, base=base, loads_with=work.adapter.loads_with("path/to/it", slim))
-        write_text(slim_path / "README.md", card)  # the hub shows it; finetune's manifest does not list it
+        example = work.adapter.loads_with("path/to/it", models["slim"])
+        card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
+        write_text(paths["slim"] / "README.md", card)  # the hub shows it; finetune's manifest does not list it
         return run.finish("evaluate", result)
+
+
+def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any]:
+    """Quality on test data and costs of each model, and how often their answers agree."""
+    loader, metric = work.data.test_loader(work.cfg.evaluate.batch_size), work.data.metric
+    one = work.inputs(replace(work.shape, batch=1, phase="forward"))
+    scores = {name: score(work.placed(model), loader, work.adapter.logits) for name, model in models.items()}
+    agreement = float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
+    return {
+        "metric": metric,
+        "agreement": agreement,
+        **{
+            name: {
+                "params": count_parameters(model),
+                "macs": count_macs(model, one),
+                metric: getattr(scores[name], metric),
+            }
+            for name, model in models.items()
+        },
+    }
+
+
+def judge(work: Workspace, comparison: Comparison) -> dict[str, Any]:
+    """The verdict on a fresh measurement, with what it was measured against."""
+    verdict, reason = work.budget.verdict(comparison)
+    ratio = work.budget.ratio(comparison.baseline.median) if work.budget.has_target else None
+    return {
+        "summary": f"{verdict}: {reason}",
+        "verdict": verdict,
+        "reason": reason,
+        "target_ms": None if ratio is None else ratio * comparison.baseline.median,
+        "target_ratio": ratio,
+        "timed_as": work.timed_as,
+        "latency_ratio": _short(comparison.ratio),
+    }
 
 
 def measure_until_clear(work: Workspace, teacher: nn.Module, slim: nn.Module) -> Comparison:
@@ -161,6 +164,14 @@ def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -
         if not record["same_tokens"]:
             raise RuntimeError(f"{path} generates other tokens after reloading")
     return record
+
+
+def _phase(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "teacher_ms": _short(comparison.baseline),
+        "slim_ms": _short(comparison.candidate),
+        "ratio": _short(comparison.ratio),
+    }
 
 
 def _short(interval: Interval) -> dict[str, float]:
