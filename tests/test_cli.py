@@ -112,7 +112,6 @@ MISTAKES = [
     (["budget.new_tokens=1"], "budget.new_tokens", r"at least 2.*set budget.new_tokens"),
     (["distill.chunk=0"], "distill.chunk", r"at least 1.*set distill.chunk"),
     (["distill.hidden_weight=-1"], "distill.hidden_weight", r"at least 0.*set distill.hidden_weight"),
-    (["distill.chunk=64"], "distill.chunk", r"ResNetAdapter shows no features.*set distill.chunk=null"),
     (["data=stdlib"], "data: ", r"not image data, which tiny_resnet takes"),
     (["data=cifar10"], "data.root", r"set data.root="),
     (["data=cifar10", "data.root=/no/such/folder"], "data.root", r"/no/such/folder does not exist; set data.root"),

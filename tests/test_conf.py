@@ -140,7 +140,6 @@ USER_KEYS = {
     "budget.phase": "decode",
     "budget.prompt": 64,
     "budget.new_tokens": 16,
-    "model.path": "elsewhere",
 }
 
 
@@ -148,6 +147,11 @@ USER_KEYS = {
 def test_a_documented_key_can_be_set(key: str) -> None:
     cfg = composed(f"{key}={USER_KEYS[key]}")  # Hydra refuses a key that is not there
     assert OmegaConf.select(cfg, key) == USER_KEYS[key]
+
+
+@pytest.mark.parametrize("model", ["resnet", "vit", "llama"])
+def test_a_pretrained_model_can_come_from_a_local_path(model: str) -> None:
+    assert composed(f"model={model}", "model.path=/elsewhere").model.adapter.path == "/elsewhere"
 
 
 def test_penalty_keys_reach_the_penalties() -> None:

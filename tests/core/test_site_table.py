@@ -144,6 +144,16 @@ def test_calls_count_as_often_as_they_happen(toy, groups, sites, inputs):
         assert np.allclose(entry.ms, first.ms + 2.5 * second.ms)
 
 
+def test_a_site_is_called_with_as_much_as_it_still_reads(inputs):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    cuts = (Cut("0.weight", 0, follows="out_features"), Cut("0.bias", 0), Cut("1.weight", 1, follows="in_features"))
+    width = Group("width", "channel", 8, (GatePoint("0", dim=-1),), cuts)
+    table = toy_table(model, [width], [Site("1", ("width",), "site", reads="width")], (1, model, (inputs,)))
+    (entry,) = table.sites
+    for units, ms in zip(entry.grid[0], entry.ms, strict=True):
+        assert ms == pytest.approx(SimulatedClock().prepare(nn.Linear(units, 3), (torch.zeros(16, units),))())
+
+
 class Memory:
     """What is neither tensor nor number, as a cache is: it counts how often it was used."""
 

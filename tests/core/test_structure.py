@@ -158,7 +158,7 @@ def test_a_sound_declaration_passes(groups, toy):
         ),
         (
             {"parent": "second.hidden", "units": 12},
-            "first.hidden: parent 'second.hidden' is not a group among whose units 12 can be shared out",
+            "first.hidden: parent 'second.hidden' is not a group whose units can share out 12",
         ),
         ({"removes": (Removal("first"),)}, "first.hidden: removes modules but has 8 units; only a group of one may"),
         ({"gated_at": (GatePoint("third.down"),)}, "first.hidden: the model has no module 'third.down'"),

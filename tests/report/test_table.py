@@ -17,7 +17,7 @@ RESULT: dict[str, Any] = {
     "reason": "ratio 0.575 [0.570, 0.581] against a target of 0.600",
     "target_ms": 3.846,
     "target_ratio": 0.6,
-    "timed_as": {"device": "cpu", "dtype": "float32", "batch": 256, "runtime": "eager"},
+    "timed_as": {"device": "cpu", "dtype": "float32", "batch": 256, "runtime": "eager", "phase": "forward"},
     "latency_ratio": {"median": 0.575, "low": 0.570, "high": 0.581},
     "teacher": {
         "latency_ms": {"median": 6.41, "low": 6.38, "high": 6.45},
@@ -32,7 +32,9 @@ RESULT: dict[str, Any] = {
         "macs": 12041216,
         "accuracy": 0.9648,
         "path": "/out/finetune/slim",
+        "loads_with": "import hawada\n\nmodel = hawada.load('/out/finetune/slim')",
     },
+    "phases": {},
     "metric": "accuracy",
     "agreement": 0.9736,
     "kd": 0.0613,
@@ -94,6 +96,21 @@ def test_the_result_shows_teacher_and_slim_side_by_side(label: str, shown: list[
         assert cell == pytest.approx(wanted, rel=2e-3)
 
 
+def test_other_phases_than_the_targets_have_rows_of_their_own() -> None:
+    intervals = [{"median": m, "low": m - 0.5, "high": m + 0.5} for m in (20.0, 12.0, 0.75)]
+    decode = dict(zip(("teacher_ms", "slim_ms", "ratio"), intervals, strict=True))
+    own = {"prefill": dict.fromkeys(decode, intervals[0])}  # that of the target is in the first row already
+    timed_as = {**RESULT["timed_as"], "phase": "prefill"}
+    text = printed_result({**RESULT, "timed_as": timed_as, "phases": {"decode": decode, **own}})
+    assert [figures(cell)[0] for cell in cells(text, "prefill ms")] == [6.41, 3.69, 0.575]
+    assert [figures(cell) for cell in cells(text, "decode ms")] == [
+        [20, 19.5, 20.5],
+        [12, 11.5, 12.5],
+        [0.75, 0.25, 1.25],
+    ]
+    assert "latency ms" not in text
+
+
 def test_a_language_models_quality_is_its_perplexity() -> None:
     quality = {"teacher": {**RESULT["teacher"], "perplexity": 8.16}, "slim": {**RESULT["slim"], "perplexity": 1234.5}}
     result = {**RESULT, **quality, "metric": "perplexity"}
@@ -130,7 +147,8 @@ def test_a_run_that_ended_early_shows_its_verdict_and_the_reason() -> None:
 def test_a_path_with_brackets_is_shown_as_it_is() -> None:
     """A sweep over `groups.name=[layer1.*]` makes such directories; brackets are also rich's mark-up."""
     path = "/out/groups.name=[layer1.*]/finetune/slim"
-    text = printed_result({**RESULT, "slim": {**RESULT["slim"], "path": path}}, "out/groups.name=[layer1.*]")
+    slim = {**RESULT["slim"], "path": path, "loads_with": f"model = hawada.load('{path}')"}
+    text = printed_result({**RESULT, "slim": slim}, "out/groups.name=[layer1.*]")
     assert f"slim model: {path}" in text
     assert f"hawada.load('{path}')" in text
     assert text.lstrip().startswith("groups.name=[layer1.*]")

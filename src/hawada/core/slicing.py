@@ -22,14 +22,14 @@ def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
     tensor = tensor.detach()
     if index is None:
         return tensor.clone()
-    positions = torch.as_tensor(index, dtype=torch.long, device=tensor.device)
+    positions = torch.as_tensor(index, dtype=torch.long)  # checked by value, so not on the meta device
     size = tensor.shape[dim]
     if positions.numel() == 0:
         raise ValueError(f"nothing would be left of an axis of {size}; keep at least one element")
     outside = positions[(positions < 0) | (positions >= size)]
     if len(outside):
         raise ValueError(f"index {int(outside[0])} is outside an axis of {size} elements")
-    return tensor.index_select(dim, positions).contiguous()
+    return tensor.index_select(dim, positions.to(tensor.device)).contiguous()
 
 
 def slice_linear(linear: nn.Linear, *, out_features: Indices = None, in_features: Indices = None) -> nn.Linear:

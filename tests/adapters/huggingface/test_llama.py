@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, MistralForCausalLM
 
 from hawada.adapters.base import Shape
 from hawada.adapters.huggingface.llama import LlamaAdapter
@@ -218,6 +218,10 @@ def test_caches_work_whichever_attentions_are_gone(gone, first, build_model):
         expected = generate(student.model, inputs)
     for use_cache in (True, False):
         assert torch.equal(generate(slim, inputs, use_cache=use_cache), expected)
+    with torch.no_grad():
+        cache, whole = DynamicCache(config=slim.config), slim(inputs).logits
+        steps = [slim(inputs[:, index : index + 1], past_key_values=cache).logits for index in range(inputs.shape[1])]
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["gqa4", "smollm3"])

@@ -148,7 +148,8 @@ def test_without_head_dim_a_folder_is_refused(family, save):
     folder, _, _ = save(family, two_thirds)
     change_config(folder, lambda record: record.pop("head_dim"))
     with pytest.raises(
-        ValueError, match=rf"{folder}.*((_proj|_norm)\.\w+ is \(.*\) in the file|head_dim.*; copy it again)"
+        ValueError,
+        match=rf"{folder}.*((_proj|_norm)\.\w+ is \(.*\) in the file|head_dim.*; copy (or export )?it again)",
     ):
         hawada.load(folder)
 

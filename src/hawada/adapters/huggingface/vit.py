@@ -53,5 +53,6 @@ class ViTAdapter(TransformerAdapter):
     def example_inputs(self, shape: Shape) -> Inputs:
         config = self.pretrained_config()
         generator = torch.Generator().manual_seed(0)
-        size = (shape.batch, config.num_channels, config.image_size, config.image_size)
-        return (torch.randn(*size, generator=generator, device="cpu"),)
+        side = config.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return (torch.randn(shape.batch, config.num_channels, height, width, generator=generator, device="cpu"),)
