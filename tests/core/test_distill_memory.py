@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 # One process for each way, so that neither sees memory that the other left behind. Logits of a chunk, 66 MB, are more
 # than glibc ever keeps for later, so what is freed is gone.
 SCRIPT = """
-import json, sys, threading, time
+import json, resource, sys, threading, time
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -30,7 +30,7 @@ student.requires_grad_()
 
 def held():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def say(features, head):

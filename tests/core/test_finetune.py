@@ -64,16 +64,17 @@ def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
 
 def test_labels_are_weighted_against_the_teacher(net, problem, accelerator):
     x, y = problem[0][0]
-    records = []
+    records, distillation = [], Distillation(KDConfig(2.0))
     teacher = copy.deepcopy(net).eval()
     Finetuner(1, lr=1e-9, label_weight=0.25).fit(
         net,
         [(x, y)],
         teacher=teacher,
-        distillation=Distillation(KDConfig(2.0)),
+        distillation=distillation,
         accelerator=accelerator,
         on_step=records.append,
     )
+    assert distillation.label_weight == 0.0  # the trainer's own weight counts, and the caller's object stays as it is
     net.train().requires_grad_(False)
     assert records[0]["label"] == pytest.approx(0.25 * float(F.cross_entropy(net(x), y)), rel=1e-3)
     assert records[0]["kd"] == pytest.approx(float(KDConfig(2.0)(net(x), teacher(x))), rel=1e-3)

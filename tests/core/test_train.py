@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from hawada.core.distill import Distillation, KDConfig, mse_reg
-from hawada.core.export import ExportPolicy
+from hawada.core.distill import IGNORED, Distillation, KDConfig, mse_reg
+from hawada.core.export import ExportPolicy, materialize
 from hawada.core.penalties import L1
 from hawada.core.structure import full_widths
 from hawada.core.student import Student
@@ -193,6 +193,33 @@ def test_a_probe_measures_the_sliced_student_and_adds_a_sample(make_trainer, inp
     assert trainer.proxy.samples == [(expected, 7.5, 1.0)]
     assert seen[0].first.up.out_features == 3 and not hasattr(seen[0].second, "up")
     assert seen[0](inputs).shape == (16, 3)
+
+
+def test_a_probe_slices_as_it_was_told(make_trainer, groups):
+    seen = []
+
+    def slim(model, keep):
+        seen.append(keep)
+        return materialize(model, groups, keep)
+
+    trainer = make_trainer(measure=lambda model: float(model.first.up.out_features), slim=slim, gated=groups[:2])
+    with torch.no_grad():
+        trainer.gated.gate_of("first.hidden").theta[:5] = -4.0
+    assert trainer.probe() == 3.0
+    assert seen == [
+        {"first.branch": (0,), "first.hidden": (5, 6, 7), "second.branch": (0,), "second.hidden": tuple(range(8))}
+    ]
+
+
+def test_samples_whose_label_is_ignored_do_not_count_and_other_labels_do_not_matter(make_trainer, inputs):
+    labels = torch.arange(16) % 3
+    labels[8:] = IGNORED
+    changed = torch.cat([inputs[:8], 5 + inputs[8:]])
+    trainers = [make_trainer(target_ms=4.0) for _ in range(3)]
+    loaders = [(inputs, labels)], [(changed, labels.where(labels == IGNORED, 0))], [(changed, labels * 0)]
+    first, second, third = (trainer.train_epoch(loader).kd for trainer, loader in zip(trainers, loaders, strict=True))
+    assert first == second != third
+    assert same(states(trainers[0].gated), states(trainers[1].gated))
 
 
 def test_probes_come_after_every_so_many_epochs(make_trainer, loader):
