@@ -36,7 +36,7 @@ PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
-        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "distill", "pretrain")),
+        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "distill.chunk", "pretrain")),
         StagePlan(
             "train",
             reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold"),

@@ -241,7 +241,6 @@ def test_the_worth_is_the_saliency_of_the_units_that_are_kept(layers, layers_sal
         assert allocation.worth(widths) == pytest.approx(kept, rel=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="removing a layer does not look at the branches that go with it")
 def test_enough_branches_stay_when_a_layer_takes_its_own_along():
     groups = [
         group

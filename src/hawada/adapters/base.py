@@ -22,6 +22,7 @@ from hawada.core.profiler import Inputs
 from hawada.core.structure import Group, Keep, Site
 
 MANIFEST = "hawada.json"
+FORMAT = 2  # of the manifest
 WEIGHTS = "model.safetensors"
 TRUSTED = ("hawada.",)
 
@@ -138,15 +139,27 @@ class Adapter(ABC):
         Raises:
             ValueError: when the family has no features or hidden states to show.
         """
+        self.check_outputs(features=features, hidden=hidden)
+        return Outputs(self.logits(model(inputs)))
+
+    def check_outputs(self, *, features: bool, hidden: bool) -> None:
+        """Check that `outputs` can show what is asked for.
+
+        Raises:
+            ValueError: naming the keys to change.
+        """
         if features or hidden:
             raise ValueError(
                 f"{type(self).__name__} shows no features or hidden states; set distill.chunk=null and "
                 "distill.hidden_weight=0"
             )
-        return Outputs(self.logits(model(inputs)))
 
     def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment | None:
         """Which of the teacher's hidden states a model sliced to `keep` still has."""
+        return None
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation per channel that the weights were trained with; None leaves it to the data."""
         return None
 
     def tokenizer(self) -> Any:
@@ -164,6 +177,10 @@ class Adapter(ABC):
     def loads_with(self, path: str, model: nn.Module) -> str:
         """Python code that loads a saved model."""
         return f"import hawada\n\nmodel = hawada.load({path!r})"
+
+    def as_saved(self, model: nn.Module) -> nn.Module:
+        """The model with its weights rounded as `write` rounds them, in float32 on the CPU."""
+        return model
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
         """Write the weights into a folder; returns what the manifest must hold to rebuild the shape."""
@@ -207,7 +224,7 @@ def save_model(
     path.mkdir(parents=True, exist_ok=True)
     structure = adapter.write(path, model, plan_edits(teacher, groups, keep))
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "adapter": dict(adapter_spec),
         **structure,
         "keep": {name: list(kept) for name, kept in keep.items()},
@@ -240,6 +257,10 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
         raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
     trusted = (*TRUSTED, trust) if isinstance(trust, str) else (*TRUSTED, *trust)
     manifest = json.loads((path / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT or not manifest["sha256"]:
+        raise ValueError(
+            f"{path / MANIFEST} is not of format {FORMAT}: another version wrote it; export the model again"
+        )
     for name, digest in manifest["sha256"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: its writing was interrupted; copy or export it again")

@@ -66,9 +66,9 @@ class Allocation:
     def smallest(self) -> Keep:
         """The least that may stay."""
         widths = {member: self.allowed[name][0] for name, members in self.blocks.items() for member in members}
-        for name, group in self.groups.items():
-            if group.removes and not self._removable(name, widths | {name: 1}):
-                widths[name] = 1
+        branches = [name for name, group in self.groups.items() if group.removes]
+        branches.sort(key=lambda name: -float(self.saliency[name]))
+        widths = self.policy.restored(widths, list(self.groups.values()), branches)
         return self.keep(widths)
 
     def shrink_to(self, aim_ms: float, start: Mapping[str, int] | None = None) -> Widths:
@@ -167,12 +167,9 @@ class Allocation:
         return moves
 
     def _still_possible(self, change: Widths, widths: Widths) -> bool:
-        """Whether enough layers or branches of a kind stay when one goes."""
-        name, width = next(iter(change.items()))
-        return width > 0 or not self.groups[name].removes or self._removable(name, widths)
-
-    def _removable(self, name: str, widths: Mapping[str, int]) -> bool:
-        return self.policy.removable(self.groups[name], widths, list(self.groups.values()))
+        """Whether enough layers and branches of every kind stay when one goes."""
+        width = next(iter(change.values()))
+        return width > 0 or not self.policy.lacking(widths | change, list(self.groups.values()))
 
     def _worth(self, name: str, widths: Mapping[str, int]) -> float:
         """Saliency that one group retains: its best units, of those whose parent's unit stays."""

@@ -168,6 +168,8 @@ class Distillation:
         valid = None
         if labels is not None and labels.shape == scored.shape[:-1] and bool((labels == IGNORED).any()):
             valid = labels != IGNORED
+            if not bool(valid.any()):
+                return {"kd": scored.sum() * 0.0}  # nothing counts; the graph stays whole
         if student.logits is not None:
             wanted = None if teacher is None else teacher.logits
             terms = self._terms(*(_pick(x, valid) for x in (student.logits, wanted, labels)))

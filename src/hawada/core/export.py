@@ -78,10 +78,30 @@ class ExportPolicy:
         full = group.full_width
         return [w for w in self.rounding_of(group).widths(full) if w >= min(self.minimum.get(group.kind, 1), full)]
 
-    def removable(self, group: Group, widths: Mapping[str, int], groups: Sequence[Group]) -> bool:
-        """Whether a branch or layer that is there may go: enough others of its kind stay."""
-        staying = sum(widths[other.name] for other in groups if other.kind == group.kind)
-        return staying > self.minimum.get(group.kind, 0)
+    def lacking(self, widths: Mapping[str, int], groups: Sequence[Group]) -> set[str]:
+        """Kinds of layers and branches of which too few stay; one inside a removed layer does not count."""
+        by_name = {group.name: group for group in groups}
+
+        def stays(group: Group) -> bool:
+            parent = by_name.get(group.parent or "")
+            return widths[group.name] > 0 and (parent is None or stays(parent))
+
+        kinds = {group.kind for group in groups if group.removes}
+        staying = {kind: sum(stays(group) for group in groups if group.kind == kind) for kind in kinds}
+        there = {kind: sum(group.kind == kind for group in groups) for kind in kinds}
+        return {kind for kind in kinds if staying[kind] < min(self.minimum.get(kind, 0), there[kind])}
+
+    def restored(self, widths: Mapping[str, int], groups: Sequence[Group], best: Sequence[str]) -> Widths:
+        """The widths with as many layers and branches put back as must stay, the first of `best` before the others."""
+        by_name = {group.name: group for group in groups}
+        result = dict(widths)
+        for name in best:
+            above: str | None = name
+            if by_name[name].kind in self.lacking(result, groups):
+                while above in by_name:
+                    result[above] = result[above] or 1
+                    above = by_name[above].parent
+        return result
 
     def shared(self, groups: Sequence[Group]) -> list[tuple[Group, ...]]:
         """The groups that must have the same width, together; alone where they need not.
@@ -122,7 +142,7 @@ def keep_group_indices_from_gate(gate: Tensor, group: Group, policy: ExportPolic
         group: its declaration.
         policy: threshold, rounding and minimum.
     """
-    width = _width_from_gate(gate, group, policy)
+    width = _allowed_width(_count_from_gate(gate, group, policy), group, policy)
     return keep_first([group], {group.name: width}, {group.name: best_first(gate)})[group.name]
 
 
@@ -138,32 +158,27 @@ def keep_from_gates(gates: Mapping[str, Tensor], groups: Sequence[Group], policy
     """
     widths: Widths = {}
     for members in policy.shared(groups):
-        counts = [_width_from_gate(gates[member.name], member, policy) for member in members]
-        width = counts[0]
-        if len(counts) > 1:
-            nearest = policy.rounding_of(members[0]).round(sum(counts) / len(counts), members[0].full_width)
-            width = max(nearest, policy.widths(members[0])[0])
+        counts = [_count_from_gate(gates[member.name], member, policy) for member in members]
+        width = _allowed_width(sum(counts) / len(counts), members[0], policy)
         widths |= dict.fromkeys((member.name for member in members), width)
-    for group in sorted(
-        (g for g in groups if g.removes and not widths[g.name]), key=lambda g: -float(gates[g.name].detach())
-    ):
-        if not policy.removable(group, widths | {group.name: 1}, groups):
-            widths[group.name] = 1
+    branches = [group.name for group in groups if group.removes]
+    widths = policy.restored(widths, groups, sorted(branches, key=lambda name: -float(gates[name].detach())))
     return keep_first(groups, widths, {name: best_first(gate) for name, gate in gates.items()})
 
 
 def smallest_keep(groups: Sequence[Group], policy: ExportPolicy) -> Keep:
     """The least that may stay: branches and layers gone as far as allowed, other groups at their smallest width."""
     widths = {group.name: policy.widths(group)[0] for group in groups}
-    for group in groups:
-        if group.removes and not policy.removable(group, widths | {group.name: 1}, groups):
-            widths[group.name] = 1
-    return keep_first(groups, widths)
+    branches = [group.name for group in groups if group.removes]
+    return keep_first(groups, policy.restored(widths, groups, branches))
 
 
-def _width_from_gate(gate: Tensor, group: Group, policy: ExportPolicy) -> int:
-    """The allowed width next to the number of gates that reach the threshold."""
-    count = float((gate >= policy.threshold).sum()) * group.full_width / group.units
+def _count_from_gate(gate: Tensor, group: Group, policy: ExportPolicy) -> float:
+    """The width that as many units give as reach the threshold."""
+    return float((gate >= policy.threshold).sum()) * group.full_width / group.units
+
+
+def _allowed_width(count: float, group: Group, policy: ExportPolicy) -> int:
     if group.removes:
         return int(count)
     return max(policy.rounding_of(group).round(count, group.full_width), policy.widths(group)[0])

@@ -131,7 +131,6 @@ def random_keep(groups: Sequence[Group], policy: ExportPolicy, random: np.random
             wanted = members[0].full_width * np.clip(random.normal(density, 0.2), 0.0, 1.0)
             width = min(policy.widths(members[0]), key=lambda choice: abs(choice - wanted))
         widths |= dict.fromkeys((member.name for member in members), width)
-    for group in groups:
-        if group.removes and not widths[group.name] and not policy.removable(group, widths | {group.name: 1}, groups):
-            widths[group.name] = 1
+    branches = [group.name for group in groups if group.removes]
+    widths = policy.restored(widths, groups, [branches[index] for index in random.permutation(len(branches))])
     return keep_first(groups, widths)

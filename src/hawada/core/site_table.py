@@ -66,6 +66,7 @@ class LatencyTable:
                     "module": table.site.module,
                     "groups": list(table.site.groups),
                     "kind": table.site.kind,
+                    "reads": table.site.reads,
                     "grid": [list(points) for points in table.grid],
                     "ms": table.ms.tolist(),
                 }
@@ -79,7 +80,7 @@ class LatencyTable:
         return cls(
             [
                 SiteTable(
-                    Site(entry["module"], tuple(entry["groups"]), entry["kind"]),
+                    Site(entry["module"], tuple(entry["groups"]), entry["kind"], entry["reads"]),
                     tuple(tuple(points) for points in entry["grid"]),
                     np.asarray(entry["ms"], dtype=np.float64),
                 )
@@ -129,7 +130,7 @@ def build_table(
         ms = np.zeros([len(axis) for axis in grid])
         for times, arguments in captured:
             shapes = tuple(tuple(x.shape) for x in SiteCall.inputs(arguments[site.module]))
-            signature = (repr(module), shapes, grid)
+            signature = (repr(module), shapes, grid, site.reads)
             if signature not in measured:
                 measured[signature] = _time_grid(
                     model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()

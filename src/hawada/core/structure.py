@@ -164,8 +164,8 @@ def widths_of(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> Wid
             continue
         parents = [unit // group.equal_per_parent for unit in kept]
         counts = {parents.count(parent) for parent in set(parents)}
-        held = len(set(parents))
-        if len(counts) > 1 or held not in (0, len(keep.get(group.parent or "", set(parents)))):
+        staying = keep.get(group.parent or "", parents)
+        if len(counts) > 1 or (parents and set(parents) != set(staying)):
             raise ValueError(
                 f"{group.name}: {len(kept)} units cannot be shared equally among the units of {group.parent}; "
                 "keep the same number for each"
@@ -278,6 +278,10 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
         for path in [*paths, *(attribute.rpartition(".")[0] for attribute in group.attributes)]:
             if path not in modules:
                 raise ValueError(f"{group.name}: the model has no module {path!r}")
+        for attribute in group.attributes:
+            path, _, name = attribute.rpartition(".")
+            if not hasattr(modules[path], name):
+                raise ValueError(f"{group.name}: the model has no attribute {attribute!r}")
         for cut in group.cuts:
             if cut.tensor not in tensors:
                 raise ValueError(f"{group.name}: the model has no parameter or buffer {cut.tensor!r}")

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from hawada.core.distill import IGNORED
+
 Batch = tuple[Tensor, Tensor]
-IGNORED = -100  # what cross-entropy takes for "no label"
 
 
 class PackedTokens(Dataset[Batch]):

@@ -171,7 +171,14 @@ def cifar10(root: str, samples: int | None = None) -> VisionData:
     return _in_memory(train, test, RandomShift(4, flip=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
-def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | None = None) -> VisionData:
+def imagenet(
+    root: str,
+    image_size: int = 224,
+    workers: int = 8,
+    samples: int | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> VisionData:
     """ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
 
     Args:
@@ -179,6 +186,8 @@ def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | 
         image_size: side of the square crop, in pixels.
         workers: loader processes.
         samples: use only so many training images, the same random ones every time.
+        mean: per channel, of images scaled to [0, 1]; a model may bring its own.
+        std: likewise.
     """
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -188,7 +197,7 @@ def imagenet(root: str, image_size: int = 224, workers: int = 8, samples: int | 
             raise ValueError(
                 f"data.root: {root} has no folder {part}; ImageNet's layout is train/<class>/ and val/<class>/"
             )
-    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     varied = transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish])
     central = transforms.Compose(
         [transforms.Resize(image_size * 256 // 224), transforms.CenterCrop(image_size), *finish]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hawada.report.table import shown
@@ -14,7 +15,7 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
     Args:
         result: what `stage=evaluate` found out.
         name: of the experiment.
-        base: repository or folder of the unpruned model, or None for one that was trained here.
+        base: repository or folder of the unpruned model, or None for one that was trained here; a folder is not told.
         loads_with: Python code that loads the folder `path`.
     """
     teacher, slim, metric, timed = result["teacher"], result["slim"], result["metric"], result["timed_as"]
@@ -30,9 +31,9 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
     table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows)
     fingerprint = result["environment"]["fingerprint"]
     how = ", ".join(f"{key} {value}" for key, value in timed.items())
-    hub_id = base is not None and base.count("/") == 1 and not base.startswith((".", "~"))
+    on_hub = base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
     front = ["library_name: transformers" if "transformers" in loads_with else "library_name: pytorch"]
-    front += [f"base_model: {base}"] if hub_id else []
+    front += [f"base_model: {base}"] if on_hub else []
     said = {
         "simulated": "These milliseconds come from a simulated device; nothing was measured.",
     }.get(result["verdict"], "Medians with 95 % bootstrap intervals, both models measured in interleaved rounds.")
@@ -44,7 +45,7 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         "",
         f"# {name}",
         "",
-        f"A slim version of {base or 'a model that was trained for it'}, made by HawAda: its widths were chosen so "
+        f"A slim version of {base if on_hub else name}, made by HawAda: its widths were chosen so "
         "that its measured latency meets a budget.",
         "",
         f"Verdict: **{result['verdict']}** ({result['reason']}).",

@@ -34,7 +34,6 @@ with torch.no_grad():
     said = adapter.logits(model(*(given[name] for name in sorted(given))))
     save_file({"logits": said.contiguous()}, output)
 """
-NEW_TOKENS = 32  # that a language model generates before and after reloading
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     paths = {"teacher": run.folder("export") / "teacher", "slim": run.folder("finetune") / "slim"}
     with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
-        reloaded = prove_reload(work, models["slim"], paths["slim"], folder)
+        reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", folder)
         progress.step("scoring")
         quality = score_models(work, models)
         progress.step("measuring")
@@ -76,7 +75,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any]:
     """Quality on test data and costs of each model, and how often their answers agree."""
     loader, metric = work.data.test_loader(work.cfg.evaluate.batch_size), work.data.metric
-    one = work.inputs(replace(work.shape, batch=1, phase="forward"))
+    one = replace(work.shape, batch=1)
     scores = {name: score(work.placed(model), loader, work.adapter.logits) for name, model in models.items()}
     agreement = float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
     return {
@@ -85,7 +84,7 @@ def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any
         **{
             name: {
                 "params": count_parameters(model),
-                "macs": count_macs(model, one),
+                "macs": count_macs(work.adapter.workload(model, one), work.inputs(one)),
                 metric: getattr(scores[name], metric),
             }
             for name, model in models.items()
@@ -129,8 +128,8 @@ def measure_phase(work: Workspace, teacher: nn.Module, slim: nn.Module, shape: S
     return work.compare(work.timed(teacher, shape), work.timed(slim, shape), shape=shape)
 
 
-def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -> dict[str, Any]:
-    """Difference between a model in memory and its files loaded by a new process.
+def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> dict[str, Any]:
+    """Difference between what the finetuned model said before it was saved and what its files say in a new process.
 
     The process loads the files with stock tools and cannot import this package, where the format allows it. A language
     model must also generate the same tokens.
@@ -139,8 +138,7 @@ def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -
         RuntimeError: when the process fails, the logits differ by more than `EQUALITY`, or the tokens differ.
     """
     inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
-    example = work.check_inputs()
-    save_file({f"{index:03d}": x for index, x in enumerate(example)}, inputs)
+    save_file({f"{index:03d}": x for index, x in enumerate(work.check_inputs())}, inputs)
     command = [sys.executable, "-c", work.adapter.stock_reload or RELOAD]
     command += [str(path.resolve()), str(inputs.resolve()), str(output.resolve()), str(torch.get_num_threads())]
     if work.adapter.stock_reload is None:
@@ -149,18 +147,15 @@ def prove_reload(work: Workspace, model: nn.Module, path: Path, scratch: Path) -
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
-    there = load_file(output)
-    with torch.no_grad():
-        here = work.adapter.logits(model(*example))
-        tokens = work.adapter.greedy_tokens(model, example, NEW_TOKENS)
-    record: dict[str, Any] = compare_outputs(here, there["logits"])
+    before, after = load_file(answers), load_file(output)
     inputs.unlink()
     output.unlink()
+    record: dict[str, Any] = compare_outputs(before["logits"], after["logits"])
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
         raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")
     record["stock"] = work.adapter.stock_reload is not None
-    if tokens is not None:
-        record["same_tokens"] = bool((tokens == there["tokens"]).all())
+    if "tokens" in before:
+        record["same_tokens"] = bool((before["tokens"] == after["tokens"]).all())
         if not record["same_tokens"]:
             raise RuntimeError(f"{path} generates other tokens after reloading")
     return record

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors.torch import save_file
 
 from hawada.config import build
 from hawada.core.finetune import recalibrate_batchnorm
@@ -46,6 +47,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             )
         if samples:
             recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
+        save_file(work.answers(work.adapter.as_saved(slim.cpu())), folder / "answers.safetensors")
         work.save(folder / "slim", slim, keep)
         last = history[-1] if history else {}
         summary = ", ".join([f"{len(history)} epochs", *(f"{name} {value:.3g}" for name, value in last.items())])

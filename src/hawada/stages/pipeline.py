@@ -8,12 +8,14 @@ from typing import Any
 
 from rich.markup import escape
 
+from hawada.adapters.huggingface import hub
 from hawada.config import check_targets
 from hawada.core.budget import SUCCESS
 from hawada.core.formats import check_formats
 from hawada.core.profiler import Interval
 from hawada.plan import PLANS, order, upstream
 from hawada.report.progress import console
+from hawada.report.table import print_result
 from hawada.run import Run, write_json
 from hawada.stages.profile import measure_fastest
 from hawada.stages.workspace import Workspace
@@ -33,6 +35,15 @@ def check(stages: list[str], run: Run) -> None:
     plans = [PLANS[stage] for stage in stages]
     if "publish" in stages:
         check_formats(run.cfg.export.formats)
+        if run.cfg.export.push_to is not None:
+            hub.check_push(run.cfg.export.push_to)
+        if (
+            not set(run.cfg.export.formats) <= {"hf"}
+            and Workspace(run.settings("publish"), run).adapter.modality == "text"
+        ):
+            raise ValueError("export.formats: onnx and pt2 are for image models; leave export.formats=[hf]")
+        if run.cfg.export.push == "gated" and run.cfg.train.weight_optimizer is not None:
+            raise ValueError("export.push: gated goes with frozen weights; set train=gates, or export.push=slim")
     if "pretrain" in stages and not run.cfg.model.pretrain:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
     if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
@@ -42,6 +53,11 @@ def check(stages: list[str], run: Run) -> None:
     if any(plan.measures for plan in plans):
         work = Workspace(run.settings("profile"), run)
         work.adapter.check_shape(work.shape)
+    distilling = [plan.name for plan in plans if "distill" in plan.reads]
+    if distilling:
+        work = Workspace(run.settings(distilling[0]), run)
+        node = work.cfg.distill
+        work.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
     reading = [plan.name for plan in plans if "data" in plan.reads]
     if reading:
         Workspace(run.settings(reading[0]), run).data  # noqa: B018
@@ -92,7 +108,12 @@ def run_pipeline(run: Run) -> dict[str, Any]:
         if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
             console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
             break
-        done = run_stage(stage, run)
+        try:
+            done = run_stage(stage, run)
+        except Exception:
+            if stage == "publish":
+                print_result(result, run.root)  # what was found out before the hub refused
+            raise
         result = {**result, "published": done} if stage == "publish" else done
         if "verdict" in result and stage != "evaluate":
             break

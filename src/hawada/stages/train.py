@@ -59,7 +59,11 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         own = student.own_gates()
         save_file({name: gate.detach().cpu() for name, gate in _thetas(student).items()}, folder / "gates.safetensors")
         if trainer.weight_optimizer is not None:
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
+            tensors = {
+                **dict(student.model.named_parameters()),
+                **dict(student.model.named_buffers()),
+            }  # tied ones once
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(weights, folder / "weights.safetensors")
         write_json(folder / "proxy.json", trainer.proxy.state())
         last = history[-1].as_dict() if history else {}

@@ -36,6 +36,7 @@ from hawada.run import Run, write_json
 # Relative width of the band below the target, where the budget does not set one: a CPU cannot be timed as sharply.
 TOLERANCE = {"cuda": 0.03}
 TOLERANCE_ELSEWHERE = 0.06
+NEW_TOKENS = 32  # that a language model generates before it is saved and after it is loaded again
 
 
 class Workspace:
@@ -130,10 +131,17 @@ class Workspace:
         target = self.cfg.data["_target_"]
         wants_tokenizer = "tokenizer" in inspect.signature(resolve_name(target)).parameters
         if wants_tokenizer != (self.adapter.modality == "text"):
-            raise ValueError(f"data: {target} is not {self.adapter.modality} data, which {self.cfg.model.name} takes")
+            raise ValueError(
+                f"data: {target} is not {self.adapter.modality} data, which {self.cfg.model.name} takes; "
+                "choose among stdlib, wikitext, slimpajama, text (text) and digits, cifar10, imagenet (image)"
+            )
         if wants_tokenizer:
             return self._text()
-        data: VisionData = build(self.cfg.data)
+        own = self.adapter.normalisation()
+        takes = own is not None and {"mean", "std"} <= set(inspect.signature(resolve_name(target)).parameters)
+        data: VisionData = build(
+            self.cfg.data, **(dict(zip(("mean", "std"), own, strict=True)) if own and takes else {})
+        )
         images, _ = next(iter(data.calibration_loader(1, 1)))
         example = self.adapter.example_inputs(Shape(1))
         if images.shape[1:] != example[0].shape[1:]:
@@ -217,7 +225,15 @@ class Workspace:
 
     def check_inputs(self) -> Inputs:
         """A few inputs of a plain forward pass, in float32 on the CPU, for comparing models."""
-        return self.adapter.example_inputs(Shape(min(8, self.batch), "forward", min(64, self.shape.prompt)))
+        return self.adapter.example_inputs(Shape(4, "forward", 32))
+
+    def answers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What a model says to `check_inputs`: logits, and for a language model the tokens that it goes on with."""
+        inputs = self.check_inputs()
+        with torch.no_grad():
+            said = {"logits": self.adapter.logits(model(*inputs)).contiguous()}
+            tokens = self.adapter.greedy_tokens(model, inputs, NEW_TOKENS)
+        return said if tokens is None else said | {"tokens": tokens.contiguous()}
 
     @property
     def dtype(self) -> torch.dtype:

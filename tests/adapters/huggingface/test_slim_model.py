@@ -127,7 +127,7 @@ def test_what_was_finetuned_in_float32_from_a_bfloat16_checkpoint_stays_float32(
     with torch.no_grad():
         for tensor in slim.parameters():
             tensor.add_(1e-4)
-    save_folder(tmp_path / "slim", slim)
+    save_folder(tmp_path / "slim", slim, torch.float32)
     state = load_file(tmp_path / "slim" / WEIGHTS)
     assert all(torch.equal(state[name], tensor) for name, tensor in slim.state_dict().items() if name in state)
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 WANTED = "a local folder with config.json and *.safetensors"
 BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "gates.safetensors"]
+STALE = ["*.safetensors", "*.safetensors.index.json", "modeling_slim.py"]  # of a model pushed there before
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 8  # CONNECT_SECONDS does not limit a resolver, nor the tries on several addresses
 
@@ -39,12 +40,26 @@ def find_local(source: str) -> Path | None:
     return next((path for path in snapshots if (path / "config.json").is_file() and _has_weights(path)), None)
 
 
-def check_source(source: str, *, key: str = "model.path") -> None:
+def check_push(repo: str) -> None:
+    """Check what can be checked of a later `push` without the network.
+
+    Raises:
+        ValueError: when the id is wrong or no token is stored.
+    """
+    if not _is_repo_id(repo) or "/" not in repo:
+        raise ValueError(f"export.push_to: {repo!r} is not a repository id; give owner/name")
+    if not huggingface_hub.get_token():
+        raise ValueError(f"export.push_to: no token is stored here to push to {repo}; run `hf auth login` first")
+
+
+def check_source(source: str | None, *, key: str = "model.path") -> None:
     """Check quickly that `fetch(source)` will find a checkpoint; nothing is loaded or downloaded.
 
     Raises:
         ValueError: naming the ways out (the network, logging in, a local folder) for `key`, the user's setting.
     """
+    if not source:
+        raise ValueError(f"{key}: no checkpoint is given; set it to {WANTED}, or to a repository id (owner/name)")
     local = find_local(source)
     if local is not None:
         return check_weights(local, f"{key}: {local}")
@@ -103,7 +118,7 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
     if error is None:
         try:
             address = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder)
+            api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=STALE)
             for path in extra:
                 api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
             return str(address)

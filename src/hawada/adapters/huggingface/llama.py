@@ -27,6 +27,7 @@ class LlamaAdapter(TransformerAdapter):
     """
 
     auto = "AutoModelForCausalLM"
+    model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
     modality = "text"
     phases = ("prefill", "decode", "generate")
     layers = "model.layers"
@@ -43,6 +44,7 @@ class LlamaAdapter(TransformerAdapter):
     }
     embedding = "model.embed_tokens"
     stream_tensors: ClassVar = {"model.embed_tokens.weight": 1, "lm_head.weight": 1}
+    head = "lm_head"
     last_norm = "model.norm"
     norm = ("rms", "rms_norm_eps")
 

@@ -71,7 +71,10 @@ def build_filled(
     """
     with torch.device("meta"):
         model = build_empty(config, auto)
-    for name, tensor in all_tensors(model).items():
+    empty = all_tensors(model)
+    for name in sorted(set(state) - set(empty)):
+        raise RuntimeError(f"the slim configuration has no place for {name}: the adapter's widths are wrong")
+    for name, tensor in empty.items():
         if name not in state or tensor.shape != state[name].shape:
             raise RuntimeError(f"the slim configuration does not describe {name}: the adapter's widths are wrong")
         owner, _, attribute = name.rpartition(".")
@@ -124,9 +127,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder} has no usable config.json ({reason}); copy or export it again") from None
 
 
-def save_folder(path: Path, model: PreTrainedModel) -> None:
-    """Save as transformers does, in the dtype of the configuration, with the modelling file where one is needed."""
-    dtype = getattr(torch, str(model.config.dtype or torch.float32).removeprefix("torch."))
+def save_folder(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Save as transformers does, in a dtype, with the modelling file where one is needed."""
     plain: Any = copy.deepcopy(model).to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
     plain.config.dtype = dtype
     with quietly():

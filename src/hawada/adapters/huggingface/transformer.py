@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ class TransformerAdapter(Adapter):
 
     Attributes:
         auto: name of the transformers class that loads the family.
+        model_types: what config.json may call the models whose layout this is.
         layers: path of the list of layers.
         branches: for each branch of a layer (the kind of its group), its module, the norm in front of it, and how many
             values the module returns.
@@ -73,11 +75,13 @@ class TransformerAdapter(Adapter):
         embedding: the module that writes the stream first.
         stream_tensors: tensors outside the layers, and the axis on which they carry the stream; the first shows its
             width.
+        head: path of the output layer, where it is large enough to be timed.
         last_norm: path of the norm behind the last layer.
         norm: kind of the norms (see `Norm`) and the config attribute of their eps.
     """
 
     auto: str
+    model_types: tuple[str, ...]
     layers: str
     branches: ClassVar[dict[str, tuple[str, str, int]]]
     writers: ClassVar[dict[str, str]]
@@ -85,6 +89,7 @@ class TransformerAdapter(Adapter):
     layer_widths: ClassVar[dict[str, tuple[str, int, bool]]]
     embedding: str
     stream_tensors: ClassVar[dict[str, int]]
+    head: str | None = None
     last_norm: str
     norm: tuple[str, str]
     layouts = ("uniform", "heterogeneous")
@@ -134,6 +139,8 @@ class TransformerAdapter(Adapter):
                 above = [name for name in (path, f"{path}.{kind}") if any(g.name == name and g.removes for g in groups)]
                 reads = "stream" if "stream" in touching else None
                 sites.append(Site(module, (*above, *touching), self.branches[kind][0], reads))
+        if self.with_stream and self.head is not None:
+            sites.append(Site(self.head, ("stream",), "head", "stream"))
         return sites
 
     def _layer_paths(self, model: nn.Module) -> list[str]:
@@ -196,11 +203,23 @@ class TransformerAdapter(Adapter):
     # Models
 
     def pretrained_config(self) -> PreTrainedConfig:
-        """The configuration of the unpruned model."""
+        """The configuration of the unpruned model.
+
+        Raises:
+            ValueError: when the model is of another family.
+        """
         if self.config is None:
-            return read_config(hub.fetch(self._source()))
-        settings = dict(self.config)
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+            config = read_config(hub.fetch(self._source()))
+        else:
+            settings = dict(self.config)
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = stock_class(config).model_type
+        if kind not in self.model_types:
+            raise ValueError(
+                f"model: {self.path or 'the configuration'} is a {kind}, which {type(self).__name__} does not know; it "
+                f"knows {', '.join(self.model_types)}; choose another model= or write an adapter"
+            )
+        return config
 
     def skeleton(self) -> nn.Module:
         return build_empty(self.pretrained_config(), self.auto)
@@ -209,6 +228,7 @@ class TransformerAdapter(Adapter):
         hub.check_source(self._source())
 
     def teacher(self) -> nn.Module:
+        self.pretrained_config()
         return self._load(hub.fetch(self._source()))
 
     def saved_gates(self) -> Path | None:
@@ -285,13 +305,16 @@ class TransformerAdapter(Adapter):
         if not features:
             output = model(inputs, output_hidden_states=hidden)
             return Outputs(output.logits, hidden=tuple(output.hidden_states) if hidden else ())
-        if self.modality != "text":
-            raise ValueError("distill.chunk: only language models are computed in chunks of tokens; set it to null")
+        self.check_outputs(features=features, hidden=hidden)
         output = model(inputs, output_hidden_states=True, logits_to_keep=1)
         states = tuple(output.hidden_states)
         inner: Any = getattr(model, "module", model)  # under data-parallel training
         inner = inner.model if isinstance(inner, Student) else inner
         return Outputs(None, states[-1], inner.get_output_embeddings(), states if hidden else ())
+
+    def check_outputs(self, *, features: bool, hidden: bool) -> None:
+        if features and self.modality != "text":
+            raise ValueError("distill.chunk: only language models are computed in chunks of tokens; set it to null")
 
     def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment:
         layers = [group for group in groups if group.kind == "layer"]
@@ -312,9 +335,17 @@ class TransformerAdapter(Adapter):
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
         """Save as transformers does, with what lies beside the checkpoint (tokenizer, image processor)."""
-        save_folder(path, model)  # type: ignore[arg-type]
+        save_folder(path, model, self._saved_dtype())  # type: ignore[arg-type]
         self.write_companions(path)
         return {}
+
+    def as_saved(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(model).cpu().to(self._saved_dtype()).float()
+
+    def _saved_dtype(self) -> torch.dtype:
+        """The dtype of the unpruned checkpoint; float32 for a model that is trained here."""
+        named = None if self.path is None else self.pretrained_config().dtype
+        return getattr(torch, str(named or torch.float32).removeprefix("torch."))
 
     def write_companions(self, path: Path) -> None:
         """Put tokenizer, image processor and the like beside a saved model."""

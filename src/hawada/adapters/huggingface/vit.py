@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from hawada.adapters.base import Shape
+from hawada.adapters.huggingface import hub
 from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
 from hawada.core.profiler import Inputs
 from hawada.core.structure import GatePoint, Group
@@ -17,6 +20,7 @@ class ViTAdapter(TransformerAdapter):
     """Dosovitskiy et al., An Image is Worth 16x16 Words, 2020."""
 
     auto = "AutoModelForImageClassification"
+    model_types = ("vit",)
     layers = "vit.layers"
     branches: ClassVar = {"attention": ("attention", "layernorm_before", 2), "mlp": ("mlp", "layernorm_after", 1)}
     writers: ClassVar = {"attention": "o_proj", "mlp": "fc2"}
@@ -49,6 +53,15 @@ class ViTAdapter(TransformerAdapter):
                 parent=parent,
             )
         ]
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """What the checkpoint's image processor says; 0.5 where it says nothing, as transformers has it for ViT."""
+        if self.path is None:
+            return None
+        file = hub.fetch(self.path) / "preprocessor_config.json"
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        half = [0.5] * self.pretrained_config().num_channels
+        return record.get("image_mean", half), record.get("image_std", half)
 
     def example_inputs(self, shape: Shape) -> Inputs:
         config = self.pretrained_config()
