@@ -77,7 +77,7 @@ def test_within_a_group_the_least_salient_units_go(groups, linear_proxy):
     allocation = Allocation(groups, saliency, linear_proxy(), ExportPolicy())
     widths = full_widths(groups) | {"first.hidden": 3}
     assert allocation.keep(widths)["first.hidden"] == (1, 3, 5)
-    assert allocation.worth(widths) == pytest.approx(2.4 + 8 + 1 + 1)
+    assert allocation.worth(widths) == pytest.approx(math.sqrt(2.4 * 4.0) + 8 + 1 + 1)
 
 
 @pytest.mark.parametrize("aim", [8.9, 7.0, 5.0])
@@ -232,12 +232,15 @@ def test_every_head_that_stays_keeps_its_own_best_queries(layers, layers_salienc
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_the_worth_is_the_saliency_of_the_units_that_are_kept(layers, layers_saliency, uniform):
+def test_the_worth_grows_with_the_root_of_the_saliency_that_is_kept(layers, layers_saliency, uniform):
     """Of heads that go, the queries' share goes too, however salient they were."""
     allocation = Allocation(layers, layers_saliency, LayersProxy(), ExportPolicy(uniform=uniform))
     for seed in range(20):
         widths = widths_of(random_keep(layers, ExportPolicy(uniform=uniform), np.random.default_rng(seed)), layers)
-        kept = sum(float(layers_saliency[name][list(units)].sum()) for name, units in allocation.keep(widths).items())
+        kept = sum(
+            math.sqrt(float(layers_saliency[name][list(units)].sum() * layers_saliency[name].sum()))
+            for name, units in allocation.keep(widths).items()
+        )
         assert allocation.worth(widths) == pytest.approx(kept, rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -172,14 +173,20 @@ class Allocation:
         return width > 0 or not self.policy.lacking(widths | change, list(self.groups.values()))
 
     def _worth(self, name: str, widths: Mapping[str, int]) -> float:
-        """Saliency that one group retains: its best units, of those whose parent's unit stays."""
+        """What one group retains: that of its best units, of those whose parent's unit stays.
+
+        It grows with the root of the share of saliency that is kept: the fewer units are left, the dearer is the next.
+        Gates that hardly differ would otherwise empty one kind of group before touching another.
+        """
         group = self.groups[name]
         parent = self.groups.get(group.parent or "")
         within = [] if parent is None or parent.units == 1 else [replace(parent, parent=None, equal_per_parent=None)]
         key = (name, widths[name], *(widths[above.name] for above in within))
         if key not in self._worths:
             kept = keep_first([*within, group], widths, self._order)[name]
-            self._worths[key] = float(self.saliency[name][list(kept)].double().sum())
+            total = float(self.saliency[name].double().sum())
+            retained = float(self.saliency[name][list(kept)].double().sum())
+            self._worths[key] = math.sqrt(retained * total)
         return self._worths[key]
 
     def _alive(self, widths: Widths) -> Widths:
