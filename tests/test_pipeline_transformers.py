@@ -44,6 +44,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "distill.hidden_weight=0.1",
         "groups.kind=[kv_head,query_head,ffn]",
     )
+    options += ("data.limit_bytes=150000",)
     done = hawada("model=tiny_llama", f"output_dir={root}", "name=run", *QUICK, *TEXT, *options)
     assert done.returncode == 0, done.stderr
     return root / "run"

@@ -92,10 +92,12 @@ class ExportPolicy:
         return {kind for kind in kinds if staying[kind] < min(self.minimum.get(kind, 0), there[kind])}
 
     def restored(self, widths: Mapping[str, int], groups: Sequence[Group], best: Sequence[str]) -> Widths:
-        """The widths with as many layers and branches put back as must stay, the first of `best` before the others."""
+        """The widths with as many layers and branches put back as must stay: those inside what stays, and the first of
+        `best`, before the others."""
         by_name = {group.name: group for group in groups}
         result = dict(widths)
-        for name in best:
+        inside = [name for name in best if widths.get(by_name[name].parent or "", 1)]
+        for name in [*inside, *(name for name in best if name not in inside)]:
             above: str | None = name
             if by_name[name].kind in self.lacking(result, groups):
                 while above in by_name:

@@ -198,7 +198,7 @@ def test_local_checkpoint_needs_no_network(tmp_path, snapshots, monkeypatch):
         ("a/b/c", r"'a/b/c' does not exist; .*, or to a repository id \(owner/name\)"),
         ("empty", r"'empty' has no config\.json; set it to a local folder"),
         ("file.bin", r"'file\.bin' is not a folder"),
-        ("", r"'' has no config\.json"),
+        ("", "no checkpoint is given; set it to a local folder"),
         ("no repo", r"'no repo' is neither a folder nor a repository id \(owner/name\); set it to a local folder"),
         ("owner--name", r"neither a folder nor a repository id"),
     ],
@@ -530,7 +530,8 @@ class FakeApi:
         self.asked.append((repo, private, exist_ok))
         return f"http://hub/{repo}"
 
-    def upload_folder(self, *, repo_id, folder_path):
+    def upload_folder(self, *, repo_id, folder_path, delete_patterns):
+        assert "*.safetensors" in delete_patterns  # gates of a model that was there before
         self.asked.append((repo_id, folder_path))
 
     def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
