@@ -49,6 +49,7 @@ from torch import nn
 
 from hawada.adapters.base import Adapter
 from hawada.core.gates import SigmoidGate
+from hawada.core.proxy_cost import Term
 from hawada.core.structure import Cut, GatePoint, Group, Site
 
 
@@ -89,6 +90,10 @@ class Proxy:
 
     def predict(self, widths):
         return 0.01 * sum(torch.as_tensor(width, dtype=torch.float64) for width in widths.values())
+
+    def terms(self):
+        names = sorted({name for entry in self.table.sites for name in entry.site.groups})
+        return [Term((name,), lambda width: 0.01 * width) for name in names]
 
     def add_sample(self, widths, ms, weight=1.0):
         self.samples += 1

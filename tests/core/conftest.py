@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from hawada.core.proxy_cost import Term
 from hawada.core.site_table import LatencyTable, SiteTable
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
@@ -56,6 +57,13 @@ class LinearProxy:
             branch = torch.as_tensor(widths[f"{path}.branch"]).double()
             total = total + self.each * branch * torch.as_tensor(widths[f"{path}.hidden"]).double()
         return total
+
+    def terms(self):
+        inside = [
+            Term((f"{path}.branch", f"{path}.hidden"), lambda branch, hidden: self.each * branch * hidden)
+            for path in ("first", "second")
+        ]
+        return [Term((), lambda: self.overhead), *inside]
 
     def add_sample(self, widths, ms, weight=1.0):
         self.samples.append((dict(widths), ms, weight))

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hawada.core.export import ExportPolicy, best_first
+from hawada.core.knapsack import Factor, solve
 from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, full_widths, keep_first, widths_of
-
-SLACK = 0.02  # share of the time that may stay unused before widths are exchanged for it
 
 
 def saliency_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -23,17 +23,16 @@ def saliency_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Allocation:
-    """Greedy choice of widths: the least saliency lost per predicted millisecond saved, one move after another.
+    """The widths that retain the most saliency within a predicted time: an exact choice, but for rounding of sums.
 
-    A move takes a group (under the uniform layout, all groups of its kind together) to *any* smaller allowed width, not
-    only the next one, so plateaus of the latency are stepped over; removing a branch or layer costs its own gate and
-    all that is left inside.
+    Under the uniform layout all groups of a kind are one decision. A branch or layer that goes takes all that is left
+    inside along.
 
     Args:
         groups: every group of the model.
         saliency: per group (units,), larger is more worth keeping; see `saliency_from_gates`. A group without an entry
             keeps all its units while its parent stays, and counts 1 in all.
-        proxy: predicts milliseconds.
+        proxy: predicts milliseconds, as a sum of terms.
         policy: allowed widths.
     """
 
@@ -55,8 +54,7 @@ class Allocation:
             else [self.groups[name].full_width]
             for name, members in self.blocks.items()
         }
-        self.children = {name: [child.name for child in groups if child.parent == name] for name in self.groups}
-        self._related = self._relations()
+        self._block_of = {member: name for name, members in self.blocks.items() for member in members}
 
     def worth(self, widths: Mapping[str, int]) -> float:
         """Saliency that the given widths retain."""
@@ -74,126 +72,79 @@ class Allocation:
         widths = self.policy.restored(widths, list(self.groups.values()), branches)
         return self.keep(widths)
 
-    def shrink_to(self, aim_ms: float, start: Mapping[str, int] | None = None) -> Widths:
-        """Widths predicted to take at most `aim_ms`, or the smallest there are; then grown while they still do.
+    def within(self, limit_ms: float, wanted_ms: float = 0.0, start: Mapping[str, int] | None = None) -> Widths:
+        """The best widths predicted to take at most `limit_ms`, and if there are such, at least `wanted_ms`.
 
         Args:
-            aim_ms: predicted milliseconds not to exceed.
-            start: widths to begin with, moved to the nearest allowed ones; None means full.
+            limit_ms: predicted milliseconds not to exceed; where nothing is as fast, the smallest widths are returned.
+            wanted_ms: see there.
+            start: widths to shrink from, or where they are fast enough already, to grow from; None means free choice.
         """
-        widths = full_widths(list(self.groups.values()))
+        groups = list(self.groups.values())
+        full = full_widths(groups)
+        if start is None and wanted_ms <= self._predict(full) <= limit_ms:
+            return full
+        allowed = {name: list(range(len(widths))) for name, widths in self.allowed.items()}
         if start is not None:
+            shrink = self._predict(start) > limit_ms
             for name, members in self.blocks.items():
-                for member in members:
-                    widths[member] = min(self.allowed[name], key=lambda width: abs(width - start[member]))
-            widths = self._alive(widths)
-        return self._exchange(self._grow(self._shrink(widths, aim_ms), aim_ms), aim_ms)
-
-    def _exchange(self, widths: Widths, aim_ms: float) -> Widths:
-        """Where coarse widths left much of the time unused: one block a step wider, the others narrower for it."""
-        while self._predict(widths) < (1 - SLACK) * aim_ms:
-            worth, better = self.worth(widths), None
-            for name in self.blocks:
-                change = self._enlargement(name, widths)
-                if change is None:
-                    continue
-                other = self._grow(self._shrink(widths | change, aim_ms, locked=name), aim_ms)
-                if self._predict(other) <= aim_ms and self.worth(other) > worth * (1 + 1e-9):
-                    worth, better = self.worth(other), other
-            if better is None:
+                wanted = max(start[member] for member in members)
+                allowed[name] = [
+                    index
+                    for index, width in enumerate(self.allowed[name])
+                    if (width <= wanted if shrink else width >= wanted)
+                ] or [0 if shrink else len(self.allowed[name]) - 1]
+        domains = {name: len(widths) for name, widths in self.allowed.items()}
+        for must_stay in (set(), self._must_stay()):
+            within = {name: [len(self.allowed[name]) - 1] if name in must_stay else allowed[name] for name in allowed}
+            found = solve(domains, self._factors(), limit_ms, wanted_ms, within)
+            if found is None:
                 break
-            widths = better
-        return widths
+            widths = {
+                member: self.allowed[name][found.picks[name]]
+                for name, members in self.blocks.items()
+                for member in members
+            }
+            if not self.policy.lacking(widths, groups):
+                return self._alive(widths)
+        return widths_of(self.smallest(), groups)
 
-    def _shrink(self, widths: Widths, aim_ms: float, locked: str | None = None) -> Widths:
-        """One move after another until the prediction is at most `aim_ms`, or none is left."""
-        widths = dict(widths)
-        predicted = self._predict(widths)
-        moves: dict[str, list[tuple[float, float, Widths]]] = {}  # block -> (saliency lost, ms saved, widths changed)
-        while predicted > aim_ms:
-            for name in self.blocks:
-                if name not in moves and name != locked:
-                    moves[name] = self._moves(name, widths, predicted)
-            best = min(
-                (move for options in moves.values() for move in options if self._still_possible(move[2], widths)),
-                key=lambda m: (m[0] / m[1], m[0]),
-                default=None,
+    def _must_stay(self) -> set[str]:
+        """The layers and branches that stay where as few as allowed do."""
+        smallest = self.smallest()
+        return {name for name, group in self.groups.items() if group.removes and smallest[name]}
+
+    def _factors(self) -> list[Factor]:
+        """Predicted milliseconds and saliency as tables over the options of blocks."""
+        factors = []
+        for term in self.proxy.terms():
+            names = list(dict.fromkeys(self._block_of[name] for name in term.groups))
+            axes = [names.index(self._block_of[name]) for name in term.groups]
+            options = [np.asarray(self.allowed[name], dtype=np.float64) for name in names]
+            grid = np.meshgrid(*options, indexing="ij")
+            cost = np.broadcast_to(
+                np.asarray(term.milliseconds(*[grid[axis] for axis in axes]), dtype=np.float64),
+                [len(option) for option in options],
             )
-            if best is None:
-                break
-            enough = [
-                move
-                for options in moves.values()
-                for move in options
-                if predicted - move[1] <= aim_ms and self._still_possible(move[2], widths)
-            ]
-            if enough:  # the last move: the cheapest that suffices
-                best = min(enough, key=lambda m: (m[0], m[1]))
-            widths.update(best[2])
-            predicted = self._predict(widths)
-            for name in best[2]:  # only moves of what is coupled with a change look different now
-                for related in self._related[name]:
-                    moves.pop(related, None)
-        return widths
+            factors.append(Factor(tuple(names), cost, np.zeros(cost.shape)))
+        for group in self.groups.values():
+            factors.append(self._value_factor(group))
+        return factors
 
-    def _grow(self, widths: Widths, aim_ms: float) -> Widths:
-        """Give back what still fits, the most saliency per millisecond first: wider groups, or removed branches."""
-        while True:
-            predicted, worth = self._predict(widths), self.worth(widths)
-            best: tuple[float, Widths] | None = None
-            for name in self.blocks:
-                change = self._enlargement(name, widths)
-                if change is None:
-                    continue
-                extra = self._predict(widths | change) - predicted
-                if predicted + extra <= aim_ms:
-                    rate = (self.worth(widths | change) - worth) / max(extra, 1e-9)
-                    if best is None or rate > best[0]:
-                        best = (rate, change)
-            if best is None:
-                return widths
-            widths = widths | best[1]
-
-    def _enlargement(self, name: str, widths: Widths) -> Widths | None:
-        """How a block grows by one step: to the next width, or a removed branch with all its groups narrow."""
-        if self.groups[name].removes:
-            parent = self.groups[name].parent
-            if widths[name] or self.allowed[name] == [0] or (parent is not None and not widths[parent]):
-                return None
-            return {name: 1} | {child: self._width_when_restored(child, widths) for child in self._descendants(name)}
-        staying = [member for member in self.blocks[name] if widths[member]]
-        larger = [width for width in self.allowed[name] if staying and width > widths[staying[0]]]
-        return dict.fromkeys(staying, larger[0]) if larger else None
-
-    def _width_when_restored(self, name: str, widths: Widths) -> int:
-        """The width of a group inside a branch that comes back: that of its kind if it is shared, else the smallest."""
-        if self.groups[name].removes:
-            return 1
-        block = next(block for block, members in self.blocks.items() if name in members)
-        return max((widths[member] for member in self.blocks[block]), default=0) or self.allowed[block][0]
-
-    def _moves(self, name: str, widths: Widths, predicted: float) -> list[tuple[float, float, Widths]]:
-        """Every way to make one block smaller that saves time."""
-        staying = [member for member in self.blocks[name] if widths[member]]
-        moves = []
-        for width in self.allowed[name] if staying else []:
-            if width >= widths[staying[0]]:
-                break
-            change: Widths = dict.fromkeys(staying, width)
-            if self.groups[name].removes:
-                change |= dict.fromkeys(self._descendants(name), 0)
-            after = widths | change
-            touched = {other for member in change for other in (member, *self._descendants(member))}
-            lost = sum(self._worth(other, widths) - self._worth(other, after) for other in touched)
-            saved = predicted - self._predict(after)
-            if saved > 0:
-                moves.append((lost, saved, change))
-        return moves
-
-    def _still_possible(self, change: Widths, widths: Widths) -> bool:
-        """Whether enough layers and branches of every kind stay when one goes."""
-        width = next(iter(change.values()))
-        return width > 0 or not self.policy.lacking(widths | change, list(self.groups.values()))
+    def _value_factor(self, group: Group) -> Factor:
+        """What a group retains, by its own width and those it lies inside; nothing once one of these is gone."""
+        lineage = [group]
+        while lineage[-1].parent in self.groups:
+            lineage.append(self.groups[lineage[-1].parent or ""])
+        names = list(dict.fromkeys(self._block_of[member.name] for member in lineage))
+        shape = [len(self.allowed[name]) for name in names]
+        value = np.zeros(shape)
+        for index in np.ndindex(*shape):
+            chosen = dict(zip(names, index, strict=True))
+            widths = {m.name: self.allowed[block][chosen[block]] for m in lineage for block in [self._block_of[m.name]]}
+            if all(widths[member.name] for member in lineage):
+                value[index] = self._worth(group.name, widths)
+        return Factor(tuple(names), np.zeros(shape), value)
 
     def _worth(self, name: str, widths: Mapping[str, int]) -> float:
         """What one group retains: that of its best units, of those whose parent's unit stays.
@@ -218,23 +169,3 @@ class Allocation:
 
     def _predict(self, widths: Mapping[str, int]) -> float:
         return float(self.proxy.predict(widths))
-
-    def _relations(self) -> dict[str, list[str]]:
-        """For each group, the blocks whose moves change when it does: those in its structure or cutting its tensors."""
-        by_tensor: dict[str, set[str]] = {}
-        for group in self.groups.values():
-            for cut in group.cuts:
-                by_tensor.setdefault(cut.tensor, set()).add(group.name)
-        coupled: dict[str, set[str]] = {}
-        for name, group in self.groups.items():
-            root = self._root(name)
-            coupled[name] = {root, *self._descendants(root)}.union(*(by_tensor[cut.tensor] for cut in group.cuts))
-        block_of = {member: block for block, members in self.blocks.items() for member in members}
-        return {name: sorted({block_of[other] for other in others}) for name, others in coupled.items()}
-
-    def _root(self, name: str) -> str:
-        parent = self.groups[name].parent
-        return name if parent is None else self._root(parent)
-
-    def _descendants(self, name: str) -> list[str]:
-        return [d for child in self.children[name] for d in (child, *self._descendants(child))]

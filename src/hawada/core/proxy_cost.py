@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import kendalltau
 from torch import Tensor
 
 from hawada.core.export import ExportPolicy
-from hawada.core.site_table import LatencyTable, SoftWidths
+from hawada.core.profiler import TINY_MS, Clock
+from hawada.core.site_table import LatencyTable, SiteTable, SoftWidths
 from hawada.core.structure import Group, Keep, Widths, keep_first
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the predicted time.
+
+    Attributes:
+        groups: names of the groups whose widths it depends on.
+        milliseconds: called with an array of widths for each of them, all of one shape; returns such an array.
+    """
+
+    groups: tuple[str, ...]
+    milliseconds: Callable[..., NDArray[np.float64] | float]
+
+
+ROBUST_FITS = 4
+OFF = 0.01  # a sample that is off by less than this relative error is never an outlier
 
 
 class Proxy(Protocol):
@@ -21,6 +41,10 @@ class Proxy(Protocol):
 
     def predict(self, widths: SoftWidths) -> Tensor:
         """Milliseconds for the widths of every group: a scalar, differentiable in soft widths."""
+        ...
+
+    def terms(self) -> Sequence[Term]:
+        """What the prediction is the sum of, for the allocation."""
         ...
 
     def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
@@ -40,15 +64,18 @@ class LatencyProxy:
     """milliseconds = overhead + sum over sites of scale[kind] * table(widths).
 
     Overhead and scales come from non-negative least squares on whole sliced models, with a weak pull of the scales
-    towards 1 (sites timed alone do not add up to the model). Every figure that is measured later joins the fit.
+    towards one another (sites timed alone do not add up to the model). Every figure that is measured later joins the
+    fit; a measurement that all others contradict counts for little (Huber, Robust estimation of a location parameter,
+    1964).
 
     Args:
         table: site times.
-        pull: weight of the pull towards scale 1, relative to one sample.
+        pull: weight of the pull towards a common scale, relative to one sample.
+        clock: what the table is made with (`stage=profile` asks the configuration); None means the device's own.
     """
 
-    def __init__(self, table: LatencyTable, pull: float = 0.05) -> None:
-        self.table = table
+    def __init__(self, table: LatencyTable, pull: float = 0.05, clock: Clock | None = None) -> None:
+        self.table, self.clock = table, clock
         self.pull = pull
         self.kinds = sorted({entry.site.kind for entry in table.sites})
         self.overhead = 0.0
@@ -62,6 +89,15 @@ class LatencyProxy:
         for index, entry in enumerate(self.table.sites):
             total = total + self.scales[entry.site.kind] * self._site_ms(index, widths)
         return total
+
+    def terms(self) -> list[Term]:
+        """The overhead, and every site by the scale of its kind."""
+
+        def scaled(entry: SiteTable) -> Callable[..., NDArray[np.float64]]:
+            return lambda *widths: self.scales[entry.site.kind] * entry.at(*widths)
+
+        overhead = Term((), lambda: self.overhead)
+        return [overhead, *(Term(entry.site.groups, scaled(entry)) for entry in self.table.sites)]
 
     def _site_ms(self, index: int, widths: SoftWidths) -> Tensor | float:
         """A site's table time; remembered for whole widths."""
@@ -77,17 +113,24 @@ class LatencyProxy:
     def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
         """Add one measured sliced model and fit again."""
         self.samples.append((dict(widths), float(ms), float(weight)))
-        rows, targets = [], []
-        for sample_widths, sample_ms, sample_weight in self.samples:
-            features = self._features(sample_widths)
-            rows.append(np.asarray([1.0, *features]) * sample_weight / sample_ms)  # relative errors
-            targets.append(sample_weight)
-        for index in range(len(self.kinds)):
-            row = np.zeros(1 + len(self.kinds))
-            row[1 + index] = self.pull
-            rows.append(row)
-            targets.append(self.pull)
-        solution, _ = nnls(np.asarray(rows), np.asarray(targets))
+        self._fit()
+
+    def _fit(self) -> None:
+        """Non-negative least squares of relative errors, each sample weighted down by how far it lies off (Huber)."""
+        features = np.asarray([self._features(widths) for widths, _, _ in self.samples])  # (samples, kinds)
+        ms = np.asarray([sample_ms for _, sample_ms, _ in self.samples])
+        weights = np.asarray([weight for _, _, weight in self.samples])
+        common = float(np.median(ms / np.maximum(features.sum(axis=1), TINY_MS)))
+        rows = np.hstack([np.ones((len(ms), 1)), features]) / ms[:, None]  # times the solution: predicted / measured
+        pull = self.pull / common * np.eye(1 + len(self.kinds))[1:]
+        trust = np.ones(len(ms))
+        for _ in range(ROBUST_FITS):
+            strength = weights * trust
+            solution, _ = nnls(
+                np.vstack([rows * strength[:, None], pull]), np.append(strength, np.full(len(pull), self.pull))
+            )
+            off = np.abs(rows @ solution - 1)
+            trust = np.sqrt(np.minimum(1.0, max(3 * float(np.median(off)), OFF) / np.maximum(off, TINY_MS)))
         self.overhead = float(solution[0])
         self.scales = {kind: float(scale) for kind, scale in zip(self.kinds, solution[1:], strict=True)}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hawada.core.allocation import Allocation
-from hawada.core.budget import Budget
+from hawada.core.budget import MARGIN, Budget
 from hawada.core.export import ExportPolicy
 from hawada.core.profiler import Comparison
 from hawada.core.proxy_cost import Proxy
@@ -79,9 +79,10 @@ class BudgetSearch:
             raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
 
     def choose(self, aim_ratio: float, level: int) -> Keep:
-        """Kept indices that are predicted to take at most this fraction of the teacher's time."""
-        allocation = self._allocation(level)
-        return allocation.keep(allocation.shrink_to(aim_ratio * self.teacher_ms, self.start))
+        """Kept indices that are predicted to take this fraction of the teacher's time, or little less."""
+        allocation, limit_ms = self._allocation(level), aim_ratio * self.teacher_ms
+        wanted_ms = limit_ms * (1 - MARGIN * self.budget.tolerance)
+        return allocation.keep(allocation.within(limit_ms, wanted_ms, self.start))
 
     def try_keep(self, keep: Keep, level: int) -> Candidate:
         """Measure a choice and add it to the proxy's fit."""

@@ -51,6 +51,25 @@ class SiteTable:
             values = values[right - 1] + share * (values[right] - values[right - 1])  # drops the first axis
         return values
 
+    def at(self, *widths: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Multilinear as `interpolate`, for an array of widths for each of the site's groups, all of one shape."""
+        result = np.zeros(np.shape(widths[0]))
+        corners: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # by axis: left neighbour, share of the right
+        for points, wanted in zip(self.grid, widths, strict=True):
+            axis = np.asarray(points, dtype=np.float64)
+            inside = np.clip(wanted, axis[0], axis[-1])
+            left = np.clip(np.searchsorted(axis, inside) - 1, 0, max(len(points) - 2, 0))
+            step = np.diff(axis, append=axis[-1] + 1)[left]
+            corners.append((left, (inside - axis[left]) / step))
+        for right in itertools.product((0, 1), repeat=len(corners)):
+            share = np.ones_like(result)
+            index = []
+            for side, (left, part), points in zip(right, corners, self.grid, strict=True):
+                share = share * (part if side else 1 - part)
+                index.append(np.minimum(left + side, len(points) - 1))
+            result = result + share * self.ms[tuple(index)]
+        return result
+
 
 class LatencyTable:
     """One `SiteTable` per site. Rows are monotone: a stair stays a stair, but a wider site is never cheaper."""
