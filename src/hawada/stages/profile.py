@@ -9,24 +9,29 @@ import numpy as np
 from omegaconf import DictConfig
 from torch import nn
 
+from hawada.config import build
 from hawada.core.export import smallest_keep
 from hawada.core.profiler import Interval, bootstrap_median, sample_rounds, summarize
 from hawada.core.proxy_cost import fidelity, random_keep
-from hawada.core.site_table import build_table
+from hawada.core.site_table import LatencyTable, build_table
 from hawada.core.structure import Keep, completed, keep_all, widths_of
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
+from hawada.stages.tables import FILE, given_table, predicted, write_table
 from hawada.stages.workspace import Workspace
 
 CHUNK = 8  # sliced models held in memory at once
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """Write `profile/table.json`, `profile/proxy.json` and how well the proxy predicts unseen models.
+    """Write `profile/latency_table.json`, `profile/proxy.json` and how well the proxy predicts unseen models.
 
-    The latency does not depend on the weights' values, so the untrained architecture is measured.
+    The latency does not depend on the weights' values, so the untrained architecture is measured. With
+    `gpu.timing=table`, nothing is: everything is taken from the given file.
     """
     work = Workspace(cfg, run)
+    if cfg.gpu.timing == "table":
+        return adopt_table(work, run)
     teacher = work.placed(work.adapter.skeleton())
     policy = work.policy
     count = cfg.profile.calibration + cfg.profile.held_out
@@ -37,13 +42,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             work.groups,
             work.sites,
             [(times, call, work.inputs(shape)) for times, call, shape in work.adapter.parts(teacher, work.shape)],
-            work.clock,
+            build(cfg.proxy.clock) if cfg.proxy.get("clock") else work.clock,
             policy=policy,
             points=cfg.profile.points,
             rounds=work.rounds,
             on_site=lambda site: progress.step(f"timed {site}"),
         )
-        write_json(folder / "table.json", {**table.as_dict(), "environment": work.environment()})
         proxy = work.new_proxy(table)
         fastest = smallest_keep(work.groups, policy)
         random = np.random.default_rng(cfg.seed)
@@ -60,32 +64,53 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             proxy.add_sample(widths_of(keep, work.groups), ms)
         write_json(folder / "proxy.json", proxy.state())
         quality = fidelity(predicted, real)
+        result = {
+            "summary": f"teacher {teacher_ms:.3g} ms; on {len(real)} unseen models the proxy is off by "
+            f"{quality['mape']:.1%} (Kendall tau {quality['kendall_tau']:.2f})",
+            "teacher_ms": teacher_ms,
+            "teacher": measured[0]["latency_ms"],
+            "fastest_ratio": measured[1]["ratio"],
+            "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
+            "fidelity": quality,
+            "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
+            "models": [
+                {"widths": widths_of(keep, work.groups), **record} for keep, record in zip(keeps, measured, strict=True)
+            ],
+            "timed_as": work.timed_as,
+            "simulated": work.clock.simulated,
+            "environment": work.environment(),
+        }
+        write_table(work, folder, table, proxy, result)
+        return run.finish("profile", result)
+
+
+def adopt_table(work: Workspace, run: Run) -> dict[str, Any]:
+    """Take what another machine measured.
+
+    Raises:
+        ValueError: when it is not a table of the model's sites; see also `given_table`.
+    """
+    record = given_table(work)
+    table = LatencyTable.from_dict(record)
+    if [entry.site for entry in table.sites] != work.sites:
+        raise ValueError(
+            f"gpu.table: {work.cfg.gpu.table} has other sites than the model; measure again with stage=profile"
+        )
+    with work.writing("profile") as folder:
+        write_json(folder / FILE, record)
+        write_json(folder / "proxy.json", record["proxy"])
+        there = record["fingerprint"]["name"]
         return run.finish(
-            "profile",
-            {
-                "summary": f"teacher {teacher_ms:.3g} ms; on {len(real)} unseen models the proxy is off by "
-                f"{quality['mape']:.1%} (Kendall tau {quality['kendall_tau']:.2f})",
-                "teacher_ms": teacher_ms,
-                "teacher": measured[0]["latency_ms"],
-                "fastest_ratio": measured[1]["ratio"],
-                "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
-                "fidelity": quality,
-                "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
-                "models": [
-                    {"widths": widths_of(keep, work.groups), **record}
-                    for keep, record in zip(keeps, measured, strict=True)
-                ],
-                "timed_as": work.timed_as,
-                "simulated": work.clock.simulated,
-                "environment": work.environment(),
-            },
+            "profile", {**record["result"], "summary": f"table of {there} taken from {work.cfg.gpu.table}"}
         )
 
 
 def measure_fastest(work: Workspace) -> Interval:
     """Measured ratio to the teacher of the smallest model that the gated groups allow."""
-    teacher = work.placed(work.adapter.skeleton())
     keep = completed(smallest_keep(work.gated_groups, work.policy), work.groups)
+    if work.cfg.gpu.timing == "table":
+        return predicted(work, keep).ratio
+    teacher = work.placed(work.adapter.skeleton())
     return work.compare(work.timed(teacher), work.timed(work.slim(teacher, keep))).ratio
 
 

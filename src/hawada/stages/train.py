@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import nn
 
 from hawada.config import build
 from hawada.core.gates import parameter_groups
-from hawada.core.proxy_cost import Proxy
-from hawada.core.site_table import LatencyTable
 from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run, write_json
+from hawada.stages.tables import load_proxy
 from hawada.stages.workspace import Workspace
 
 
@@ -44,7 +42,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 loader,
                 epochs=cfg.train.epochs,
                 steps_per_epoch=cfg.train.steps_per_epoch,
-                probe_every=cfg.train.probe_every,
+                probe_every=0 if cfg.gpu.timing == "table" else cfg.train.probe_every,
                 patience=cfg.train.patience,
                 on_step=lambda step: progress.step(
                     None,
@@ -143,17 +141,10 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
     )
 
 
-def load_proxy(work: Workspace, stage: str) -> Proxy:
-    """The configured proxy over the profiled table, with the samples that a stage left."""
-    table = LatencyTable.from_dict(json.loads((work.run.folder("profile") / "table.json").read_text()))
-    proxy = work.new_proxy(table)
-    proxy.load_state(json.loads((work.run.folder(stage) / "proxy.json").read_text()))
-    return proxy
-
-
 def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
     """Measures a sliced student beside the teacher; the ratio, which drift does not touch, gives the milliseconds."""
-
+    if work.cfg.gpu.timing == "table":
+        return None
     reference = work.timed(copy.deepcopy(teacher))  # before accelerate wraps the teacher's forward
 
     def measure(slim: nn.Module) -> float:
