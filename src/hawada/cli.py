@@ -64,14 +64,14 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     for name in stages:
         run.check(name)
     if stage in PLANS:
-        run.check_upstream(stage)
+        run.check_upstream(stages[0])
     from hawada.stages import inspect, pipeline
 
     pipeline.check(stages, run)
     if stage == "inspect":
         return inspect.run_inspect(run)
     with run.locked():
-        result = pipeline.run_pipeline(run) if stage == "pipeline" else pipeline.run_stage(stage, run)
+        result = pipeline.run_pipeline(run) if stage == "pipeline" else pipeline.run_stage(stages[0], run)
     if "verdict" in result and not sweeping:
         from hawada.report.table import print_result
 
@@ -111,7 +111,8 @@ def main() -> None:
 def _exit_code(result: dict[str, Any]) -> int:
     """Only a run that was asked for a latency and did not prove it fails."""
     verdict, asked = result.get("verdict"), result.get("target_ms") is not None
-    return FAILURE if asked and verdict in ("missed", "unverified", "infeasible") else 0
+    unreached = any(point["status"] == "infeasible" for point in result.get("points", ()))
+    return FAILURE if unreached or (asked and verdict in ("missed", "unverified", "infeasible")) else 0
 
 
 def _expand(argument: str) -> str:

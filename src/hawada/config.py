@@ -135,7 +135,7 @@ NULLABLE = (
 )
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "gpu.timing": ("measured", "simulated"),
+    "gpu.timing": ("measured", "simulated", "table"),
     "gpu.dtype": ("float32", "bfloat16", "float16"),
     "gpu.device": ("auto", "cpu", "mps", "cuda"),
     "export.widths": ("allocation", "gates"),
@@ -192,7 +192,8 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         if last not in (OmegaConf.select(cfg, parent) if parent else cfg):
             continue
         value = OmegaConf.select(cfg, key)
-        if value not in allowed and not (value is None and key in NULLABLE):
+        listed = list(value) if OmegaConf.is_list(value) and value and key == "budget.target_ratio" else [value]
+        if any(each not in allowed for each in listed) and not (value is None and key in NULLABLE):
             raise ValueError(f"{key}: {value} is not {allowed}; set {key} to one")
     for key, choices in CHOICES.items():
         value = OmegaConf.select(cfg, key)

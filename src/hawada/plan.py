@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class StagePlan:
         needs: stages whose results it reads, apart from the teacher's.
         teacher: whether it loads the teacher, and so needs `pretrain` for a model that is trained here.
         measures: whether it takes latencies.
+        retargets: whether gates that were trained for another target will do.
     """
 
     name: str
@@ -24,12 +25,14 @@ class StagePlan:
     needs: tuple[str, ...] = ()
     teacher: bool = False
     measures: bool = False
+    retargets: bool = False
 
 
 _MODEL = ("seed", "model", "runtime")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", *_SHAPE, "measure", "export.minimum", "export.layout")
 _EXPORT = ("export.widths", "export.threshold", "export.max_measurements")
+TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 
 PLANS: dict[str, StagePlan] = {
@@ -50,6 +53,15 @@ PLANS: dict[str, StagePlan] = {
             needs=("profile", "train"),
             teacher=True,
             measures=True,
+            retargets=True,
+        ),
+        StagePlan(
+            "front",
+            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
+            needs=("profile", "train"),
+            teacher=True,
+            measures=True,
+            retargets=True,
         ),
         StagePlan(
             "finetune",
@@ -63,6 +75,7 @@ PLANS: dict[str, StagePlan] = {
             needs=("profile", "train", "export", "finetune"),
             teacher=True,
             measures=True,
+            retargets=True,
         ),
         StagePlan(
             "publish",
@@ -74,13 +87,25 @@ PLANS: dict[str, StagePlan] = {
 
 
 def planned(stage: str, cfg: DictConfig) -> list[str]:
-    """The stages that a command runs: one, or a pipeline's; none for `inspect`."""
+    """The stages that a command runs: one, or a pipeline's; none for `inspect`. An export for many targets is `front`.
+
+    Raises:
+        ValueError: when several targets are given to another stage.
+    """
+    many = OmegaConf.is_list(cfg.budget.target_ratio)
+    if many and stage == "export":
+        return ["front"]
+    if many and stage in (*PLANS, "pipeline"):
+        raise ValueError(
+            "budget.target_ratio: several targets are for stage=export, once gates are trained; "
+            "to train for each, sweep with -m budget.target_ratio=0.8,0.6"
+        )
     return order(cfg) if stage == "pipeline" else [name for name in PLANS if name == stage]
 
 
 def order(cfg: DictConfig) -> list[str]:
     """The stages of a whole pipeline, in order."""
-    left_out = set() if cfg.model.pretrain else {"pretrain"}
+    left_out = {"front"} if cfg.model.pretrain else {"front", "pretrain"}
     if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
         left_out.add("publish")
     return [name for name in PLANS if name not in left_out]

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.plan import PLANS, everything_read, upstream
+from hawada.plan import PLANS, TARGET, everything_read, upstream
 
 MANIFEST = "manifest.json"
 
@@ -106,6 +106,8 @@ class Run:
                     f"which is not there; run stage={earlier} first, or stage=pipeline for everything"
                 )
             different = self.different_keys(earlier)
+            if earlier == "train" and PLANS[stage].retargets:
+                different = {key: value for key, value in different.items() if key not in TARGET}
             if different:
                 raise ValueError(
                     f"stage={stage}: {earlier} ran with {_described(different)}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hawada.core.allocation import saliency_from_gates
+from hawada.core.budget import Budget
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import keep_from_gates
 from hawada.core.profiler import Comparison
-from hawada.core.search_export import BudgetSearch, Candidate, search_export
+from hawada.core.proxy_cost import Proxy
+from hawada.core.search_export import BudgetSearch, Candidate, SearchResult, search_export
 from hawada.core.structure import Group, Keep, completed, keep_all, widths_of
 from hawada.core.student import Student
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
-from hawada.stages.train import load_proxy
+from hawada.stages.tables import load_proxy, predicted
 from hawada.stages.workspace import Workspace
 
 EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
@@ -33,7 +35,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     student = load_student(work, teacher)
     with work.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
         progress.say("choosing widths and measuring")
-        keep, record = _choose(work, student, teacher, run.result("profile")["teacher_ms"], progress)
+        keep, record = _choose(work, student, teacher, progress)
         if "verdict" in record:
             return record  # nothing holds the budget: the stage leaves no manifest and counts as not finished
         progress.done()
@@ -76,47 +78,56 @@ def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: 
     return record
 
 
-def _choose(
-    work: Workspace, student: Student, teacher: nn.Module, teacher_ms: float, progress: Progress
-) -> tuple[Keep, dict[str, Any]]:
-    """Kept indices and what was measured to find them."""
+def measure_function(
+    work: Workspace, student: Student, teacher: nn.Module, progress: Progress
+) -> Callable[[Keep], Comparison]:
+    """Slices a choice and compares it with the teacher; with timing=table, predicts it."""
     reference = work.timed(copy.deepcopy(teacher))
 
     def measure(keep: Keep) -> Comparison:
+        if work.cfg.gpu.timing == "table":
+            return predicted(work, keep)
         comparison = work.compare(reference, work.timed(work.slim(student.model, keep)))
         progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
         return comparison
 
-    policy = work.policy
-    from_gates = completed(keep_from_gates(student.own_gates(), student.groups, policy), work.groups)
+    return measure
+
+
+def make_search(
+    work: Workspace, student: Student, measure: Callable[[Keep], Comparison], budget: Budget, proxy: Proxy
+) -> BudgetSearch:
+    """The search for one target, by the saliency that the gates give."""
+    from_gates = completed(keep_from_gates(student.own_gates(), student.groups, work.policy), work.groups)
+    return BudgetSearch(
+        groups=work.groups,
+        saliency=saliency_from_gates(student.effective_gates()),
+        proxy=proxy,
+        policies=work.policies,
+        measure=measure,
+        budget=budget,
+        teacher_ms=work.run.result("profile")["teacher_ms"],
+        start=widths_of(from_gates, work.groups) if work.cfg.export.widths == "gates" else None,
+    )
+
+
+def _choose(work: Workspace, student: Student, teacher: nn.Module, progress: Progress) -> tuple[Keep, dict[str, Any]]:
+    """Kept indices and what was measured to find them."""
+    measure = measure_function(work, student, teacher, progress)
     if not work.budget.has_target:
-        comparison = measure(from_gates)
-        return from_gates, {
+        keep = completed(keep_from_gates(student.own_gates(), student.groups, work.policy), work.groups)
+        comparison = measure(keep)
+        return keep, {
             "summary": f"no target; the gates' widths take {comparison.ratio.median:.3f} of the teacher's time",
             "status": "no target",
             "measured": comparison.as_dict(),
             "candidates": [],
         }
-    search = BudgetSearch(
-        groups=work.groups,
-        saliency=saliency_from_gates(student.effective_gates()),
-        proxy=load_proxy(work, "train"),
-        policies=work.policies,
-        measure=measure,
-        budget=work.budget,
-        teacher_ms=teacher_ms,
-        start=widths_of(from_gates, work.groups) if work.cfg.export.widths == "gates" else None,
-    )
+    search = make_search(work, student, measure, work.budget, load_proxy(work, "train"))
     found = search_export(search, work.cfg.export.max_measurements)
-    comparison = found.chosen.comparison
-    record: dict[str, Any] = {
-        "summary": f"{found.status}: {comparison.ratio.median:.3f} of the teacher's time, "
-        f"{len(found.candidates)} models measured",
-        "status": found.status,
-        "measured": comparison.as_dict(),
-        "candidates": [_described(candidate, work.groups) for candidate in found.candidates],
-    }
+    record = described(found, work.groups)
     if found.status == "infeasible":
+        comparison = found.chosen.comparison
         target_ms = work.budget.ratio(comparison.baseline.median) * comparison.baseline.median
         record |= {
             "verdict": "infeasible",
@@ -124,6 +135,18 @@ def _choose(
             "target_ms": target_ms,
         }
     return found.chosen.keep, record
+
+
+def described(found: SearchResult, groups: Sequence[Group]) -> dict[str, Any]:
+    """A search's outcome, for JSON."""
+    comparison = found.chosen.comparison
+    return {
+        "summary": f"{found.status}: {comparison.ratio.median:.3f} of the teacher's time, "
+        f"{len(found.candidates)} models measured",
+        "status": found.status,
+        "measured": comparison.as_dict(),
+        "candidates": [_described(candidate, groups) for candidate in found.candidates],
+    }
 
 
 def _described(candidate: Candidate, groups: Sequence[Group]) -> dict[str, Any]:

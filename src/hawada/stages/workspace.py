@@ -286,9 +286,13 @@ class Workspace:
     @cached_property
     def budget(self) -> Budget:
         """The target, with the tolerance that the device allows."""
+        return self.budget_for(self.cfg.budget.target_ratio)
+
+    def budget_for(self, target_ratio: float | None) -> Budget:
+        """The same for another fraction of the teacher's time."""
         node = self.cfg.budget
         tolerance = node.tolerance or TOLERANCE.get(self.device.type, TOLERANCE_ELSEWHERE)
-        return Budget(node.target_ms, node.target_ratio, tolerance)
+        return Budget(node.target_ms, target_ratio, tolerance)
 
     @cached_property
     def policies(self) -> list[ExportPolicy]:

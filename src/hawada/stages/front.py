@@ -1,0 +1,61 @@
+"""Many targets from one training: the Pareto front of saliency and measured latency, without a training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hawada.core.search_export import search_export
+from hawada.core.structure import widths_of
+from hawada.report.front import plot_front, print_front
+from hawada.report.progress import Progress
+from hawada.run import Run, write_json
+from hawada.stages.export import described, load_student, make_search, measure_function, prove_equivalence
+from hawada.stages.tables import load_proxy
+from hawada.stages.workspace import Workspace
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write `front/<target>/slim` for every target in `budget.target_ratio`, a table and a plot of what was measured.
+
+    Every measurement joins the proxy's fit, so later targets need fewer.
+    """
+    work = Workspace(cfg, run)
+    targets = sorted({float(target) for target in cfg.budget.target_ratio}, reverse=True)
+    teacher = work.teacher()
+    student = load_student(work, teacher)
+    proxy = load_proxy(work, "train")
+    points: list[dict[str, Any]] = []
+    with (
+        work.writing("front") as folder,
+        Progress("front", cfg.export.max_measurements * len(targets)) as progress,
+    ):
+        measure = measure_function(work, student, teacher, progress)
+        for target in targets:
+            progress.say(f"target {target:g}")
+            search = make_search(work, student, measure, work.budget_for(target), proxy)
+            found = search_export(search, cfg.export.max_measurements)
+            point = {"target_ratio": target, "worth": found.chosen.worth, **described(found, work.groups)}
+            if found.status != "infeasible":
+                slim = work.slim(student.model, found.chosen.keep)
+                point["equivalence"] = prove_equivalence(work, student, slim, found.chosen.keep)
+                path = folder / f"{target:g}"
+                work.save(path / "slim", slim, found.chosen.keep)
+                write_json(path / "keep.json", {name: list(kept) for name, kept in found.chosen.keep.items()})
+                point |= {"path": work.absolute(path / "slim"), "widths": widths_of(found.chosen.keep, work.groups)}
+            points.append(point)
+        progress.done()
+        plot_front(points, folder / "front.png", title=run.root.name)
+        print_front(points, run.root.name)
+        reached = sum(point["status"] != "infeasible" for point in points)
+        return run.finish(
+            "front",
+            {
+                "summary": f"{reached} of {len(points)} targets reached, see {folder / 'front.png'}",
+                "points": points,
+                "teacher_ms": run.result("profile")["teacher_ms"],
+                "timed_as": work.timed_as,
+                "environment": work.environment(),
+            },
+        )
