@@ -112,7 +112,8 @@ def solve(
     """
     full = {name: list((start or {}).get(name, range(count))) for name, count in domains.items()}
     conditioned = _conditioned(full, factors)
-    allowed, strides = dict(full), {}
+    allowed = dict(full)
+    strides: dict[str, int] = {}
     while math.prod(len(allowed[name]) for name in conditioned) > WORK:
         widest = max(conditioned, key=lambda name: len(allowed[name]))
         strides[widest] = 2 * strides.get(widest, 1)
