@@ -26,9 +26,9 @@ class StagePlan:
     measures: bool = False
 
 
-_MODEL = ("seed", "model", "runtime")
+_MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
-_LATENCY = ("gpu", *_SHAPE, "measure", "export.minimum", "export.layout")
+_LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _EXPORT = ("export.widths", "export.threshold", "export.max_measurements")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -118,8 +119,7 @@ class DeviceMonitor:
 
     def _open(self, nvml: Any) -> None:
         try:
-            if nvml is None:
-                import pynvml as nvml
+            nvml = nvml or importlib.import_module("pynvml")
         except ImportError as error:
             self._blind = f"NVML is missing ({error})"
             return
