@@ -131,6 +131,8 @@ NULLABLE = (
     "budget.batch",
     "runtime.threads",
     "distill.chunk",
+    "measure.precision",
+    "measure.max_rounds",
     "train.steps_per_epoch",
 )
 
@@ -142,6 +144,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "export.layout": ("uniform", "heterogeneous"),
     "export.push": ("slim", "gated"),
     "budget.phase": ("forward", "prefill", "decode", "generate"),
+    "runtime.mode": ("eager", "cudagraph", "compile"),
     "runtime.mixed_precision": ("no", "bf16", "fp16"),
 }
 
@@ -180,9 +183,10 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         ValueError: one sentence with the key, what came, what was wanted and the remedy.
     """
     if measures and cfg.gpu.timing == "measured":
-        from hawada.core.device import check_device
+        from hawada.core.device import check_device, check_runtime
 
         check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
+        check_runtime(cfg.runtime.mode, gpu=cfg.gpu.name, device=cfg.gpu.device)
     read = {key.partition(".")[0] for key in reads}
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.partition(".")[0] in read)
     if missing:

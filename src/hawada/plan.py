@@ -28,9 +28,9 @@ class StagePlan:
     retargets: bool = False
 
 
-_MODEL = ("seed", "model", "runtime")
+_MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
-_LATENCY = ("gpu", *_SHAPE, "measure", "export.minimum", "export.layout")
+_LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _EXPORT = ("export.widths", "export.threshold", "export.max_measurements")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")

@@ -6,12 +6,12 @@ from hawada.core.budget import SUCCESS, Budget
 from hawada.core.profiler import Comparison, Interval, Latency
 
 
-def measured(median, half=0.0, *, teacher_ms=10.0, simulated=False):
+def measured(median, half=0.0, *, teacher_ms=10.0, source="measured", noisy=None):
     """A comparison whose ratio is median +- half."""
     teacher = Latency(teacher_ms, teacher_ms, teacher_ms, p95=teacher_ms, samples=9)
     low, high = (median - half) * teacher_ms, (median + half) * teacher_ms
     slim = Latency(median * teacher_ms, low, high, p95=high, samples=9)
-    return Comparison(teacher, slim, Interval(median, median - half, median + half), simulated)
+    return Comparison(teacher, slim, Interval(median, median - half, median + half), source, noisy=noisy)
 
 
 def test_a_target_in_milliseconds_is_relative_to_the_teacher():
@@ -45,7 +45,11 @@ def test_a_search_stops_only_clearly_below_the_target_and_within_the_tolerance(b
         (measured(0.56, 0.01), "missed", "ratio 0.560 [0.550, 0.570] against a target of 0.500"),
         (measured(0.49, 0.02), "unverified", "too noisy to tell: ratio 0.490 [0.470, 0.510]"),
         (measured(0.51, 0.02), "unverified", "too noisy to tell"),
-        (measured(0.1, simulated=True), "simulated", "the latency comes from a simulated device"),
+        (measured(0.1, source="simulated"), "simulated", "the latency comes from a simulated device"),
+        (measured(0.1, source="table"), "unverified", "predicted from a latency table, not measured"),
+        (measured(0.1, noisy="the GPU was hot"), "unverified", "noisy: the GPU was hot"),
+        (measured(0.9, noisy="the GPU was hot"), "unverified", "noisy: the GPU was hot"),
+        (measured(float("nan")), "unverified", "too noisy to tell"),
     ],
 )
 def test_only_a_whole_interval_below_the_target_meets_it(comparison, verdict, reason):

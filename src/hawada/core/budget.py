@@ -8,6 +8,7 @@ from hawada.core.profiler import Comparison, Interval
 
 # What a finished run may say; only these three are a success.
 SUCCESS = ("met", "already_met", "simulated")
+PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
 MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
 
 
@@ -86,6 +87,10 @@ class Budget:
             return "unverified", "no target was set"
         if comparison.simulated:
             return "simulated", "the latency comes from a simulated device"
+        if comparison.source != "measured":
+            return "unverified", PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
+        if comparison.noisy is not None:
+            return "unverified", f"noisy: {comparison.noisy}"
         reached = self._of_target(comparison)
         if self.target_ms is not None:
             said = f"{_range(comparison.candidate, 'ms')} against a target of {self.target_ms:.3f} ms"

@@ -70,6 +70,24 @@ def check_device(*, gpu: str, device: str, match: str | None) -> None:
     )
 
 
+def check_runtime(runtime: str, *, gpu: str, device: str) -> None:
+    """Check that models can be run as asked on the device that measurements need.
+
+    Args:
+        runtime: `eager`, `cudagraph` or `compile`.
+        gpu: the `gpu=` choice, for the message.
+        device: `auto`, `cpu`, `mps` or `cuda`.
+
+    Raises:
+        ValueError: when CUDA graphs are wanted where there is no CUDA.
+    """
+    if runtime == "cudagraph" and (device in ("cpu", "mps") or not present_gpus()):
+        raise ValueError(
+            f"runtime=cudagraph: CUDA graphs need an NVIDIA GPU and gpu={gpu} has none here; set runtime=eager, "
+            "or rehearse with gpu.timing=simulated"
+        )
+
+
 def resolve_device(device: str, *, match: str | None = None) -> torch.device:
     """`auto` is cuda, else mps, else cpu; `cuda` is the first card that matches.
 

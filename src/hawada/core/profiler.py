@@ -1,87 +1,25 @@
-"""Measured milliseconds: one clock per kind of device, and interleaved rounds with a bootstrap interval."""
+"""Measured milliseconds: interleaved rounds with a bootstrap interval, and what makes them unfit to be judged."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from hawada.core.clock import Clock, DeviceClock, Inputs, source_of
+from hawada.core.monitor import Conditions, Monitor
+
+MOST_DISCARDED = 0.5  # share of the rounds; where more do not count, the others are hardly better
 TINY_MS = 1e-9  # an identity takes no time on a simulated device; ratios to it must not divide by zero
-Inputs = tuple[Tensor, ...]
 Samples = NDArray[np.float64]
-
-
-class Clock(Protocol):
-    """How a model's time is taken on one kind of device."""
-
-    simulated: bool
-
-    def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
-        """Warm up and return a sampler: each call runs the model and returns milliseconds per forward pass."""
-        ...
-
-
-class DeviceClock:
-    """The clock of the device that the inputs are on: CUDA events on a GPU, `perf_counter` elsewhere.
-
-    A sample repeats the forward pass until it lasts at least `min_sample_ms`, so short calls are timed in blocks.
-    Warm-up ends when three medians in a row agree within `agreement`.
-
-    Args:
-        min_sample_ms: shortest block that is timed.
-        agreement: relative spread of three warm-up medians that counts as stable.
-        warm_up_s: the longest warm-up in seconds.
-    """
-
-    simulated = False
-
-    def __init__(self, min_sample_ms: float = 2.0, agreement: float = 0.05, warm_up_s: float = 2.0) -> None:
-        self.min_sample_ms, self.agreement, self.warm_up_s = min_sample_ms, agreement, warm_up_s
-
-    def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
-        device = inputs[0].device
-        time_block = _time_cuda_block if device.type == "cuda" else _time_wall_block
-        time_block(model, inputs, 1)  # the first call allocates
-        single_ms = min(time_block(model, inputs, 1) for _ in range(2))
-        calls = max(1, int(np.ceil(self.min_sample_ms / max(single_ms, 1e-4))))
-        medians: list[float] = []
-        start = time.perf_counter()
-        while time.perf_counter() - start < self.warm_up_s:
-            medians.append(float(np.median([time_block(model, inputs, calls) for _ in range(3)])))
-            last = medians[-3:]
-            if len(last) == 3 and max(last) <= min(last) * (1 + self.agreement):
-                break
-        return lambda: time_block(model, inputs, calls) / calls
-
-
-def _time_wall_block(model: nn.Module, inputs: Inputs, calls: int) -> float:
-    """Milliseconds of `calls` forward passes by the wall clock."""
-    synchronize = torch.mps.synchronize if inputs[0].device.type == "mps" else None
-    with torch.inference_mode():
-        start = time.perf_counter()
-        for _ in range(calls):
-            model(*inputs)
-        if synchronize is not None:
-            synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-
-def _time_cuda_block(model: nn.Module, inputs: Inputs, calls: int) -> float:
-    """Milliseconds of `calls` forward passes between two CUDA events on the current stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.inference_mode(), torch.cuda.device(inputs[0].device):
-        start.record()
-        for _ in range(calls):
-            model(*inputs)
-        end.record()
-        end.synchronize()
-    return float(start.elapsed_time(end))
 
 
 @dataclass(frozen=True)
@@ -143,50 +81,191 @@ def summarize(samples: Samples) -> Latency:
     return Latency(interval.median, interval.low, interval.high, float(np.percentile(samples, 95)), len(samples))
 
 
-def sample_rounds(samplers: Sequence[Callable[[], float]], rounds: Rounds, seed: int = 0, baseline: int = 0) -> Samples:
-    """Take one sample of each in every round, in a fresh random order; returns milliseconds, (rounds, samplers).
+class MeasurementError(RuntimeError):
+    """Nothing usable was measured."""
 
-    A clock that drifts by tens of percent moves all samples of a round together, so ratios within a round hold.
+
+@dataclass(frozen=True)
+class Sampled:
+    """Interleaved samples and what happened while they were taken.
+
+    Attributes:
+        samples: milliseconds, (rounds, samplers).
+        notes: for the record.
+        noisy: why the figures must not be judged, or None.
+    """
+
+    samples: Samples
+    notes: tuple[str, ...] = ()
+    noisy: str | None = None
+
+
+def measure_rounds(
+    samplers: Sequence[Callable[[], float]],
+    rounds: Rounds,
+    *,
+    seed: int = 0,
+    baseline: int = 0,
+    monitor: Monitor | None = None,
+    zero_ok: bool = False,
+) -> Sampled:
+    """Take one sample of each in every round, in a fresh random order.
+
+    A clock that drifts by tens of percent moves all samples of a round together, so ratios within a round hold. Rounds
+    that the monitor objects to are discarded and replaced, up to as many again as were asked for.
+
+    Args:
+        samplers: each returns milliseconds.
+        rounds: when to stop.
+        seed: of the order within rounds.
+        baseline: the sampler that ratios are taken to.
+        monitor: watches the device.
+        zero_ok: whether a sample of 0 is one, as it is on a simulated device.
+
+    Raises:
+        MeasurementError: when not one round can be used.
     """
     order = np.random.default_rng(seed)
-    rows: list[list[float]] = []
+    tally = _Tally(min(rounds.min_rounds, rounds.max_rounds), zero_ok)
     checkpoint = rounds.min_rounds
+    if monitor is not None:
+        monitor.start()
     start = time.perf_counter()
-    while len(rows) < rounds.max_rounds:
+    while tally.attempts < 2 * rounds.max_rounds:
         row = [0.0] * len(samplers)
         for index in order.permutation(len(samplers)):
             row[index] = samplers[index]()
-        rows.append(row)
+        tally.add(row, monitor.check() if monitor is not None else None)
         late = time.perf_counter() - start > rounds.max_seconds
-        if len(rows) != checkpoint and not (late and len(rows) >= rounds.min_rounds):
-            continue
-        checkpoint *= 2  # looked at rarely: stopping at the first narrow interval would make intervals too narrow
-        table = np.asarray(rows)
-        ratios = table / np.maximum(table[:, [baseline]], TINY_MS)
-        others = [index for index in range(len(samplers)) if index != baseline] or [baseline]
-        checked = table if others == [baseline] else ratios
-        widths = [bootstrap_median(checked[:, index], resamples=200).half_width for index in others]
-        if late or max(widths) <= rounds.precision:
+        if len(tally.kept) == rounds.max_rounds or (late and tally.enough):
             break
-    return np.asarray(rows)
+        if len(tally.kept) == checkpoint:
+            checkpoint *= 2  # looked at rarely: stopping at the first narrow interval would make intervals too narrow
+            if _widest(np.asarray(tally.kept), baseline) <= rounds.precision:
+                break
+    return tally.concluded(monitor.finish() if monitor is not None else Conditions())
+
+
+class _Tally:
+    """The rounds so far: those that count, and why others do not."""
+
+    def __init__(self, needed: int, zero_ok: bool) -> None:
+        self.needed, self.zero_ok = needed, zero_ok
+        self.kept: list[list[float]] = []
+        self.discarded: list[list[float]] = []
+        self.why: Counter[str] = Counter()
+        self.unsound = 0
+
+    @property
+    def attempts(self) -> int:
+        """Rounds taken."""
+        return len(self.kept) + len(self.discarded) + self.unsound
+
+    @property
+    def enough(self) -> bool:
+        """Whether the time limit may end it."""
+        return len(self.kept) >= self.needed or self.attempts >= 2 * self.needed
+
+    def add(self, row: list[float], objection: str | None) -> None:
+        """Sort one round."""
+        if not all(math.isfinite(ms) and (ms > 0 or (self.zero_ok and ms == 0)) for ms in row):
+            self.unsound += 1
+        elif objection is not None:
+            self.why[objection] += 1
+            self.discarded.append(row)
+        else:
+            self.kept.append(row)
+
+    def concluded(self, seen: Conditions) -> Sampled:
+        """The samples, with what was wrong with them."""
+        kept, discarded, attempts = self.kept, self.discarded, self.attempts
+        notes = tuple(f"{count} of {attempts} rounds discarded: {reason}" for reason, count in self.why.items())
+        troubles = [seen.noisy] if seen.noisy else []
+        if self.unsound:
+            troubles.append(f"{self.unsound} of {attempts} rounds had a timing that was not finite or not positive")
+        if discarded and (len(kept) < self.needed or len(discarded) > MOST_DISCARDED * attempts):
+            troubles.append(f"{len(discarded)} of {attempts} rounds discarded ({self.why.most_common(1)[0][0]})")
+        if len(kept) < self.needed:
+            kept = kept + discarded  # figures that are not judged are still better than none
+        if not kept:
+            raise MeasurementError("; ".join(troubles))
+        return Sampled(np.asarray(kept), notes + seen.notes, "; ".join(troubles) or None)
+
+
+def _widest(samples: Samples, baseline: int) -> float:
+    """The largest relative half-width of the ratios to the baseline; of the times where there is nothing else."""
+    ratios = samples / np.maximum(samples[:, [baseline]], TINY_MS)
+    others = [index for index in range(samples.shape[1]) if index != baseline]
+    checked = ratios[:, others] if others else samples
+    return max(bootstrap_median(column, resamples=200).half_width for column in checked.T)
+
+
+def sample_rounds(
+    samplers: Sequence[Callable[[], float]],
+    rounds: Rounds,
+    seed: int = 0,
+    baseline: int = 0,
+    monitor: Monitor | None = None,
+    zero_ok: bool = False,
+) -> Samples:
+    """The samples of `measure_rounds` alone: milliseconds, (rounds, samplers)."""
+    return measure_rounds(samplers, rounds, seed=seed, baseline=baseline, monitor=monitor, zero_ok=zero_ok).samples
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Interleaved measurement of a candidate against a baseline."""
+    """Interleaved measurement of a candidate against a baseline.
+
+    Attributes:
+        baseline: usually the teacher's latency.
+        candidate: usually the slim model's.
+        ratio: of candidate to baseline within rounds.
+        source: `measured`, `simulated` or `table`; only what was measured can be judged.
+        notes: what else was seen meanwhile.
+        noisy: why the figures must not be judged, or None.
+        samples: milliseconds of both, (rounds, 2).
+    """
 
     baseline: Latency
     candidate: Latency
     ratio: Interval
-    simulated: bool
+    source: str = "measured"
+    notes: tuple[str, ...] = ()
+    noisy: str | None = None
+    samples: Samples | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no device was timed but a simulation of one."""
+        return self.source == "simulated"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, without the samples."""
+        record = asdict(replace(self, samples=None)) | {"notes": list(self.notes)}
+        return {name: value for name, value in record.items() if name != "samples"}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
+        """The inverse of `as_dict`."""
+        return cls(
+            Latency(**record["baseline"]),
+            Latency(**record["candidate"]),
+            Interval(**record["ratio"]),
+            record["source"],
+            tuple(record["notes"]),
+            record["noisy"],
+        )
 
 
 def compare(
-    baseline: nn.Module, candidate: nn.Module, inputs: Inputs, clock: Clock, *, rounds: Rounds, seed: int = 0
+    baseline: nn.Module,
+    candidate: nn.Module,
+    inputs: Inputs,
+    clock: Clock,
+    *,
+    rounds: Rounds,
+    seed: int = 0,
+    monitor: Monitor | None = None,
 ) -> Comparison:
     """Measure two models in interleaved rounds; the ratio is the median of candidate / baseline within rounds.
 
@@ -197,15 +276,17 @@ def compare(
         clock: takes the time.
         rounds: when to stop.
         seed: of the order within rounds.
+        monitor: watches the device meanwhile.
+
+    Raises:
+        MeasurementError: when not one round can be used.
     """
+    source = source_of(clock)
     samplers = [clock.prepare(model, inputs) for model in (baseline, candidate)]
-    samples = sample_rounds(samplers, rounds, seed)
-    return Comparison(
-        summarize(samples[:, 0]),
-        summarize(samples[:, 1]),
-        bootstrap_median(samples[:, 1] / samples[:, 0]),
-        clock.simulated,
-    )
+    sampled = measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source != "measured")
+    teacher, slim = sampled.samples.T
+    ratio = bootstrap_median(slim / np.maximum(teacher, TINY_MS))
+    return Comparison(summarize(teacher), summarize(slim), ratio, source, sampled.notes, sampled.noisy, sampled.samples)
 
 
 def measure_latency_ms(
@@ -243,7 +324,8 @@ def relative_medians(
     names = list(models)
     if not names:
         return {}
-    samples = sample_rounds([clock.prepare(models[name], inputs[name]) for name in names], rounds, seed)
+    samplers = [clock.prepare(models[name], inputs[name]) for name in names]
+    samples = sample_rounds(samplers, rounds, seed, zero_ok=source_of(clock) != "measured")
     ratios = np.median(samples / np.maximum(samples[:, [0]], TINY_MS), axis=0)
     baseline = max(float(np.median(samples[:, 0])), TINY_MS)
     return {name: float(ratio) * baseline for name, ratio in zip(names, ratios, strict=True)}

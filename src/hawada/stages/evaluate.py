@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hawada.adapters.base import Shape
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
-from hawada.core.profiler import Comparison, Interval
+from hawada.core.profiler import Comparison, Interval, MeasurementError, source_of
 from hawada.report.card import model_card
 from hawada.report.progress import Progress
-from hawada.run import Run, write_text
+from hawada.run import Run, write_json, write_text
 from hawada.stages.export import EQUALITY
+from hawada.stages.judge import Judgement, judge_afresh, judge_here
+from hawada.stages.judge import as_dict as judgement_record
 from hawada.stages.workspace import Workspace
 
 RELOAD = """
@@ -47,11 +50,11 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         progress.step("scoring")
         quality = score_models(work, models)
         progress.step("measuring")
-        comparison = measure_until_clear(work, **models)
+        judgement = measure_for_verdict(work, models, paths, folder)
+        comparison = judgement.or_else(Comparison.from_dict(run.result("export")["measured"]))
         phases = {work.shape.phase: comparison}
-        for phase in work.adapter.phases[:2]:
-            if phase not in phases:
-                phases[phase] = measure_phase(work, **models, shape=replace(work.shape, phase=phase))
+        if judgement.failed is None:
+            phases |= measure_other_phases(work, models)
         progress.step("")
         result = {**judge(work, comparison), **quality, "phases": {name: _phase(c) for name, c in phases.items()}}
         latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
@@ -64,7 +67,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "proxy": run.result("profile")["fidelity"],
             "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
             "environment": work.environment(),
-            "measured": asdict(comparison),
+            "measured": comparison.as_dict(),
+            "judged": {name: _short(repeat.ratio) for name, repeat in judgement.measured.items()},
         }
         example = work.adapter.loads_with("path/to/it", models["slim"])
         card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
@@ -107,25 +111,28 @@ def judge(work: Workspace, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def measure_until_clear(work: Workspace, teacher: nn.Module, slim: nn.Module) -> Comparison:
-    """A fresh comparison; when its interval straddles the target, once more and for longer."""
-    teacher, slim = work.timed(teacher), work.timed(slim)
-    comparison = work.compare(teacher, slim)
-    if work.budget.has_target and work.budget.verdict(comparison)[0] == "unverified":
-        rounds = work.rounds
-        longer = replace(
-            rounds,
-            precision=rounds.precision / 4,
-            max_rounds=rounds.max_rounds * 4,
-            max_seconds=rounds.max_seconds * 2,
-        )
-        comparison = work.compare(teacher, slim, longer)
-    return comparison
+def measure_for_verdict(
+    work: Workspace, models: Mapping[str, nn.Module], paths: Mapping[str, Path], folder: Path
+) -> Judgement:
+    """A fresh comparison of teacher and slim model: of the saved ones in a process of their own, if time is taken."""
+    if source_of(work.clock) == "measured":
+        for model in models.values():
+            model.cpu()  # the device is left to the other process
+        return judge_afresh(work, paths["teacher"], paths["slim"], folder)
+    judgement = judge_here(work, models["teacher"], models["slim"])
+    write_json(folder / "judgement.json", judgement_record(judgement))
+    return judgement
 
 
-def measure_phase(work: Workspace, teacher: nn.Module, slim: nn.Module, shape: Shape) -> Comparison:
-    """The latency of a phase that the target is not on."""
-    return work.compare(work.timed(teacher, shape), work.timed(slim, shape), shape=shape)
+def measure_other_phases(work: Workspace, models: Mapping[str, nn.Module]) -> dict[str, Comparison]:
+    """The latency of phases that the target is not on; one that cannot be measured is left out."""
+    shapes = [replace(work.shape, phase=name) for name in work.adapter.phases[:2] if name != work.shape.phase]
+    measured = {}
+    for shape in shapes:
+        teacher, slim = (work.timed(models[name], shape) for name in ("teacher", "slim"))
+        with suppress(MeasurementError, torch.AcceleratorError):
+            measured[shape.phase] = work.compare(teacher, slim, shape=shape)
+    return measured
 
 
 def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from hawada.core.device import environment, prepare_cpu, resolve_device
 from hawada.core.distill import Distillation
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.gates import SigmoidGate
-from hawada.core.profiler import Clock, Comparison, Inputs, Rounds, compare
+from hawada.core.monitor import DeviceMonitor, Monitor
+from hawada.core.profiler import Clock, Comparison, Inputs, Rounds, compare, source_of
 from hawada.core.proxy_cost import LatencyTable, Proxy
 from hawada.core.structure import Group, Keep, Site
 from hawada.data.llms import TextData
@@ -36,6 +37,9 @@ from hawada.run import Run, write_json
 # Relative width of the band below the target, where the budget does not set one: a CPU cannot be timed as sharply.
 TOLERANCE = {"cuda": 0.03}
 TOLERANCE_ELSEWHERE = 0.06
+# How sharply and how long a comparison is measured, likewise.
+ROUNDS = {"cuda": {"precision": 0.005, "max_rounds": 400}}
+ROUNDS_ELSEWHERE = {"precision": 0.01, "max_rounds": 80}
 NEW_TOKENS = 32  # that a language model generates before it is saved and after it is loaded again
 
 
@@ -193,17 +197,27 @@ class Workspace:
         return build(self.cfg.gpu.simulated if self.cfg.gpu.timing == "simulated" else self.cfg.gpu.clock)
 
     @cached_property
+    def monitor(self) -> Monitor | None:
+        """What watches the device between rounds; nothing does where nothing runs."""
+        return DeviceMonitor(self.device) if source_of(self.clock) == "measured" else None
+
+    @cached_property
     def rounds(self) -> Rounds:
-        """How long a comparison is measured."""
-        if self.clock.simulated:
+        """How long a comparison is measured; once is enough where nothing varies."""
+        if source_of(self.clock) != "measured" and not getattr(self.clock, "noise", 0.0):
             return Rounds(min_rounds=1, max_rounds=1)
-        return build(self.cfg.measure)
+        node, defaults = self.cfg.measure, ROUNDS.get(self._kind, ROUNDS_ELSEWHERE)
+        return build(node, **{key: value for key, value in defaults.items() if node.get(key, value) is None})
+
+    @property
+    def _kind(self) -> str:
+        """The kind of device that latencies are of, be it here or simulated."""
+        return self.device.type if self.cfg.gpu.device == "auto" else self.cfg.gpu.device
 
     @property
     def batch(self) -> int:
         """Batch size whose latency is optimised: `budget.batch`, else the model's for this kind of device."""
-        kind = self.device.type if self.cfg.gpu.device == "auto" else self.cfg.gpu.device
-        return self.cfg.budget.batch or self.cfg.model.batch[kind]
+        return self.cfg.budget.batch or self.cfg.model.batch[self._kind]
 
     @cached_property
     def shape(self) -> Shape:
@@ -214,7 +228,9 @@ class Workspace:
     @property
     def timed_as(self) -> dict[str, Any]:
         """What a latency is the latency of."""
-        what = {"device": self.device.type, "dtype": self.cfg.gpu.dtype, "runtime": "eager", "phase": self.shape.phase}
+        cfg = self.cfg
+        what = {"device": self.device.type, "dtype": cfg.gpu.dtype, "runtime": cfg.runtime.mode}
+        what["phase"] = self.shape.phase
         tokens = {"prompt": self.shape.prompt, "new_tokens": self.shape.new_tokens}
         return what | {"batch": self.batch} | (tokens if self.adapter.modality == "text" else {})
 
@@ -256,8 +272,15 @@ class Workspace:
         self, teacher: nn.Module, candidate: nn.Module, rounds: Rounds | None = None, shape: Shape | None = None
     ) -> Comparison:
         """Interleaved latency of two models that are already as they are timed."""
-        inputs = self.inputs(shape)
-        return compare(teacher, candidate, inputs, self.clock, rounds=rounds or self.rounds, seed=self.cfg.seed)
+        return compare(
+            teacher,
+            candidate,
+            self.inputs(shape),
+            self.clock,
+            rounds=rounds or self.rounds,
+            seed=self.cfg.seed,
+            monitor=self.monitor,
+        )
 
     def save(self, path: Path, model: nn.Module, keep: Keep) -> None:
         """Save a model that was sliced to `keep`."""

@@ -1,0 +1,175 @@
+"""Watches the device while it is timed: throttling, other processes, load. A figure taken then is not to be trusted."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h), worst first: rounds under these do not count.
+SLOWDOWNS = {
+    0x40: "hardware thermal slowdown",
+    0x80: "power-brake slowdown",
+    0x20: "software thermal slowdown",
+    0x08: "hardware slowdown",
+}
+POWER_CAP = 0x04
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What was seen while something was timed.
+
+    Attributes:
+        notes: for the record.
+        noisy: why the figures must not be judged, or None.
+    """
+
+    notes: tuple[str, ...] = ()
+    noisy: str | None = None
+
+
+class Monitor(Protocol):
+    """Watches a device from `start` to `finish`."""
+
+    def start(self) -> None:
+        """Begin anew."""
+        ...
+
+    def check(self) -> str | None:
+        """Called after every round: why it does not count, or None."""
+        ...
+
+    def finish(self) -> Conditions:
+        """What was seen since `start`."""
+        ...
+
+
+class DeviceMonitor:
+    """NVML between rounds on a GPU; everywhere the load and the throttling of this process's cgroup.
+
+    Args:
+        device: what is timed.
+        own_pids: processes besides this one that may use the GPU without being foreign.
+        nvml: the NVML binding; None imports pynvml.
+        cgroups: where control groups are mounted.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        own_pids: Iterable[int] = (),
+        nvml: ModuleType | Any | None = None,
+        cgroups: Path = CGROUPS,
+    ) -> None:
+        self.device, self.cgroups = device, cgroups
+        self.own = {os.getpid(), *own_pids}
+        self._nvml: Any = None
+        self._blind: str | None = None  # why NVML cannot be asked
+        if device.type == "cuda":
+            self._open(nvml)
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew."""
+        self._capped = self._rounds = 0
+        self._foreign: set[int] = set()
+        self._throttled = _cgroup_throttling(self.cgroups)
+        self._slowdowns: Counter[str] = Counter()
+
+    def check(self) -> str | None:
+        """Why the round that just ended does not count, or None."""
+        self._rounds += 1
+        if self._nvml is None:
+            return None
+        try:
+            reasons, pids = self._clock_reasons(), self._processes()
+        except self._nvml.NVMLError as error:
+            self._blind, self._nvml = f"NVML stopped answering ({error})", None
+            return None
+        self._capped += bool(reasons & POWER_CAP)
+        self._foreign |= self._others(pids)
+        return next((name for bit, name in SLOWDOWNS.items() if reasons & bit), None)
+
+    def finish(self) -> Conditions:
+        """What was seen since `start`."""
+        notes = [f"{self._blind}: throttling and other processes go unseen"] if self._blind else []
+        if self._capped:
+            notes.append(f"the power cap held the clock down in {self._capped} of {self._rounds} rounds")
+        if hasattr(os, "getloadavg"):
+            notes.append(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
+        (times, seconds), (times_before, seconds_before) = _cgroup_throttling(self.cgroups), self._throttled
+        if times > times_before:
+            stops, lost_s = times - times_before, seconds - seconds_before
+            notes.append(f"the cgroup's CPU quota stopped this process {stops} times for {lost_s:.2f} s")
+        noisy = None
+        if self._foreign:
+            noisy = f"other processes compute on the GPU (pid {', '.join(map(str, sorted(self._foreign)))})"
+        return Conditions(tuple(notes), noisy)
+
+    def _open(self, nvml: Any) -> None:
+        try:
+            nvml = nvml or importlib.import_module("pynvml")
+        except ImportError as error:
+            self._blind = f"NVML is missing ({error})"
+            return
+        try:
+            nvml.nvmlInit()
+            self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
+        except nvml.NVMLError as error:
+            self._blind = f"NVML is missing ({error})"
+            return
+        self._nvml = nvml
+
+    def _clock_reasons(self) -> int:
+        ask = getattr(self._nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
+        return int((ask or self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons)(self._handle))
+
+    def _processes(self) -> set[int]:
+        return {int(process.pid) for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
+
+    def _others(self, pids: set[int]) -> set[int]:
+        """Processes that are not ours.
+
+        In a container NVML may list the host's process ids, among which ours cannot be told; then only more of them
+        than we have can be foreign.
+        """
+        if self.own & pids:
+            return pids - self.own
+        return pids if len(pids) > len(self.own) else set()
+
+
+def _cgroup_throttling(root: Path) -> tuple[int, float]:
+    """How often and for how many seconds the CPU quota has stopped this process's cgroup; zeros without a quota."""
+    for path in _cpu_stat_files(root):
+        try:
+            pairs = dict(line.split() for line in path.read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if "nr_throttled" in pairs:
+            microseconds = float(pairs.get("throttled_usec", float(pairs.get("throttled_time", 0)) / 1e3))  # v1: ns
+            return int(pairs["nr_throttled"]), microseconds / 1e6
+    return 0, 0.0
+
+
+def _cpu_stat_files(root: Path) -> list[Path]:
+    """Where cgroup v2 and v1 keep it: below this process's own group, or in a container at the root."""
+    groups = [("", "")]
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            groups.insert(0, (controllers, group.lstrip("/")))
+    except (OSError, ValueError):
+        pass  # no Linux: there are no control groups
+    folders = [root / controllers / group for controllers, group in groups if controllers in ("", "cpu", "cpu,cpuacct")]
+    return [folder / "cpu.stat" for folder in (*folders, root / "cpu", root / "cpu,cpuacct")]
