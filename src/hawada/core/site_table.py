@@ -67,6 +67,7 @@ class LatencyTable:
                     "groups": list(table.site.groups),
                     "kind": table.site.kind,
                     "reads": table.site.reads,
+                    "reads_dim": table.site.reads_dim,
                     "grid": [list(points) for points in table.grid],
                     "ms": table.ms.tolist(),
                 }
@@ -80,7 +81,13 @@ class LatencyTable:
         return cls(
             [
                 SiteTable(
-                    Site(entry["module"], tuple(entry["groups"]), entry["kind"], entry["reads"]),
+                    Site(
+                        entry["module"],
+                        tuple(entry["groups"]),
+                        entry["kind"],
+                        entry["reads"],
+                        entry.get("reads_dim", -1),
+                    ),
                     tuple(tuple(points) for points in entry["grid"]),
                     np.asarray(entry["ms"], dtype=np.float64),
                 )
@@ -124,13 +131,13 @@ def build_table(
     for site in sites:
         members = [by_name[name] for name in site.groups]
         inner = sum(1 for group in members if not group.removes)
-        count = points if inner <= 1 else max(3, points // 2 + 1)
+        count = points if inner <= 1 else max(3, points // inner + 1)
         grid = tuple(_grid(policy.widths(group), count) for group in members)
         module = model.get_submodule(site.module)
         ms = np.zeros([len(axis) for axis in grid])
         for times, arguments in captured:
             shapes = tuple(tuple(x.shape) for x in SiteCall.inputs(arguments[site.module]))
-            signature = (repr(module), shapes, grid, site.reads)
+            signature = (repr(module), shapes, grid, site.reads, site.reads_dim)
             if signature not in measured:
                 measured[signature] = _time_grid(
                     model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()
@@ -221,7 +228,7 @@ def _time_grid(
                 calls[str(points[widths])] = SiteCall(module, arguments)
                 first, *others = SiteCall.inputs(arguments)
                 if site.reads is not None:
-                    first = first[..., : remain[site.reads]].contiguous()
+                    first = first.narrow(site.reads_dim, 0, remain[site.reads]).contiguous()
                 inputs[str(points[widths])] = (first, *others)
     times = relative_medians(calls, inputs, clock, rounds)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
