@@ -232,10 +232,10 @@ def _time_grid(
                 inputs[str(points[widths])] = (first, *others)
     times = relative_medians(calls, inputs, clock, rounds)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
-    return _monotone(ms.reshape([len(axis) for axis in grid]))
+    return monotone(ms.reshape([len(axis) for axis in grid]))
 
 
-def _monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
+def monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least-squares isotonic along each axis, then a running maximum, which restores all axes at once."""
     for axis in range(ms.ndim):
         ms = np.apply_along_axis(lambda row: isotonic_regression(row).x, axis, ms)
