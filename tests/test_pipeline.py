@@ -143,6 +143,21 @@ INTERVAL = {"median", "low", "high"}
 MODEL = {"latency_ms", "params", "macs", "accuracy", "path"}
 
 
+def test_a_narrower_stream_goes_all_the_way(tmp_path: Path) -> None:
+    """Gates on the streams alone: whatever time is saved is saved there, and the slim model loads."""
+    done = hawada(*TINY, "model.adapter.stream=true", "groups.kind=stream", f"output_dir={tmp_path}")
+    assert (done.code, done.err) == (0, "")
+    result = read(tmp_path / NAME / "result.json")
+    assert result["verdict"] == "simulated" and result["latency_ratio"]["median"] <= 0.6
+    equivalence = result["equivalence"]
+    assert equivalence["max_abs_diff"] <= 1e-4 * equivalence["max_abs_logit"]
+    slim = package.load(result["slim"]["path"])
+    widths = [slim.bn1.num_features, *(slim.get_submodule(f"layer{stage}.0.bn2").num_features for stage in (2, 3, 4))]
+    assert all(width <= full for width, full in zip(widths, (64, 128, 256, 512), strict=True))
+    assert sum(widths) < 960 and slim.fc.in_features == widths[-1]
+    assert slim.layer1[0].conv1.out_channels == 64  # inner channels had no gates
+
+
 def test_the_result_has_every_promised_key(finished: Finished) -> None:
     result = finished.result
     promised = {"verdict", "target_ms", "latency_ratio", "teacher", "slim", "agreement", "proxy", "equivalence"}

@@ -13,10 +13,10 @@ ADAPTERS = {
 }
 
 
-def build(name):
+def build(name, **options):
     """The adapter and its network in eval mode; fresh norms are random, or a gate on the wrong side would hide."""
     torch.manual_seed(0)
-    adapter = ResNetAdapter(**ADAPTERS[name])
+    adapter = ResNetAdapter(**ADAPTERS[name], **options)
     model = adapter.skeleton()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -62,3 +62,9 @@ def build_network():
 @pytest.fixture
 def random_units():
     return choose_units
+
+
+@pytest.fixture
+def specs():
+    """The constructor's arguments of each network."""
+    return ADAPTERS

@@ -1,3 +1,4 @@
+import random
 from urllib.error import URLError
 
 import pytest
@@ -6,18 +7,24 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from hawada.adapters.base import Shape
+from hawada.adapters.base import Shape, load_model, save_model
 from hawada.adapters.torchvision import resnet
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.evaluate import compare_outputs
-from hawada.core.export import materialize
-from hawada.core.structure import check_groups, keep_all
+from hawada.core.export import ExportPolicy, materialize
+from hawada.core.profiler import Rounds
+from hawada.core.simulated import SimulatedClock
+from hawada.core.site_table import build_table
+from hawada.core.structure import GatePoint, check_groups, keep_all, keep_first, widths_of
 from hawada.core.student import Student
 
+ONCE = Rounds(min_rounds=1, max_rounds=1)
 
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet50"])
-def test_hard_gated_equals_sliced(build_network, random_units, name):
-    adapter, model = build_network(name)
+def test_hard_gated_equals_sliced(build_network, random_units, name, stream):
+    adapter, model = build_network(name, stream=stream)
     groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     student = Student(model, groups)
     removed = set()
@@ -70,8 +77,9 @@ def test_every_block_has_a_branch_its_inner_channels_and_a_site(build_network, n
     assert {site.kind for site in sites} == {"layer1", "layer2", "layer3", "layer4"}
 
 
-def test_sites_come_in_order_of_execution(tiny):
-    adapter, model = tiny
+@pytest.mark.parametrize("stream", [False, True])
+def test_sites_come_in_order_of_execution(build_network, stream):
+    adapter, model = build_network("tiny", stream=stream)
     sites, order = adapter.sites(model), []
     for site in sites:
         model.get_submodule(site.module).register_forward_hook(lambda *_, path=site.module: order.append(path))
@@ -90,6 +98,110 @@ def test_a_slim_network_can_be_pruned_again(tiny, random_units):
     with torch.no_grad(), Student(slim, fewer).hard_gated(keep) as student:
         found = compare_outputs(student(*inputs), slimmer(*inputs))
     assert found["max_abs_diff"] <= 1e-5 * found["max_abs_logit"]
+
+
+STREAMS = {
+    "tiny": {"layer1": (64, 3), "layer2": (128, 3), "layer3": (256, 2), "layer4": (512, 2)},
+    "resnet18": {"layer1": (64, 3), "layer2": (128, 3), "layer3": (256, 3), "layer4": (512, 3)},
+    "resnet50": {"layer1": (256, 4), "layer2": (512, 5), "layer3": (1024, 7), "layer4": (2048, 4)},
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_each_stage_has_a_stream_that_is_gated_once_per_writer(name, build_network):
+    adapter, model = build_network(name, stream=True)
+    streams = [group for group in adapter.groups(model) if group.kind == "stream"]
+    check_groups(streams, model)
+    found = {group.name: (group.units, len({point.module for point in group.gated_at})) for group in streams}
+    assert found == {f"{stage}.stream": expected for stage, expected in STREAMS[name].items()}
+    points = [point.module for group in streams for point in group.gated_at]
+    assert len(points) == len(set(points))
+    cut = [(cut.tensor, cut.dim) for group in streams for cut in group.cuts]
+    assert len(cut) == len(set(cut))
+
+
+def test_the_stem_joins_a_stream_only_where_it_is_added_into(build_network):
+    for name, joins in (("resnet18", True), ("resnet50", False)):
+        adapter, model = build_network(name, stream=True)
+        streams = {group.name: group for group in adapter.groups(model)}
+        assert (GatePoint("bn1") in streams["layer1.stream"].gated_at) == joins
+        assert ("conv1" in {site.module for site in adapter.sites(model)}) == joins
+
+
+def test_without_the_option_nothing_is_declared_of_streams(build_network):
+    narrow, model = build_network("tiny", stream=True)
+    plain = build_network("tiny")[0]
+    assert plain.groups(model) == [group for group in narrow.groups(model) if group.kind != "stream"]
+    assert {site.reads for site in plain.sites(model)} == {None}
+
+
+def test_a_narrow_stream_is_cut_where_it_is_written_and_read(build_network):
+    adapter, model = build_network("tiny", stream=True)
+    groups = adapter.groups(model)
+    keep = {"layer1.stream": (3, 5, 63), "layer2.stream": (0, 7), "layer4.stream": (1, 2, 3, 4)}
+    keep = keep_all(groups) | keep | {"layer1.1.branch": (), "layer2.0.branch": ()}
+    slim = materialize(model, groups, keep)
+    assert repr(materialize(model, groups, keep, prefix="layer2.0")) == repr(slim.layer2[0])
+    assert (slim.conv1.out_channels, slim.bn1.num_features, slim.layer1[0].conv1.in_channels) == (3, 3, 3)
+    assert (slim.layer1[0].conv2.out_channels, slim.layer1[0].bn2.num_features) == (3, 3)
+    projection = slim.layer2[0].downsample
+    assert (projection[0].in_channels, projection[0].out_channels, projection[1].num_features) == (3, 2, 2)
+    assert slim.layer2[0].relu and not hasattr(slim.layer2[0], "conv1")
+    assert (slim.layer3[0].conv1.in_channels, slim.layer3[0].downsample[0].in_channels) == (2, 2)
+    assert slim.layer3[0].downsample[0].out_channels == 256 and slim.fc.in_features == 4
+    assert torch.equal(slim.conv1.weight, model.conv1.weight[[3, 5, 63]])
+    assert torch.equal(slim.fc.weight, model.fc.weight[:, [1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet50"])
+def test_a_network_with_narrow_streams_is_saved_and_loaded(build_network, specs, random_units, name, tmp_path):
+    adapter, model = build_network(name, stream=True)
+    spec = {"_target_": "hawada.adapters.torchvision.resnet.ResNetAdapter", **specs[name], "stream": True}
+    groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
+    for seed in range(3):
+        keep = random_units(groups, seed)
+        slim = materialize(model, groups, keep)
+        path = tmp_path / str(seed)
+        save_model(path, slim, adapter=adapter, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
+        loaded = load_model(path)
+        with torch.no_grad():
+            assert torch.equal(loaded(*inputs), slim(*inputs))
+        assert [repr(module) for module in loaded.modules()] == [repr(module) for module in slim.modules()]
+
+
+def test_a_network_with_narrow_streams_can_be_pruned_again(build_network, random_units):
+    adapter, model = build_network("tiny", stream=True)
+    groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
+    narrow = {f"layer{stage}.stream": tuple(range(1, 40)) for stage in (1, 2, 3, 4)}
+    for gone in ("layer1.0.branch", "layer1.1.branch", "layer2.0.branch", "layer4.0.branch"):
+        slim = materialize(model, groups, keep_all(groups) | narrow | {gone: ()})
+        fewer = adapter.groups(slim)
+        check_groups(fewer, slim)
+        assert {group.units for group in fewer if group.kind == "stream"} == {39}
+        assert len(adapter.sites(slim)) == 12 - gone.startswith("layer1.")  # what is left of a projection is timed
+        keep = random_units(fewer, 0)
+        slimmer = materialize(slim, fewer, keep)
+        with torch.no_grad(), Student(slim, fewer).hard_gated(keep) as student:
+            found = compare_outputs(student(*inputs), slimmer(*inputs))
+        assert found["max_abs_diff"] <= 1e-5 * found["max_abs_logit"]
+
+
+def test_the_sites_of_a_network_with_narrow_streams_add_up(build_network):
+    """On a device whose operators add up: each site gets the channels that it still reads, and none is missing."""
+    adapter, model = build_network("tiny", stream=True)
+    groups, inputs, clock = adapter.groups(model), adapter.example_inputs(Shape(2)), SimulatedClock(tile=1)
+    table = build_table(
+        model, groups, adapter.sites(model), [(1, model, inputs)], clock, policy=ExportPolicy(), points=3, rounds=ONCE
+    )
+    grids = {name: grid for entry in table.sites for name, grid in zip(entry.site.groups, entry.grid, strict=True)}
+    assert set(grids) == {group.name for group in groups}
+    draw, rests = random.Random(0), []
+    for _ in range(8):
+        keep = keep_first(groups, {name: draw.choice(grid) for name, grid in grids.items()})
+        widths = widths_of(keep, groups)
+        whole = clock.prepare(materialize(model, groups, keep), inputs)()
+        rests.append(whole - sum(float(entry.interpolate(widths)) for entry in table.sites))
+    assert max(rests) - min(rests) < 1e-6
 
 
 def test_example_inputs_are_always_the_same():

@@ -76,8 +76,6 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> nn.Module:
     def local(name: str) -> str | None:
         return name[len(prefix) + 1 :] if prefix and name.startswith(f"{prefix}.") else (None if prefix else name)
 
-    if prefix in edits.replaced:
-        return _remains(model, edits.replaced[prefix])
     if any(prefix.startswith(f"{path}.") for path in edits.replaced):
         return nn.Identity()  # it lies inside a module that goes
     owners: dict[int, list[tuple[nn.Module, str]]] = {}  # tied tensors have several owners and are cut once
@@ -102,7 +100,8 @@ def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> nn.Module:
             smaller = nn.Parameter(smaller, requires_grad=old.requires_grad)
         for module, name in owners[key]:
             setattr(module, name, smaller)
-    return set_structure(model, edits.attributes, edits.replaced, prefix)
+    model = set_structure(model, edits.attributes, edits.replaced, prefix)
+    return _remains(model, edits.replaced[prefix]) if prefix in edits.replaced else model
 
 
 def without_elements(tensor: Tensor, removed: Mapping[int, Tensor]) -> Tensor:

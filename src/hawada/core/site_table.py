@@ -86,6 +86,7 @@ class LatencyTable:
                     "groups": list(table.site.groups),
                     "kind": table.site.kind,
                     "reads": table.site.reads,
+                    "reads_dim": table.site.reads_dim,
                     "grid": [list(points) for points in table.grid],
                     "ms": table.ms.tolist(),
                 }
@@ -99,7 +100,13 @@ class LatencyTable:
         return cls(
             [
                 SiteTable(
-                    Site(entry["module"], tuple(entry["groups"]), entry["kind"], entry["reads"]),
+                    Site(
+                        entry["module"],
+                        tuple(entry["groups"]),
+                        entry["kind"],
+                        entry["reads"],
+                        entry.get("reads_dim", -1),
+                    ),
                     tuple(tuple(points) for points in entry["grid"]),
                     np.asarray(entry["ms"], dtype=np.float64),
                 )
@@ -143,13 +150,13 @@ def build_table(
     for site in sites:
         members = [by_name[name] for name in site.groups]
         inner = sum(1 for group in members if not group.removes)
-        count = points if inner <= 1 else max(3, points // 2 + 1)
+        count = points if inner <= 1 else max(3, points // inner + 1)
         grid = tuple(_grid(policy.widths(group), count) for group in members)
         module = model.get_submodule(site.module)
         ms = np.zeros([len(axis) for axis in grid])
         for times, arguments in captured:
             shapes = tuple(tuple(x.shape) for x in SiteCall.inputs(arguments[site.module]))
-            signature = (repr(module), shapes, grid, site.reads)
+            signature = (repr(module), shapes, grid, site.reads, site.reads_dim)
             if signature not in measured:
                 measured[signature] = _time_grid(
                     model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()
@@ -240,14 +247,14 @@ def _time_grid(
                 calls[str(points[widths])] = SiteCall(module, arguments)
                 first, *others = SiteCall.inputs(arguments)
                 if site.reads is not None:
-                    first = first[..., : remain[site.reads]].contiguous()
+                    first = first.narrow(site.reads_dim, 0, remain[site.reads]).contiguous()
                 inputs[str(points[widths])] = (first, *others)
     times = relative_medians(calls, inputs, clock, rounds)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
-    return _monotone(ms.reshape([len(axis) for axis in grid]))
+    return monotone(ms.reshape([len(axis) for axis in grid]))
 
 
-def _monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
+def monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least-squares isotonic along each axis, then a running maximum, which restores all axes at once."""
     for axis in range(ms.ndim):
         ms = np.apply_along_axis(lambda row: isotonic_regression(row).x, axis, ms)

@@ -135,14 +135,16 @@ class Site:
         module: its path.
         groups: names of *every* group whose width changes its time, parents first.
         kind: sites of one kind share a fitted scale (`layer1`, `attention` …).
-        reads: the group whose units lie on the last axis of the first tensor that the module is called with, where
-            that axis shrinks too.
+        reads: the group whose units lie on an axis of the first tensor that the module is called with, where that axis
+            shrinks too.
+        reads_dim: that axis.
     """
 
     module: str
     groups: tuple[str, ...]
     kind: str
     reads: str | None = None
+    reads_dim: int = -1
 
 
 def keep_all(groups: Sequence[Group]) -> Keep:

@@ -1,5 +1,7 @@
 """The real architectures on the meta device: counts, widths and slices, without weights and in seconds."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralForCausalLM, ViTForImageClassification
@@ -9,7 +11,9 @@ from hawada.adapters.huggingface.llama import LlamaAdapter
 from hawada.adapters.huggingface.vit import ViTAdapter
 from hawada.core.evaluate import count_macs, count_parameters
 from hawada.core.export import ExportPolicy, Rounding
+from hawada.core.profiler import Rounds
 from hawada.core.simulated import SimulatedClock
+from hawada.core.site_table import build_table
 from hawada.core.structure import check_groups, full_widths, keep_first
 
 LLAMA = {
@@ -183,6 +187,46 @@ def test_slices_of_vit_base(vit):
     assert type(slim) is ViTForImageClassification
     assert (config.hidden_size, config.num_attention_heads, config.head_dim) == (640, 7, 64)
     assert (config.intermediate_size, config.num_hidden_layers) == (1792, 10)
+
+
+class CountingClock:
+    """Every call takes a millisecond; remembers what it was asked to time."""
+
+    simulated = True
+
+    def __init__(self):
+        self.prepared = []
+
+    def prepare(self, model, inputs):
+        assert {tensor.device.type for tensor in (*model.parameters(), *inputs)} == {"meta"}
+        weights, given = ([tuple(x.shape) for x in tensors] for tensors in (model.parameters(), inputs))
+        self.prepared.append((type(model.module).__name__, str(weights), str(given)))
+        return lambda: 1.0
+
+
+@pytest.mark.parametrize(
+    ("phase", "stream", "distinct"),
+    [
+        ("prefill", True, 3),  # attention, MLP, output layer
+        ("generate", False, 4),  # attention and MLP, with a prompt and with one token
+    ],
+)
+def test_a_table_of_llama_3_2_1b_times_identical_layers_once(phase, stream, distinct):
+    adapter, model, groups = on_meta(LlamaAdapter(config=LLAMA, stream=stream))
+    shape, sites, clock = Shape(1, phase, 256, 4), adapter.sites(model), CountingClock()
+    calls = [
+        (times, workload, tuple(x.to("meta") for x in adapter.example_inputs(part)))
+        for times, workload, part in adapter.parts(model, shape)
+    ]
+    table = build_table(
+        model, groups, sites, calls, clock, policy=POLICY, points=3, rounds=Rounds(min_rounds=1, max_rounds=1)
+    )
+    assert len(table.sites) == len(sites) == (33 if stream else 32)
+    assert len(clock.prepared) == len(set(clock.prepared))  # no slice of any layer was timed a second time
+    grids = {entry.site.kind: entry.grid for entry in table.sites}  # layers share theirs
+    slices = sum(math.prod(len(axis) for axis in grid if 0 not in axis) for grid in grids.values())
+    assert len(clock.prepared) == len(calls) * slices
+    assert len(calls) * len(grids) == distinct <= 12
 
 
 def test_fewer_units_take_less_time_on_a_simulated_gpu(llama, vit):
