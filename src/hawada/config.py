@@ -104,6 +104,8 @@ RANGES: dict[str, Range] = {
     "profile.points": Range(2, whole=True),
     "profile.calibration": COUNT_OR_ZERO,
     "profile.held_out": Range(2, whole=True),
+    "doctor.points": Range(8, whole=True),
+    "doctor.max_seconds": POSITIVE,
     "train.epochs": COUNT_OR_ZERO,
     "train.batch_size": COUNT,
     "train.steps_per_epoch": COUNT,
@@ -135,6 +137,8 @@ NULLABLE = (
     "measure.max_rounds",
     "train.steps_per_epoch",
 )
+
+RUNTIMES = ("eager", "cudagraph", "compile")
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.timing": ("measured", "simulated", "table"),
@@ -214,6 +218,9 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         if value not in COUNT_OR_ZERO:
             raise ValueError(f"export.minimum.{kind!s}: {value} is not {COUNT_OR_ZERO}; set it to one")
     _check_multiples(cfg.gpu.multiple)
+    for runtime in cfg.doctor.runtimes or ():
+        if runtime not in RUNTIMES:
+            raise ValueError(f"doctor.runtimes: {runtime} is not one of {', '.join(RUNTIMES)}; list some of them")
     root = None if "data" not in read or OmegaConf.is_missing(cfg.data, "root") else cfg.data.get("root")
     if root is not None and not Path(root).exists():
         raise ValueError(f"data.root: {root} does not exist; set data.root to the folder that holds the data")

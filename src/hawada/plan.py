@@ -38,6 +38,7 @@ _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty"
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
+        StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True),
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
         StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "distill.chunk", "pretrain")),
         StagePlan(
@@ -105,7 +106,7 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
 
 def order(cfg: DictConfig) -> list[str]:
     """The stages of a whole pipeline, in order."""
-    left_out = {"front"} if cfg.model.pretrain else {"front", "pretrain"}
+    left_out = {"doctor", "front"} | (set() if cfg.model.pretrain else {"pretrain"})
     if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
         left_out.add("publish")
     return [name for name in PLANS if name not in left_out]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from hawada.core.profiler import Inputs
+from hawada.core.work import list_operators
 
 
 class SimulatedClock:
@@ -47,43 +42,9 @@ class SimulatedClock:
         self._random = np.random.default_rng(seed)
 
     def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
-        meter = _Roofline(self)
-        shapes, meta_inputs = copy.deepcopy(model).to("meta"), [x.to("meta") for x in inputs]
-        with torch.no_grad(), meter:
-            shapes(*meta_inputs)
-        return lambda: meter.milliseconds * float(max(0.1, 1 + self.noise * self._random.standard_normal()))
-
-
-class _Roofline(TorchDispatchMode):
-    """Adds up the time of each operator that runs while it is active."""
-
-    def __init__(self, clock: SimulatedClock) -> None:
-        super().__init__()
-        self.clock = clock
-        self.milliseconds = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns):
-            return output  # a view moves no data
-        tensors = [leaf for leaf in tree_flatten((args, kwargs, output))[0] if isinstance(leaf, Tensor)]
-        traffic = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        flops = 0
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            args, kwargs, result = tree_map(self._tiled_shape, (args, kwargs, output))
-            flops = formula(*args, **kwargs, out_val=result)
-        compute_ms = flops / (self.clock.tflops * 1e9)
-        memory_ms = traffic / (self.clock.gbps * 1e6)
-        self.milliseconds += self.clock.launch_us * 1e-3 + max(compute_ms, memory_ms)
-        return output
-
-    def _tiled_shape(self, leaf: Any) -> Any:
-        """The shape that a tensor occupies in whole tiles; anything else unchanged."""
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
-            return leaf
-        shape = list(leaf.shape)
-        for dim in (0, 1) if leaf.dim() > 3 else (-2, -1):  # images and heads: (N, C, ...); matrices: the last two
-            shape[dim] = -(-shape[dim] // self.clock.tile) * self.clock.tile
-        return torch.Size(shape)
+        milliseconds = 0.0
+        for operator in list_operators(model, inputs, tile=self.tile):
+            compute_ms = operator.flops / (self.tflops * 1e9)
+            memory_ms = operator.bytes / (self.gbps * 1e6)
+            milliseconds += self.launch_us * 1e-3 + max(compute_ms, memory_ms)
+        return lambda: milliseconds * float(max(0.1, 1 + self.noise * self._random.standard_normal()))

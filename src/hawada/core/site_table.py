@@ -144,7 +144,9 @@ def build_table(
         on_site: called with each site's path when it is done.
     """
     by_name = {group.name: group for group in groups}
-    captured = [(times, _capture(model, [site.module for site in sites], call, given)) for times, call, given in calls]
+    captured = [
+        (times, capture_arguments(model, [site.module for site in sites], call, given)) for times, call, given in calls
+    ]
     measured: dict[tuple[Any, ...], NDArray[np.float64]] = {}
     tables = []
     for site in sites:
@@ -200,7 +202,7 @@ class SiteCall(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def _capture(model: nn.Module, paths: Sequence[str], call: nn.Module, inputs: Inputs) -> dict[str, Arguments]:
+def capture_arguments(model: nn.Module, paths: Sequence[str], call: nn.Module, inputs: Inputs) -> dict[str, Arguments]:
     """What each module is called with when the whole model is: (positional, keyword) arguments."""
     captured: dict[str, Arguments] = {}
 

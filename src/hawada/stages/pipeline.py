@@ -14,6 +14,7 @@ from hawada.core.budget import SUCCESS
 from hawada.core.formats import check_formats
 from hawada.core.profiler import Interval
 from hawada.plan import PLANS, order, upstream
+from hawada.report.diagnosis import print_diagnosis
 from hawada.report.progress import console
 from hawada.report.table import print_result
 from hawada.run import Run, write_json
@@ -69,7 +70,7 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
     """Refuse latencies that another machine or stack measured, or with overwrite=true take them afresh."""
     here = Workspace(run.settings("profile"), run).environment()["fingerprint"]
     needed = {earlier for stage in stages for earlier in (*upstream(stage, run.cfg), stage)}
-    for stage in [name for name in order(run.cfg) if name in needed and PLANS[name].measures and run.is_finished(name)]:
+    for stage in [name for name in PLANS if name in needed and PLANS[name].measures and run.is_finished(name)]:
         there = json.loads((run.folder(stage) / "environment.json").read_text())["fingerprint"]
         different = [f"{key} {there.get(key)}" for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
         if different and run.overwrite and stage in stages:
@@ -93,6 +94,8 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
         module = importlib.import_module(f"hawada.stages.{stage}")
         result = module.run(run.settings(stage), run)
         console.print(f"[bold]{stage:>9}[/] {escape(result['summary'])}", soft_wrap=True)
+    if stage == "doctor":
+        print_diagnosis(result)
     if "verdict" in result:
         write_json(run.root / "result.json", result)
     return result

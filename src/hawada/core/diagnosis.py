@@ -1,0 +1,305 @@
+"""What a model's time goes into on a device, and how much of it pruning could take away: before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hawada.core.export import ExportPolicy, materialize
+from hawada.core.profiler import TINY_MS, Clock, Inputs, Rounds, bootstrap_median, sample_rounds
+from hawada.core.site_table import Arguments, SiteCall
+from hawada.core.structure import Group, Keep, Site, full_widths, keep_first
+from hawada.core.work import Operator, list_operators
+
+CHAIN = 128  # operators whose launches are timed together
+TRANSFERRED = (1 << 20, 1 << 23, 1 << 26, 1 << 28)  # bytes of the tensors that bandwidth is measured on
+MATRICES = (512, 1024, 2048, 4096, 8192)  # sizes of the products that arithmetic is measured on
+PATIENCE_MS = 60.0  # no larger product is tried where it would take longer than this
+PEAK_SAMPLES = 7
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device does at best.
+
+    Attributes:
+        launch_ms: of one operator that computes next to nothing.
+        transfers: (bytes moved, milliseconds beyond the launch), ascending; caches make small ones faster.
+        flops_per_ms: in products of large matrices, in the dtype that is timed.
+    """
+
+    launch_ms: float
+    transfers: tuple[tuple[int, float], ...]
+    flops_per_ms: float
+
+    def transfer_ms(self, count: int) -> float:
+        """Milliseconds to move so many bytes, at the bandwidth of transfers of that size."""
+        sizes = [math.log(size) for size, _ in self.transfers]
+        rates = [size / ms for size, ms in self.transfers]
+        return count / float(np.interp(math.log(max(count, 1)), sizes, rates))
+
+
+class _Chain(nn.Sequential):
+    """Tiny operators, each called by a module of its own as in a model."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(*(nn.ReLU() for _ in range(length)))
+
+
+class _Scale(nn.Module):
+    """Reads and writes a tensor once, in place: a new result would be paid for in page faults on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(1.0)
+
+
+class _Product(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+
+def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Peaks:
+    """Launch cost, bandwidths and arithmetic peak by the clock that times the model: the best of a few samples each.
+
+    Args:
+        clock: takes the time.
+        device: where; nothing is allocated for a simulated clock.
+        dtype: of the products.
+    """
+    place = torch.device("meta") if clock.simulated else device
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, device=place, dtype=dtype)
+
+    launch_ms = _best_ms(clock, _Chain(CHAIN), (zeros(1),)) / CHAIN
+    transfers: list[tuple[int, float]] = []
+    for size in TRANSFERRED:
+        x = (zeros(size, dtype=torch.uint8).view(torch.float32),)
+        whole_ms = _best_ms(clock, _Scale(), x)
+        if whole_ms > 1.5 * launch_ms or size == TRANSFERRED[-1]:  # else the launch hides what the transfer takes
+            transfers.append((_total(_Scale(), x).bytes, _beyond(launch_ms, whole_ms)))
+    best = 0.0
+    for size in MATRICES:
+        pair = (zeros(size, size), zeros(size, size))
+        whole_ms = _best_ms(clock, _Product(), pair)
+        best = max(best, _total(_Product(), pair).flops / _beyond(launch_ms, whole_ms))
+        if 8 * whole_ms > PATIENCE_MS and not clock.simulated:
+            break
+    return Peaks(launch_ms, tuple(transfers), best)
+
+
+def _best_ms(clock: Clock, model: nn.Module, inputs: Inputs) -> float:
+    sampler = clock.prepare(model, inputs)
+    samples = [ms for ms in (sampler() for _ in range(PEAK_SAMPLES)) if math.isfinite(ms)]
+    return max(min(samples, default=TINY_MS), TINY_MS)
+
+
+def _beyond(launch_ms: float, whole_ms: float) -> float:
+    """What a call takes besides its launch; on a device where that is lost in the noise, a small part of it."""
+    return max(whole_ms - launch_ms, 0.05 * whole_ms)
+
+
+def _total(model: nn.Module, inputs: Inputs) -> Operator:
+    operators = list_operators(model, inputs)
+    return Operator(sum(operator.flops for operator in operators), sum(operator.bytes for operator in operators))
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What bounds a model, and the least time that each of the three resources needs for it.
+
+    Attributes:
+        kind: `launch`, `memory` or `compute`: the one that needs the largest share of the measured time.
+        launch_ms: operators times the cost of a launch.
+        memory_ms: bytes moved at the device's bandwidth.
+        compute_ms: arithmetic at the device's peak.
+        measured_ms: of the model.
+        operators: how many there are, views left out.
+        flops: of all of them.
+        bytes: moved by all of them.
+    """
+
+    kind: str
+    launch_ms: float
+    memory_ms: float
+    compute_ms: float
+    measured_ms: float
+    operators: int
+    flops: int
+    bytes: int
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each lower bound as a fraction of the measured time; above 1 where a peak was not the device's best."""
+        bounds = {"launch": self.launch_ms, "memory": self.memory_ms, "compute": self.compute_ms}
+        return {kind: ms / max(self.measured_ms, TINY_MS) for kind, ms in bounds.items()}
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {**asdict(self), "shares": self.shares}
+
+
+def find_bottleneck(operators: Sequence[Operator], peaks: Peaks, measured_ms: float) -> Bottleneck:
+    """Compare the least time for launches, memory traffic and arithmetic with the time that the model takes.
+
+    Williams et al., Roofline, 2009, with the launch cost as a third roof.
+    """
+    flops = sum(operator.flops for operator in operators)
+    bounds = {
+        "launch": len(operators) * peaks.launch_ms,
+        "memory": sum(peaks.transfer_ms(operator.bytes) for operator in operators),
+        "compute": flops / peaks.flops_per_ms if peaks.flops_per_ms > 0 else 0.0,
+    }
+    bounds = {kind: ms if math.isfinite(ms) else 0.0 for kind, ms in bounds.items()}
+    return Bottleneck(
+        kind=max(bounds, key=lambda kind: bounds[kind]),
+        launch_ms=bounds["launch"],
+        memory_ms=bounds["memory"],
+        compute_ms=bounds["compute"],
+        measured_ms=measured_ms,
+        operators=len(operators),
+        flops=flops,
+        bytes=sum(operator.bytes for operator in operators),
+    )
+
+
+def extreme_keep(groups: Sequence[Group], policy: ExportPolicy, *, width: bool, depth: bool) -> Keep:
+    """The least that may stay when only widths, only layers and branches, or both may shrink."""
+    widths = {
+        group.name: policy.widths(group)[0] if (depth if group.removes else width) else group.full_width
+        for group in groups
+    }
+    branches = [group.name for group in groups if group.removes]
+    return keep_first(groups, policy.restored(widths, groups, branches))
+
+
+def half_keep(groups: Sequence[Group], policy: ExportPolicy) -> Keep:
+    """Half of the units of every group, rounded as allowed; all layers and branches stay.
+
+    Units inside other units go with these and are not halved once more.
+    """
+    by_name = {group.name: group for group in groups}
+    widths = full_widths(groups)
+    for group in groups:
+        parent = by_name.get(group.parent or "")
+        if not group.removes and (parent is None or parent.removes):
+            half = policy.rounding_of(group).round(group.full_width / 2, group.full_width)
+            widths[group.name] = max(half, policy.widths(group)[0])
+    return keep_first(groups, widths)
+
+
+def removed_fraction(keep: Mapping[str, Sequence[int]], groups: Sequence[Group]) -> float:
+    """The share of the units that go, layers and branches not counted."""
+    units = [group for group in groups if not group.removes]
+    return 1 - sum(len(keep[group.name]) for group in units) / max(1, sum(group.units for group in units))
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """Times of one site over the widths of one group, everything else whole.
+
+    Attributes:
+        site: path of the module.
+        kind: of the site.
+        group: whose width varies.
+        unit: kind of the group.
+        widths: ascending, the last is the full one.
+        ms: milliseconds at each.
+        half_widths: of each time's interval, relative.
+        ends: widths behind which a step up begins: as wide as possible for their time.
+    """
+
+    site: str
+    kind: str
+    group: str
+    unit: str
+    widths: tuple[int, ...]
+    ms: tuple[float, ...]
+    half_widths: tuple[float, ...]
+    ends: tuple[int, ...]
+
+
+def stair_axes(sites: Sequence[Site], groups: Sequence[Group]) -> list[tuple[Site, Group]]:
+    """For each kind of site, its first site and the group inside it with the most widths; sites without one are left
+    out."""
+    by_name = {group.name: group for group in groups}
+    axes: dict[str, tuple[Site, Group]] = {}
+    for site in sites:
+        inner = [
+            group
+            for group in (by_name[name] for name in site.groups)
+            if group.cuts and all(cut.tensor.startswith(f"{site.module}.") for cut in group.cuts)
+        ]
+        if inner:
+            axes.setdefault(site.kind, (site, max(inner, key=lambda group: group.full_width)))
+    return list(axes.values())
+
+
+def fine_widths(units: int, points: int) -> tuple[int, ...]:
+    """About so many widths up to `units`: all of them, or the multiples of a power of two and each one's successor.
+
+    A step shows between a width that fills its tiles and the next.
+    """
+    if units <= points:
+        return tuple(range(1, units + 1))
+    step = 2 ** math.ceil(math.log2(2 * units / points))
+    return tuple(sorted({w for base in range(step, units, step) for w in (base, base + 1)} | {units}))
+
+
+def measure_staircase(
+    model: nn.Module,
+    groups: Sequence[Group],
+    axis: tuple[Site, Group],
+    arguments: Arguments,
+    clock: Clock,
+    *,
+    points: int,
+    rounds: Rounds,
+) -> Staircase:
+    """Time really sliced copies of one site over a fine grid of widths.
+
+    Args:
+        model: teacher or skeleton, in eval mode on the device that is timed.
+        groups: its declaration.
+        axis: see `stair_axes`.
+        arguments: what the site is called with.
+        clock: takes the time.
+        points: about how many widths.
+        rounds: how long to measure.
+    """
+    site, group = axis
+    widths, full = fine_widths(group.full_width, points), full_widths(groups)
+    samplers = []
+    for width in reversed(widths):  # the full width comes first: the baseline
+        keep = keep_first(groups, full | {group.name: width})
+        call = SiteCall(materialize(model, groups, keep, prefix=site.module), arguments)
+        samplers.append(clock.prepare(call, SiteCall.inputs(arguments)))
+    samples = sample_rounds(samplers, rounds)
+    ratios = [bootstrap_median(samples[:, i] / np.maximum(samples[:, 0], TINY_MS)) for i in range(len(widths))][::-1]
+    full_ms = float(np.median(samples[:, 0]))
+    ms, noise = [ratio.median * full_ms for ratio in ratios], [ratio.half_width for ratio in ratios]
+    ends = stair_ends(widths, ms, noise)
+    return Staircase(site.module, site.kind, group.name, group.kind, widths, tuple(ms), tuple(noise), ends)
+
+
+def stair_ends(widths: Sequence[int], ms: Sequence[float], half_widths: Sequence[float]) -> tuple[int, ...]:
+    """Widths behind which the time rises by much more than the widths' average slope and the noise explain."""
+    rise = (ms[-1] - ms[0]) / max(1, widths[-1] - widths[0])
+    ends = []
+    for i in range(len(widths) - 1):
+        step = ms[i + 1] - ms[i]
+        expected = max(rise, 0.0) * (widths[i + 1] - widths[i])
+        noise = ms[i] * half_widths[i] + ms[i + 1] * half_widths[i + 1]
+        if step > 2 * expected and step > noise and step > 0.02 * ms[-1]:
+            ends.append(widths[i])
+    return tuple(ends)
+
+
+def sensible_ratios(fastest: float, half: float) -> tuple[float, float] | None:
+    """From the fastest that is possible up to what half of the units gives; None where that leaves no room."""
+    return (fastest, min(half, 1.0)) if 0 < fastest < 0.97 * min(half, 1.0) else None
