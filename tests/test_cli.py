@@ -102,6 +102,8 @@ MISTAKES = [
     (["budget.batch=0"], "budget.batch", r"at least 1.*set budget.batch"),
     (["gpu.multiple.channel=0"], "gpu.multiple.channel", r"use 1 for no rounding"),
     (["gpu.timing=guessed"], "gpu.timing", r"measured, simulated.*set gpu.timing"),
+    (["runtime=fast"], "runtime=fast", r"available are compile, cudagraph, eager"),
+    (["runtime.mode=fast"], "runtime.mode", r"eager, cudagraph, compile; set runtime.mode"),
     (["export.widths=best"], "export.widths", r"allocation, gates.*set export.widths"),
     (["export.layout=tall"], "export.layout", r"uniform, heterogeneous.*set export.layout"),
     (["export.layout=uniform"], "export.layout", r"not a layout of ResNetAdapter; it has heterogeneous"),
@@ -175,6 +177,17 @@ def test_finetuning_needs_no_particular_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("hawada.core.device.present_gpus", lambda: [])
     outcome = hawada("gpu=h100", "stage=finetune")
     assert_refused(outcome, "stage=finetune", r"run stage=\w+ first")  # it is the results that are missing, not the GPU
+
+
+@pytest.mark.parametrize("gpu", ["local", "cpu"])
+def test_cuda_graphs_without_cuda_are_refused_before_torch_would_load(
+    gpu: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hawada.core.device.present_gpus", lambda: [])
+    monkeypatch.setitem(sys.modules, "hawada.stages.pipeline", None)  # importing it, and so torch, would raise
+    outcome = hawada(f"gpu={gpu}", "runtime=cudagraph")
+    assert_refused(outcome, "runtime=cudagraph", rf"gpu={gpu} has none here; set runtime=eager")
+    assert contents(elsewhere) == {}
 
 
 def test_a_gpu_may_be_named_by_its_number() -> None:

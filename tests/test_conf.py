@@ -154,6 +154,14 @@ def test_a_pretrained_model_can_come_from_a_local_path(model: str) -> None:
     assert composed(f"model={model}", "model.path=/elsewhere").model.adapter.path == "/elsewhere"
 
 
+@pytest.mark.parametrize("mode", ["eager", "cudagraph", "compile"])
+def test_the_runtime_reaches_the_clock_of_every_gpu(mode: str) -> None:
+    for gpu in options("gpu"):
+        cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "runtime.mixed_precision=bf16")
+        assert cfg.gpu.clock.runtime == mode
+        assert cfg.runtime == {"mode": mode, "threads": 1, "mixed_precision": "bf16"}
+
+
 def test_penalty_keys_reach_the_penalties() -> None:
     cfg = composed("penalties.l1=0.5", "penalties.structured=0.25", "penalties.floor=0.1", "penalties.ceiling=0.9")
     assert (cfg.penalty.l1.weight, cfg.penalty.structured.weight) == (0.5, 0.25)

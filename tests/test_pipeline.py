@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +21,11 @@ from omegaconf import OmegaConf
 
 import hawada as package
 from hawada import cli
+from hawada.core.profiler import Comparison
 from hawada.report.progress import console
 from hawada.run import sha256
+from hawada.stages.judge import Judgement
+from hawada.stages.workspace import Workspace
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -352,3 +355,24 @@ def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, re
     assert set(results) == {"0.1", "10"}
     assert all(result["target_ms"] is None and result["verdict"] == "unverified" for result in results.values())
     assert results["10"]["latency_ratio"]["median"] < results["0.1"]["latency_ratio"]["median"] <= 1
+
+
+def test_a_measurement_that_cannot_be_judged_fails_the_run_after_everything_is_saved(
+    finished: Finished, tmp_path: Path, no_reload: None
+) -> None:
+    root = tmp_path / NAME
+    shutil.copytree(finished.root, root)
+    (root / "evaluate" / "manifest.json").unlink()
+
+    def lose(work: Workspace, *_: Any) -> Judgement:
+        earlier = Comparison.from_dict(work.run.result("export")["measured"])
+        return Judgement(replace(earlier, source="measured", noisy="device lost"), "device lost")
+
+    with mock.patch("hawada.stages.evaluate.measure_for_verdict", lose):
+        outcome = hawada(*TINY, f"output_dir={tmp_path}")
+    assert outcome.code == 1 and outcome.err == ""
+    result = read(root / "result.json")
+    assert result["verdict"] == "unverified" and "device lost" in result["reason"]
+    assert "device lost" in outcome.out
+    assert result["slim"]["accuracy"] == finished.result["slim"]["accuracy"]
+    assert Path(result["slim"]["path"], "README.md").is_file()

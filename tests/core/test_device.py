@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hawada.core import device
-from hawada.core.device import check_device, environment, fingerprint, prepare_cpu, resolve_device
+from hawada.core.device import check_device, check_runtime, environment, fingerprint, prepare_cpu, resolve_device
 
 
 @pytest.fixture
@@ -42,6 +42,21 @@ def test_another_device_is_refused_with_the_remedies(present, names, match, mess
     present(*names)
     with pytest.raises(ValueError, match=message):
         check_device(gpu="mine", device="cuda", match=match)
+
+
+@pytest.mark.parametrize(("kind", "names"), [("cpu", ["NVIDIA H100"]), ("mps", []), ("auto", []), ("cuda", [])])
+def test_cuda_graphs_without_cuda_are_refused_with_the_remedy(present, kind, names):
+    present(*names)
+    with pytest.raises(ValueError, match=r"runtime=cudagraph: .* gpu=mine has none here; set runtime=eager"):
+        check_runtime("cudagraph", gpu="mine", device=kind)
+    for runtime in ("eager", "compile"):
+        check_runtime(runtime, gpu="mine", device=kind)
+
+
+@pytest.mark.parametrize("kind", ["auto", "cuda"])
+def test_cuda_graphs_on_cuda_pass(present, kind):
+    present("NVIDIA H100")
+    check_runtime("cudagraph", gpu="mine", device=kind)
 
 
 def test_auto_is_the_best_device_there_is(monkeypatch):

@@ -1,3 +1,4 @@
+import json
 import math
 import time
 
@@ -6,13 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from hawada.core.monitor import Conditions
 from hawada.core.profiler import (
+    Comparison,
     DeviceClock,
     Interval,
+    MeasurementError,
     Rounds,
     bootstrap_median,
     compare,
     measure_latency_ms,
+    measure_rounds,
     relative_medians,
     sample_rounds,
     summarize,
@@ -127,6 +132,80 @@ def test_no_round_begins_after_the_time_is_over():
     random = np.random.default_rng(0)
     samplers = [lambda: 1.0, random.random]
     assert len(sample_rounds(samplers, Rounds(1e-9, min_rounds=5, max_rounds=50, max_seconds=0.0))) == 5
+
+
+def test_a_timing_that_is_no_time_is_discarded_and_counted():
+    bad = {2: math.nan, 4: math.inf, 5: -1.0, 6: 0.0}
+    calls = iter(range(100))
+    found = measure_rounds([lambda: bad.get(next(calls), 3.0)], Rounds(0.0, 9, 9, 60.0))
+    assert found.samples.tolist() == [[3.0]] * 9
+    assert found.noisy == "4 of 13 rounds had a timing that was not finite or not positive"
+
+
+def test_nothing_but_nonsense_is_an_error_and_does_not_go_on_for_ever():
+    calls = []
+    with pytest.raises(MeasurementError, match="16 of 16 rounds had a timing that was not finite"):
+        measure_rounds([lambda: calls.append(0) or math.nan], Rounds(0.0, 4, 8, 60.0))
+    assert len(calls) == 16
+
+
+def test_on_a_device_where_nothing_runs_zero_is_a_time():
+    found = measure_rounds([lambda: 0.0], Rounds(0.0, 4, 4, 60.0), zero_ok=True)
+    assert found.noisy is None and found.samples.tolist() == [[0.0]] * 4
+
+
+class Objecting:
+    """A monitor that objects to the rounds it is told to."""
+
+    def __init__(self, objections, conditions):
+        self.objections, self.conditions, self.rounds = objections, conditions, 0
+
+    def start(self):
+        self.rounds = 0
+
+    def check(self):
+        self.rounds += 1
+        return "too hot" if self.rounds in self.objections else None
+
+    def finish(self):
+        return self.conditions
+
+
+def test_a_comparison_says_what_was_wrong_and_keeps_its_samples(pair):
+    clock = DriftingClock({pair[0]: 10.0, pair[1]: 5.0})
+    monitor = Objecting({1, 3}, Conditions(("a note",), "somebody else computes"))
+    found = compare(*pair, (torch.zeros(1),), clock, rounds=ROUNDS, monitor=monitor)
+    assert found.noisy == "somebody else computes"
+    assert found.notes == (f"2 of {len(found.samples) + 2} rounds discarded: too hot", "a note")
+    assert found.samples.shape == (found.baseline.samples, 2)
+    assert float(np.median(found.samples[:, 0])) == found.baseline.median
+    assert Comparison.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+@pytest.mark.parametrize(("source", "simulated"), [("measured", False), ("simulated", True), ("table", False)])
+def test_a_comparison_says_where_it_comes_from(source, simulated, pair):
+    clock = DriftingClock({pair[0]: 10.0, pair[1]: 5.0})
+    clock.simulated = simulated
+    if source == "table":
+        clock.source = "table"
+    found = compare(*pair, (torch.zeros(1),), clock, rounds=ROUNDS)
+    assert (found.source, found.simulated) == (source, simulated)
+
+
+def test_a_device_that_never_settles_is_waited_for_only_once(monkeypatch):
+    class Wandering(Sleeper):
+        def forward(self, x):
+            self.calls += 1
+            self.now += 1e-3 * (1 + self.calls % 5)
+            return x
+
+    clock, spent = DeviceClock(min_sample_ms=1e-6, agreement=0.0, warm_up_s=5.0), []
+    model = Wandering(monkeypatch)
+    for _ in range(3):
+        before = model.now
+        clock.prepare(model, (torch.zeros(1),))
+        spent.append(model.now - before)
+    assert spent[0] >= 5.0 and all(2.0 <= seconds < 3.0 for seconds in spent[1:])
 
 
 class Sleeper(nn.Module):
