@@ -152,6 +152,25 @@ class LatencyProxy:
         self.samples = [(dict(widths), float(ms), float(weight)) for widths, ms, weight in state["samples"]]
 
 
+def calibrate(proxy: Proxy, samples: Sequence[tuple[Widths, float]], fitted: int) -> tuple[list[float], list[float]]:
+    """Fit a proxy on the first `fitted` measured models, predict the others unseen, and then let it have them too.
+
+    Args:
+        proxy: without samples.
+        samples: (widths, milliseconds).
+        fitted: how many are fitted before the others are predicted.
+
+    Returns:
+        Predicted and measured milliseconds of the unseen models.
+    """
+    for widths, ms in samples[:fitted]:
+        proxy.add_sample(widths, ms)
+    predicted = [float(proxy.predict(widths)) for widths, _ in samples[fitted:]]
+    for widths, ms in samples[fitted:]:
+        proxy.add_sample(widths, ms)
+    return predicted, [ms for _, ms in samples[fitted:]]
+
+
 def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | int | None]:
     """How well a proxy predicts models it was not fitted on.
 
@@ -163,16 +182,30 @@ def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str,
     return {"mape": float(np.mean(np.abs(p - m) / m)), "kendall_tau": tau, "samples": len(p)}
 
 
-def random_keep(groups: Sequence[Group], policy: ExportPolicy, random: np.random.Generator) -> Keep:
-    """Kept indices of a random model: a density for the whole, widths around it, allowed widths only."""
+def random_keep(
+    groups: Sequence[Group], policy: ExportPolicy, random: np.random.Generator, *, around_density: bool = False
+) -> Keep:
+    """Kept indices of a random model: every allowed width is as likely as the others.
+
+    Args:
+        groups: every group.
+        policy: allowed widths.
+        random: source of randomness.
+        around_density: widths lie around a density that is drawn for the whole model, so that such models spread over
+            the whole range of latencies; sums of independent widths do not.
+    """
     density = random.uniform(0.05, 1.0)
+    staying = 0.4 + 0.6 * density if around_density else random.uniform(0.0, 1.0)
     widths: Widths = {}
     for members in policy.shared(groups):
+        allowed = policy.widths(members[0])
         if members[0].removes:
-            width = int(random.random() < 0.4 + 0.6 * density)
-        else:
+            width = int(random.random() < staying)
+        elif around_density:
             wanted = members[0].full_width * np.clip(random.normal(density, 0.2), 0.0, 1.0)
-            width = min(policy.widths(members[0]), key=lambda choice: abs(choice - wanted))
+            width = min(allowed, key=lambda choice: abs(choice - wanted))
+        else:
+            width = int(random.choice(allowed))
         widths |= dict.fromkeys((member.name for member in members), width)
     branches = [group.name for group in groups if group.removes]
     widths = policy.restored(widths, groups, [branches[index] for index in random.permutation(len(branches))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch import nn
 
 from hawada.config import build
 from hawada.core.export import smallest_keep
-from hawada.core.profiler import Interval, bootstrap_median, sample_rounds, summarize
-from hawada.core.proxy_cost import fidelity, random_keep
+from hawada.core.profiler import Clock, Interval, bootstrap_median, sample_rounds, summarize
+from hawada.core.proxy_cost import calibrate, fidelity, random_keep
 from hawada.core.site_table import LatencyTable, build_table
 from hawada.core.structure import Keep, completed, keep_all, widths_of
 from hawada.report.progress import Progress
@@ -21,6 +22,7 @@ from hawada.stages.tables import FILE, given_table, predicted, write_table
 from hawada.stages.workspace import Workspace
 
 CHUNK = 8  # sliced models held in memory at once
+CHUNK_SECONDS = 8.0  # and measured together: many of them make up for few rounds each
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -33,55 +35,61 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if cfg.gpu.timing == "table":
         return adopt_table(work, run)
     teacher = work.placed(work.adapter.skeleton())
-    policy = work.policy
-    count = cfg.profile.calibration + cfg.profile.held_out
-    chunks = math.ceil((count + 2) / CHUNK)
+    chunks = math.ceil((cfg.profile.calibration + cfg.profile.held_out + 2) / CHUNK)
     with work.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
-        table = build_table(
-            teacher,
-            work.groups,
-            work.sites,
-            [(times, call, work.inputs(shape)) for times, call, shape in work.adapter.parts(teacher, work.shape)],
-            build(cfg.proxy.clock) if cfg.proxy.get("clock") else work.clock,
-            policy=policy,
-            points=cfg.profile.points,
-            rounds=work.rounds,
-            on_site=lambda site: progress.step(f"timed {site}"),
-        )
+        clock = build(cfg.proxy.clock) if cfg.proxy.get("clock") else work.clock
+        table = time_sites(work, teacher, clock, progress)
         proxy = work.new_proxy(table)
-        fastest = smallest_keep(work.groups, policy)
-        random = np.random.default_rng(cfg.seed)
-        keeps = [keep_all(work.groups), fastest, *(random_keep(work.groups, policy, random) for _ in range(count))]
-        progress.say(f"measuring {count + 2} whole models")
-        measured = _measure(work, teacher, keeps, progress)
+        keeps = choose_models(work)
+        progress.say(f"measuring {len(keeps)} whole models")
+        measured = measure_models(work, teacher, keeps, progress)
         teacher_ms = measured[0]["latency_ms"]["median"]
-        fitted, unseen = keeps[: 2 + cfg.profile.calibration], keeps[2 + cfg.profile.calibration :]
-        for keep, record in zip(fitted, measured, strict=False):
-            proxy.add_sample(widths_of(keep, work.groups), record["ratio"]["median"] * teacher_ms)
-        real = [record["ratio"]["median"] * teacher_ms for record in measured[len(fitted) :]]
-        predicted = [float(proxy.predict(widths_of(keep, work.groups))) for keep in unseen]
-        for keep, ms in zip(unseen, real, strict=True):
-            proxy.add_sample(widths_of(keep, work.groups), ms)
+        widths = [widths_of(keep, work.groups) for keep in keeps]
+        samples = [(w, record["ratio"]["median"] * teacher_ms) for w, record in zip(widths, measured, strict=True)]
+        predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.calibration)
         write_json(folder / "proxy.json", proxy.state())
-        quality = fidelity(predicted, real)
+        quality = fidelity(predicted_ms, real_ms)
         result = {
-            "summary": f"teacher {teacher_ms:.3g} ms; on {len(real)} unseen models the proxy is off by "
+            "summary": f"teacher {teacher_ms:.3g} ms; on {len(real_ms)} unseen models the proxy is off by "
             f"{quality['mape']:.1%} (Kendall tau {quality['kendall_tau']:.2f})",
             "teacher_ms": teacher_ms,
             "teacher": measured[0]["latency_ms"],
             "fastest_ratio": measured[1]["ratio"],
             "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
             "fidelity": quality,
-            "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted, real, strict=True)],
-            "models": [
-                {"widths": widths_of(keep, work.groups), **record} for keep, record in zip(keeps, measured, strict=True)
-            ],
+            "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted_ms, real_ms, strict=True)],
+            "models": [{"widths": w, **record} for w, record in zip(widths, measured, strict=True)],
             "timed_as": work.timed_as,
             "simulated": work.clock.simulated,
             "environment": work.environment(),
         }
         write_table(work, folder, table, proxy, result)
         return run.finish("profile", result)
+
+
+def time_sites(work: Workspace, teacher: nn.Module, clock: Clock, progress: Progress) -> LatencyTable:
+    """The table of every site by this clock."""
+    return build_table(
+        teacher,
+        work.groups,
+        work.sites,
+        [(times, call, work.inputs(shape)) for times, call, shape in work.adapter.parts(teacher, work.shape)],
+        clock,
+        policy=work.policy,
+        points=work.cfg.profile.points,
+        rounds=work.rounds,
+        on_site=lambda site: progress.step(f"timed {site}"),
+    )
+
+
+def choose_models(work: Workspace) -> list[Keep]:
+    """Teacher, smallest model, those to calibrate on (spread over the range), and unseen ones (drawn uniformly)."""
+    node, random = work.cfg.profile, np.random.default_rng(work.cfg.seed)
+    keeps = [keep_all(work.groups), smallest_keep(work.groups, work.policy)]
+    for around_density, count in ((True, node.calibration), (False, node.held_out)):
+        for _ in range(count):
+            keeps.append(random_keep(work.groups, work.policy, random, around_density=around_density))
+    return keeps
 
 
 def adopt_table(work: Workspace, run: Run) -> dict[str, Any]:
@@ -114,15 +122,15 @@ def measure_fastest(work: Workspace) -> Interval:
     return work.compare(work.timed(teacher), work.timed(work.slim(teacher, keep))).ratio
 
 
-def _measure(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
+def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
-    inputs = work.inputs()
+    inputs, rounds = work.inputs(), replace(work.rounds, max_seconds=min(work.rounds.max_seconds, CHUNK_SECONDS))
     baseline = work.clock.prepare(work.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
         models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
         samplers = [baseline, *(work.clock.prepare(model, inputs) for model in models)]
-        samples = sample_rounds(samplers, work.rounds, work.cfg.seed)
+        samples = sample_rounds(samplers, rounds, work.cfg.seed)
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
             records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})

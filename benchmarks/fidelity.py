@@ -1,0 +1,89 @@
+"""How well is the latency of unseen sliced models predicted? Site tables beside a roofline and beside MACs.
+
+    python benchmarks/fidelity.py --output benchmarks/results/fidelity_cpu.json
+
+For each model: the same calibration models and the same 30 unseen ones, measured once, with widths drawn uniformly.
+Further overrides go after `--`, e.g. `-- gpu=h100`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from hawada.config import build, conf_dir, register_resolvers
+from hawada.core.proxy_cost import calibrate, fidelity
+from hawada.core.structure import widths_of
+from hawada.report.progress import Progress
+from hawada.run import Run
+from hawada.stages.profile import choose_models, measure_models, time_sites
+from hawada.stages.workspace import Workspace
+
+PROXIES = ("lookup", "roofline", "macs")
+
+
+def workspace(model: str, proxy: str, root: Path, overrides: list[str]) -> Workspace:
+    """What stage=profile works with."""
+    register_resolvers()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config", [f"model={model}", f"proxy={proxy}", f"output_dir={root}", *overrides])
+    run = Run(root / cfg.name, cfg)
+    return Workspace(run.settings("profile"), run)
+
+
+def judge(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
+    """Fidelity of every proxy on the same measured models."""
+    spaces = {proxy: workspace(model, proxy, root, overrides) for proxy in PROXIES}
+    work = spaces["lookup"]
+    teacher = work.placed(work.adapter.skeleton())
+    tables = {}
+    with Progress(model, 100) as progress:
+        for proxy, space in spaces.items():
+            clock = build(space.cfg.proxy.clock) if space.cfg.proxy.get("clock") else space.clock
+            tables[proxy] = time_sites(space, teacher, clock, progress)
+        keeps = choose_models(work)
+        measured = measure_models(work, teacher, keeps, progress)
+    teacher_ms = measured[0]["latency_ms"]["median"]
+    samples = [
+        (widths_of(keep, work.groups), record["ratio"]["median"] * teacher_ms)
+        for keep, record in zip(keeps, measured, strict=True)
+    ]
+    record: dict[str, Any] = {"model": model, "teacher_ms": teacher_ms, "timed_as": work.timed_as, "proxies": {}}
+    for proxy, space in spaces.items():
+        predicted, real = calibrate(space.new_proxy(tables[proxy]), samples, fitted=2 + work.cfg.profile.calibration)
+        record["proxies"][proxy] = fidelity(predicted, real) | {"predicted_ms": predicted}
+        record["measured_ms"] = real
+    return record | {"environment": work.environment()}
+
+
+def main() -> None:
+    """Judge every model and print one line a proxy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny_resnet", "tiny_vit", "tiny_llama"])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", help="further hawada overrides")
+    arguments = parser.parse_args()
+    records = []
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as root:
+            record = judge(model, Path(root), arguments.overrides)
+        environment = record.pop("environment")
+        records.append(record)
+        for proxy, quality in record["proxies"].items():
+            print(
+                f"{model:12} {proxy:9} MAPE {quality['mape']:.1%}, Kendall tau {quality['kendall_tau']:.3f} "
+                f"on {quality['samples']} unseen models",
+                flush=True,
+            )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"environment": environment, "models": records}, indent=1) + "\n")
+    print(json.dumps(environment))
+
+
+if __name__ == "__main__":
+    main()
