@@ -85,7 +85,7 @@ class Penalty:
 class Proxy:
     """A hundredth of a millisecond per unit; learns nothing, but counts what it is told."""
 
-    def __init__(self, table, pull):
+    def __init__(self, table, pull, clock):
         self.table, self.samples = table, 0
 
     def predict(self, widths):
@@ -319,7 +319,7 @@ def test_a_finetuner(experiment: Path) -> None:
 def run_adapter(output_dir: Path, adapter: str) -> dict[str, Any]:
     """The whole pipeline with an outside adapter; returns its result."""
     overrides = [f"model.adapter._target_=outside_parts.{adapter}", "+model.adapter.width=48"]
-    removed = ["~model.adapter.arch", "~model.adapter.layers"]
+    removed = ["~model.adapter.arch", "~model.adapter.layers", "~model.adapter.stream"]
     code, _, err = hawada(f"output_dir={output_dir}", "name=mine", *overrides, *removed)
     assert code == 0, err
     return json.loads((output_dir / "mine" / "result.json").read_text())
