@@ -99,16 +99,21 @@ def test_without_nvml_measuring_goes_on_and_says_what_it_cannot_see(tmp_path):
     nvml.nvmlInit = lambda: (_ for _ in ()).throw(NVMLError("Driver Not Loaded"))
     found = measured(nvml, tmp_path)
     assert found.noisy is None and len(found.samples) == 4
-    missing = "NVML is missing (Driver Not Loaded): throttling and other processes go unseen"
+    missing = "throttling and other processes went unseen: NVML is missing (Driver Not Loaded)"
     assert missing in found.notes
 
 
-def test_nvml_that_stops_answering_is_noted(tmp_path):
-    def fail(_):
-        raise NVMLError("Unknown Error")
+def refuse(_):
+    raise NVMLError("Not Supported")
 
-    found = measured(FakeNvml(fail), tmp_path)
-    assert found.noisy is None and any("NVML stopped answering (Unknown Error)" in note for note in found.notes)
+
+def test_one_question_that_nvml_does_not_answer_leaves_the_others(tmp_path):
+    found = measured(FakeNvml(refuse, lambda _: [os.getpid(), 4242]), tmp_path)
+    assert "throttling went unseen: NVML does not tell (Not Supported)" in found.notes
+    assert found.noisy == "other processes compute on the GPU (pid 4242)"
+    found = measured(FakeNvml(lambda _: 0x40, refuse), tmp_path)
+    assert "other processes went unseen: NVML does not tell (Not Supported)" in found.notes
+    assert found.noisy == "16 of 16 rounds discarded (hardware thermal slowdown)"
 
 
 V1 = "nr_periods 9\nnr_throttled {times}\nthrottled_time {ns}\n"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+Answer = TypeVar("Answer")
 CGROUPS = Path("/sys/fs/cgroup")
 
 # Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h), worst first: rounds under these do not count.
@@ -75,7 +75,7 @@ class DeviceMonitor:
         self.device, self.cgroups = device, cgroups
         self.own = {os.getpid(), *own_pids}
         self._nvml: Any = None
-        self._blind: str | None = None  # why NVML cannot be asked
+        self._unseen: dict[str, str] = {}  # what NVML does not tell, and why
         if device.type == "cuda":
             self._open(nvml)
         self.start()
@@ -85,25 +85,20 @@ class DeviceMonitor:
         self._capped = self._rounds = 0
         self._foreign: set[int] = set()
         self._throttled = _cgroup_throttling(self.cgroups)
-        self._slowdowns: Counter[str] = Counter()
 
     def check(self) -> str | None:
         """Why the round that just ended does not count, or None."""
         self._rounds += 1
         if self._nvml is None:
             return None
-        try:
-            reasons, pids = self._clock_reasons(), self._processes()
-        except self._nvml.NVMLError as error:
-            self._blind, self._nvml = f"NVML stopped answering ({error})", None
-            return None
+        reasons = self._ask("throttling", self._clock_reasons, 0)
         self._capped += bool(reasons & POWER_CAP)
-        self._foreign |= self._others(pids)
+        self._foreign |= self._others(self._ask("other processes", self._processes, set()))
         return next((name for bit, name in SLOWDOWNS.items() if reasons & bit), None)
 
     def finish(self) -> Conditions:
         """What was seen since `start`."""
-        notes = [f"{self._blind}: throttling and other processes go unseen"] if self._blind else []
+        notes = [f"{what} went unseen: {why}" for what, why in self._unseen.items()]
         if self._capped:
             notes.append(f"the power cap held the clock down in {self._capped} of {self._rounds} rounds")
         if hasattr(os, "getloadavg"):
@@ -121,15 +116,25 @@ class DeviceMonitor:
         try:
             nvml = nvml or importlib.import_module("pynvml")
         except ImportError as error:
-            self._blind = f"NVML is missing ({error})"
+            self._unseen["throttling and other processes"] = f"NVML is missing ({error})"
             return
         try:
             nvml.nvmlInit()
             self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.device).uuid}")
         except nvml.NVMLError as error:
-            self._blind = f"NVML is missing ({error})"
+            self._unseen["throttling and other processes"] = f"NVML is missing ({error})"
             return
         self._nvml = nvml
+
+    def _ask(self, what: str, question: Callable[[], Answer], otherwise: Answer) -> Answer:
+        """What NVML says; some systems support one question and not another, which is then not asked again."""
+        if what in self._unseen:
+            return otherwise
+        try:
+            return question()
+        except self._nvml.NVMLError as error:
+            self._unseen[what] = f"NVML does not tell ({error})"
+            return otherwise
 
     def _clock_reasons(self) -> int:
         ask = getattr(self._nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)

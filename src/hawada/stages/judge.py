@@ -1,6 +1,7 @@
 """The measurement that the verdict rests on: teacher against slim model, in a fresh process that does nothing else.
 
-`python -m hawada.stages.judge request.json` is that process; it writes its answer where the request says.
+`python -m hawada.stages.judge request.json` is that process; it writes its answer where the request says, whatever
+happens to the device meanwhile.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Ju
         },
     )
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # adapters and clocks from elsewhere
-    command = [sys.executable, "-m", "hawada.stages.judge", str(request.resolve())]
+    command = [sys.executable, "-P", "-m", "hawada.stages.judge", str(request.resolve())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     inputs.unlink()
     request.unlink()
