@@ -111,6 +111,20 @@ def test_small_transfers_go_at_the_bandwidth_of_small_transfers():
     assert times == sorted(times) and peaks.transfer_ms(0) == 0
 
 
+class Stalling(SimulatedClock):
+    """A device that is busy with something else whenever a small tensor is moved."""
+
+    def prepare(self, model, inputs):
+        sampler = super().prepare(model, inputs)
+        stalls = 50.0 if inputs[0].dim() == 1 and 1 < inputs[0].numel() < 2**22 else 1.0
+        return lambda: stalls * sampler()
+
+
+def test_small_transfers_are_never_slower_than_large_ones():
+    quiet, busy = (peaks_of(clock(gbps=10.0, launch_us=0.1)) for clock in (SimulatedClock, Stalling))
+    assert [ms for _, ms in busy.transfers] == pytest.approx([ms for _, ms in quiet.transfers], rel=0.05)
+
+
 def test_extremes_shrink_only_what_they_are_asked_to(groups):
     policy = ExportPolicy(minimum={"channel": 2})
 

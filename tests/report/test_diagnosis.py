@@ -102,6 +102,13 @@ def test_what_explains_little_is_said_to() -> None:
     assert "explains only 20% of its time" in describe(changed(bottleneck__shares=shares))[0]
 
 
+def test_more_than_the_whole_time_is_doubted() -> None:
+    assert (
+        "Take this with care: that would need 140%"
+        in describe(changed(bottleneck__shares={"launch": 1.4, "memory": 0.1, "compute": 0.05}))[1]
+    )
+
+
 def test_the_reach_names_what_cannot_go() -> None:
     assert "1.11x by width alone, 4.00x by depth alone, 5.00x by width and depth" in " ".join(describe(RESULT))
     without = {name: RESULT["slices"][name] for name in ("half", "width", "both")}

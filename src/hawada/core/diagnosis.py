@@ -21,7 +21,8 @@ CHAIN = 128  # operators whose launches are timed together
 TRANSFERRED = (1 << 20, 1 << 23, 1 << 26, 1 << 28)  # bytes of the tensors that bandwidth is measured on
 MATRICES = (512, 1024, 2048, 4096, 8192)  # sizes of the products that arithmetic is measured on
 PATIENCE_MS = 60.0  # no larger product is tried where it would take longer than this
-PEAK_SAMPLES = 7
+PEAK_SAMPLES = (7, 60)  # fewest and most
+PEAK_SECONDS = 0.7  # that go into them
 FEWEST = 9  # widths in a staircase, however long they take
 
 
@@ -85,6 +86,7 @@ def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Pea
         whole_ms = _best_ms(clock, _Scale(), x)
         if whole_ms > 1.5 * launch_ms or size == TRANSFERRED[-1]:  # else the launch hides what the transfer takes
             transfers.append((_total(_Scale(), x).bytes, _beyond(launch_ms, whole_ms)))
+    transfers = _no_slower_when_small(transfers)
     best = 0.0
     for size in MATRICES:
         pair = (zeros(size, size), zeros(size, size))
@@ -97,13 +99,29 @@ def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Pea
 
 def _best_ms(clock: Clock, model: nn.Module, inputs: Inputs) -> float:
     sampler = clock.prepare(model, inputs)
-    samples = [ms for ms in (sampler() for _ in range(PEAK_SAMPLES)) if math.isfinite(ms)]
-    return max(min(samples, default=TINY_MS), TINY_MS)
+    fewest, most = PEAK_SAMPLES
+    samples: list[float] = []
+    start = time.perf_counter()
+    while len(samples) < fewest or (len(samples) < most and time.perf_counter() - start < PEAK_SECONDS):
+        samples.append(sampler())
+        if clock.simulated and len(samples) == fewest:
+            break
+    return max(min((ms for ms in samples if math.isfinite(ms)), default=TINY_MS), TINY_MS)
 
 
 def _beyond(launch_ms: float, whole_ms: float) -> float:
     """What a call takes besides its launch; on a device where that is lost in the noise, a small part of it."""
     return max(whole_ms - launch_ms, 0.05 * whole_ms)
+
+
+def _no_slower_when_small(transfers: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Give each transfer at least the bandwidth of every larger one; less is what a busy machine made of it."""
+    result: list[tuple[int, float]] = []
+    rate = 0.0
+    for size, ms in reversed(transfers):
+        rate = max(rate, size / ms)
+        result.insert(0, (size, size / rate))
+    return result
 
 
 def _total(model: nn.Module, inputs: Inputs) -> Operator:

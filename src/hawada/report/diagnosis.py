@@ -26,7 +26,7 @@ PLURALS = {
 }
 RESOURCES = {"launch": "launching operators", "memory": "moving data", "compute": "arithmetic"}
 SLICES = {"half": "half of the widths", "width": "width alone", "depth": "depth alone", "both": "width and depth"}
-LITTLE = 0.3  # a largest share below this leaves most of the time unexplained
+LITTLE, MUCH = 0.3, 1.1  # a largest share below or above leaves time unexplained, or explains too much
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
@@ -35,7 +35,14 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     Args:
         result: what `stage=doctor` found.
     """
-    words = [_diagnosis(result), *_reach(result), *_runtimes(result), *_stairs(result["stairs"]), _target(result)]
+    words = [
+        _diagnosis(result),
+        *_doubts(result),
+        *_reach(result),
+        *_runtimes(result),
+        *_stairs(result["stairs"]),
+        _target(result),
+    ]
     return (["This device is simulated; nothing was measured."] if result["simulated"] else []) + words
 
 
@@ -59,6 +66,17 @@ def _diagnosis(result: Mapping[str, Any]) -> str:
         removed = "half" if 0.45 <= half["removed"] <= 0.55 else f"{half['removed']:.0%}"
         text += f": removing {removed} of the {_listed(result['units']['width'])} {_bought(half['ratio'])}"
     return f"{text}.{_remedy(result)}"
+
+
+def _doubts(result: Mapping[str, Any]) -> list[str]:
+    """What speaks against the diagnosis: a least time for some resource that is more than the whole."""
+    largest = max(result["bottleneck"]["shares"].values())
+    if largest <= MUCH:
+        return []
+    return [
+        f"Take this with care: that would need {largest:.0%} of the time, so the device was slower when it was probed "
+        "than when it ran the model; stop what else runs there and repeat this under another name=..."
+    ]
 
 
 def _bought(ratio: Mapping[str, float]) -> str:
