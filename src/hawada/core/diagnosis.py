@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -20,7 +21,9 @@ CHAIN = 128  # operators whose launches are timed together
 TRANSFERRED = (1 << 20, 1 << 23, 1 << 26, 1 << 28)  # bytes of the tensors that bandwidth is measured on
 MATRICES = (512, 1024, 2048, 4096, 8192)  # sizes of the products that arithmetic is measured on
 PATIENCE_MS = 60.0  # no larger product is tried where it would take longer than this
-PEAK_SAMPLES = 7
+PEAK_SAMPLES = (7, 60)  # fewest and most
+PEAK_SECONDS = 0.7  # that go into them
+FEWEST = 9  # widths in a staircase, however long they take
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Pea
         whole_ms = _best_ms(clock, _Scale(), x)
         if whole_ms > 1.5 * launch_ms or size == TRANSFERRED[-1]:  # else the launch hides what the transfer takes
             transfers.append((_total(_Scale(), x).bytes, _beyond(launch_ms, whole_ms)))
+    transfers = _no_slower_when_small(transfers)
     best = 0.0
     for size in MATRICES:
         pair = (zeros(size, size), zeros(size, size))
@@ -95,13 +99,29 @@ def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Pea
 
 def _best_ms(clock: Clock, model: nn.Module, inputs: Inputs) -> float:
     sampler = clock.prepare(model, inputs)
-    samples = [ms for ms in (sampler() for _ in range(PEAK_SAMPLES)) if math.isfinite(ms)]
-    return max(min(samples, default=TINY_MS), TINY_MS)
+    fewest, most = PEAK_SAMPLES
+    samples: list[float] = []
+    start = time.perf_counter()
+    while len(samples) < fewest or (len(samples) < most and time.perf_counter() - start < PEAK_SECONDS):
+        samples.append(sampler())
+        if clock.simulated and len(samples) == fewest:
+            break
+    return max(min((ms for ms in samples if math.isfinite(ms)), default=TINY_MS), TINY_MS)
 
 
 def _beyond(launch_ms: float, whole_ms: float) -> float:
     """What a call takes besides its launch; on a device where that is lost in the noise, a small part of it."""
     return max(whole_ms - launch_ms, 0.05 * whole_ms)
+
+
+def _no_slower_when_small(transfers: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Give each transfer at least the bandwidth of every larger one; less is what a busy machine made of it."""
+    result: list[tuple[int, float]] = []
+    rate = 0.0
+    for size, ms in reversed(transfers):
+        rate = max(rate, size / ms)
+        result.insert(0, (size, size / rate))
+    return result
 
 
 def _total(model: nn.Module, inputs: Inputs) -> Operator:
@@ -251,6 +271,17 @@ def fine_widths(units: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({w for base in range(step, units, step) for w in (base, base + 1)} | {units}))
 
 
+def coarse_first(widths: Sequence[int]) -> list[int]:
+    """The last width, the first, the one in the middle, and so on into ever finer gaps."""
+    order, gaps = [widths[-1], widths[0]], [(0, len(widths) - 1)]
+    for low, high in gaps:  # grows as it is walked through
+        middle = (low + high) // 2
+        if low < middle < high:
+            order.append(widths[middle])
+            gaps += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(order))
+
+
 def measure_staircase(
     model: nn.Module,
     groups: Sequence[Group],
@@ -269,20 +300,26 @@ def measure_staircase(
         axis: see `stair_axes`.
         arguments: what the site is called with.
         clock: takes the time.
-        points: about how many widths.
+        points: about how many widths; fewer when preparing them takes longer than the rounds may.
         rounds: how long to measure.
     """
     site, group = axis
-    widths, full = fine_widths(group.full_width, points), full_widths(groups)
-    samplers = []
-    for width in reversed(widths):  # the full width comes first: the baseline
+    full = full_widths(groups)
+    samplers: dict[int, Callable[[], float]] = {}
+    start = time.perf_counter()
+    for width in coarse_first(fine_widths(group.full_width, points)):
+        late = time.perf_counter() - start > rounds.max_seconds and not clock.simulated
+        if late and len(samplers) >= FEWEST:
+            break  # warming up takes most of the time, and on a busy machine much of it
         keep = keep_first(groups, full | {group.name: width})
         call = SiteCall(materialize(model, groups, keep, prefix=site.module), arguments)
-        samplers.append(clock.prepare(call, SiteCall.inputs(arguments)))
-    samples = sample_rounds(samplers, rounds)
-    ratios = [bootstrap_median(samples[:, i] / np.maximum(samples[:, 0], TINY_MS)) for i in range(len(widths))][::-1]
-    full_ms = float(np.median(samples[:, 0]))
-    ms, noise = [ratio.median * full_ms for ratio in ratios], [ratio.half_width for ratio in ratios]
+        samplers[width] = clock.prepare(call, SiteCall.inputs(arguments))
+    samples = sample_rounds(list(samplers.values()), rounds)  # the first, the full width, is the baseline
+    relative = samples / np.maximum(samples[:, [0]], TINY_MS)
+    ratios = {width: bootstrap_median(relative[:, column]) for column, width in enumerate(samplers)}
+    widths, full_ms = tuple(sorted(samplers)), float(np.median(samples[:, 0]))
+    ms = [ratios[width].median * full_ms for width in widths]
+    noise = [ratios[width].half_width for width in widths]
     ends = stair_ends(widths, ms, noise)
     return Staircase(site.module, site.kind, group.name, group.kind, widths, tuple(ms), tuple(noise), ends)
 

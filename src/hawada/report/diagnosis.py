@@ -26,7 +26,7 @@ PLURALS = {
 }
 RESOURCES = {"launch": "launching operators", "memory": "moving data", "compute": "arithmetic"}
 SLICES = {"half": "half of the widths", "width": "width alone", "depth": "depth alone", "both": "width and depth"}
-LITTLE = 0.3  # a largest share below this leaves most of the time unexplained
+LITTLE, MUCH = 0.3, 1.1  # a largest share below or above leaves time unexplained, or explains too much
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
@@ -35,7 +35,14 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     Args:
         result: what `stage=doctor` found.
     """
-    words = [_diagnosis(result), *_reach(result), *_runtimes(result), *_stairs(result["stairs"]), _target(result)]
+    words = [
+        _diagnosis(result),
+        *_doubts(result),
+        *_reach(result),
+        *_runtimes(result),
+        *_stairs(result["stairs"]),
+        _target(result),
+    ]
     return (["This device is simulated; nothing was measured."] if result["simulated"] else []) + words
 
 
@@ -58,35 +65,47 @@ def _diagnosis(result: Mapping[str, Any]) -> str:
     if half is not None:
         removed = "half" if 0.45 <= half["removed"] <= 0.55 else f"{half['removed']:.0%}"
         text += f": removing {removed} of the {_listed(result['units']['width'])} {_bought(half['ratio'])}"
-    return f"{text}. {_remedy(result)}"
+    return f"{text}.{_remedy(result)}"
+
+
+def _doubts(result: Mapping[str, Any]) -> list[str]:
+    """What speaks against the diagnosis: a least time for some resource that is more than the whole."""
+    largest = max(result["bottleneck"]["shares"].values())
+    if largest <= MUCH:
+        return []
+    return [
+        f"Take this with care: that would need {largest:.0%} of the time, so the device was slower when it was probed "
+        "than when it ran the model; stop what else runs there and repeat this under another name=..."
+    ]
 
 
 def _bought(ratio: Mapping[str, float]) -> str:
     """What a slice buys of the time, as far as its interval allows to say."""
     if ratio["low"] > 1:
         return f"costs {ratio['median'] - 1:.0%}"
-    return "buys nothing measurable" if ratio["high"] >= 1 else f"buys {1 - ratio['median']:.0%}"
+    return "buys nothing measurable" if ratio["high"] > 0.995 else f"buys {1 - ratio['median']:.0%}"
 
 
 def _remedy(result: Mapping[str, Any]) -> str:
-    timed, units = result["timed_as"], result["units"]
-    depth = f"Remove {_listed(units['depth'])}" if units["depth"] else ""
-    if result["bottleneck"]["kind"] == "launch":
-        graph = timed["runtime"] == "eager" and timed["device"] == "cuda"
-        ways = [depth, "raise the batch", "use runtime=cudagraph" if graph else ""]
-        return _sentence(ways)
-    if result["bottleneck"]["kind"] == "memory":
-        half = "use a half-precision gpu.dtype" if timed["dtype"] == "float32" else ""
-        return _sentence(["Narrow it" if units["width"] else "", depth, half])
-    half = "use a half-precision gpu.dtype" if timed["dtype"] == "float32" and timed["device"] == "cuda" else ""
-    return _sentence(["Narrow it" if units["width"] else "", depth, half, "lower the batch"])
-
-
-def _sentence(ways: Sequence[str]) -> str:
-    """Alternatives as one sentence; the empty ones are left out."""
-    present = [way[0].lower() + way[1:] for way in ways if way] or ["nothing here would help"]
-    text = present[0] if len(present) == 1 else f"{', '.join(present[:-1])}, or {present[-1]}"
-    return text[0].upper() + text[1:] + "."
+    """What helps against this bottleneck, as one sentence; empty where nothing does."""
+    timed, units, kind = result["timed_as"], result["units"], result["bottleneck"]["kind"]
+    narrow = "narrow it" if units["width"] else ""
+    depth = f"remove {_listed(units['depth'])}" if units["depth"] else ""
+    graph = "use runtime=cudagraph" if (timed["runtime"], timed["device"]) == ("eager", "cuda") else ""
+    # A CPU need not be faster at products in half precision, but it has less to move.
+    shorter = timed["dtype"] == "float32" and (kind == "memory" or timed["device"] == "cuda")
+    half = "use a half-precision gpu.dtype" if shorter else ""
+    ways = {
+        "launch": [depth, "raise the batch", graph],
+        "memory": [narrow, depth, half],
+        "compute": [narrow, depth, half, "lower the batch"],
+    }[kind]
+    present = [way for way in ways if way]
+    if not present:
+        return ""
+    *others, last = present
+    text = f"{', '.join(others)}{',' if len(others) > 1 else ''} or {last}" if others else last
+    return f" {text[0].upper()}{text[1:]}."
 
 
 def _reach(result: Mapping[str, Any]) -> list[str]:

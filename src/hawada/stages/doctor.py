@@ -62,7 +62,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             progress.say(f"widths of {axis[1].name}")
             stairs.append(_staircase(work, teacher, axis))
             progress.step()
-        result = {
+        result: dict[str, Any] = {
             "bottleneck": bottleneck.as_dict(),
             "peaks": _peaks(peaks),
             "teacher": measured.pop("teacher"),
@@ -140,7 +140,8 @@ def _compare_runtimes(work: Workspace, teacher: nn.Module, half: nn.Module | Non
     """For each further runtime, the teacher's ratio to its time in the first, and the half-width model's to the
     teacher's in the same; or why it cannot be used."""
     own, *others = _runtimes(work)
-    inputs, found = work.inputs(), {}
+    inputs = work.inputs()
+    found: dict[str, dict[str, Any]] = {}
     for runtime in others:
         try:
             clock = _clock(work, runtime)
