@@ -130,7 +130,7 @@ def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progr
     for start in range(0, len(keeps), CHUNK):
         models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
         samplers = [baseline, *(work.clock.prepare(model, inputs) for model in models)]
-        samples = sample_rounds(samplers, rounds, work.cfg.seed)
+        samples = sample_rounds(samplers, rounds, work.cfg.seed, monitor=work.monitor)
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
             records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})
