@@ -171,7 +171,7 @@ def test_fine_widths_see_both_sides_of_a_step():
 def test_coarse_widths_come_first_and_all_come_once():
     widths = (1, 2, 5, 9, 10, 20, 21)
     order = coarse_first(widths)
-    assert order[:3] == [21, 1, 9] and sorted(order) == list(widths)
+    assert order[:5] == [21, 1, 2, 9, 10] and sorted(order) == list(widths)
     assert coarse_first((4,)) == [4]
 
 
@@ -184,6 +184,14 @@ def test_ends_of_stairs_are_the_widths_that_fill_their_tiles():
     assert stair_ends(widths, steps(widths, 8), [0.0] * 32) == (8, 16, 24)
     pairs = fine_widths(512, 32)
     assert stair_ends(pairs, steps(pairs, 64), [0.0] * len(pairs)) == tuple(range(64, 512, 64))
+
+
+def test_a_step_between_widths_that_were_not_measured_is_not_given_to_one_of_them():
+    assert stair_ends((8, 9, 16, 17), (1.0, 1.0, 2.0, 2.0), [0.0] * 4) == ()
+
+
+def test_a_single_slow_width_is_no_stair():
+    assert stair_ends(range(1, 9), (1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0), [0.0] * 8) == ()
 
 
 @pytest.mark.parametrize("ms", [[1.0 + w for w in range(32)], [5.0] * 32, [32.0 - w for w in range(32)]])
@@ -221,7 +229,7 @@ class Slow(SimulatedClock):
 def test_where_preparing_takes_too_long_fewer_widths_are_measured(toy, groups, sites, inputs, monkeypatch):
     monkeypatch.setattr("hawada.core.diagnosis.FEWEST", 3)
     rounds = Rounds(min_rounds=1, max_rounds=1, max_seconds=1e-9)
-    assert toy_staircase(toy, groups, sites, inputs, Slow(), rounds=rounds).widths == (1, 4, 8)
+    assert toy_staircase(toy, groups, sites, inputs, Slow(), rounds=rounds).widths == (1, 2, 8)
 
 
 def test_a_target_lies_between_the_fastest_and_half():

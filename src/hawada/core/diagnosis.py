@@ -272,14 +272,14 @@ def fine_widths(units: int, points: int) -> tuple[int, ...]:
 
 
 def coarse_first(widths: Sequence[int]) -> list[int]:
-    """The last width, the first, the one in the middle, and so on into ever finer gaps."""
+    """The last width, the first, the one in the middle, and so on into ever finer gaps; each before its successor."""
     order, gaps = [widths[-1], widths[0]], [(0, len(widths) - 1)]
     for low, high in gaps:  # grows as it is walked through
         middle = (low + high) // 2
         if low < middle < high:
             order.append(widths[middle])
             gaps += [(low, middle), (middle, high)]
-    return list(dict.fromkeys(order))
+    return list(dict.fromkeys(w for width in order for w in (width, width + 1) if w in widths))
 
 
 def measure_staircase(
@@ -325,14 +325,14 @@ def measure_staircase(
 
 
 def stair_ends(widths: Sequence[int], ms: Sequence[float], half_widths: Sequence[float]) -> tuple[int, ...]:
-    """Widths behind which the time rises by much more than the widths' average slope and the noise explain."""
-    rise = (ms[-1] - ms[0]) / max(1, widths[-1] - widths[0])
+    """Widths with one more unit than which the time is, and stays, higher by much more than slope and noise explain."""
+    rise = max(0.0, (ms[-1] - ms[0]) / max(1, widths[-1] - widths[0]))
     ends = []
     for i in range(len(widths) - 1):
-        step = ms[i + 1] - ms[i]
-        expected = max(rise, 0.0) * (widths[i + 1] - widths[i])
+        step = min(ms[i + 1 :]) - ms[i]
         noise = ms[i] * half_widths[i] + ms[i + 1] * half_widths[i + 1]
-        if step > 2 * expected and step > noise and step > 0.02 * ms[-1]:
+        # Where widths between these two were not measured, it is unknown behind which one the step is.
+        if widths[i + 1] == widths[i] + 1 and step > max(2 * rise, noise, 0.02 * ms[-1]):
             ends.append(widths[i])
     return tuple(ends)
 
