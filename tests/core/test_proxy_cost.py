@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hawada.core.export import ExportPolicy, Rounding
-from hawada.core.proxy_cost import LatencyProxy, fidelity, random_keep
+from hawada.core.proxy_cost import LatencyProxy, calibrate, fidelity, random_keep
 from hawada.core.structure import keep_all, widths_of, without_orphans
 
 
@@ -56,6 +56,43 @@ def test_the_fit_is_never_negative_and_a_heavy_sample_counts_more(hand_table):
     assert 9.5 < float(proxy.predict(widths)) < 10.5
     proxy.add_sample({"wide": 4, "branch": 0, "inner": 0}, 100.0)
     assert proxy.overhead >= 0.0 and min(proxy.scales.values()) >= 0.0
+
+
+@pytest.mark.parametrize("off", [0.3, 3.0])
+def test_an_outlier_among_the_samples_hardly_moves_the_fit(hand_table, off):
+    truth, random = LatencyProxy(hand_table), np.random.default_rng(0)
+    proxy = LatencyProxy(hand_table)
+    for index in range(12):
+        widths = random_widths(random)
+        proxy.add_sample(widths, float(truth.predict(widths)) * (1 + 0.005 * random.standard_normal()))
+        if index == 5:
+            proxy.add_sample(widths, float(truth.predict(widths)) * off)
+    for seed in range(10):
+        widths = random_widths(np.random.default_rng(seed))
+        assert float(proxy.predict(widths)) == pytest.approx(float(truth.predict(widths)), rel=0.02)
+
+
+def test_the_terms_add_up_to_the_prediction(hand_table):
+    proxy, random = LatencyProxy(hand_table), np.random.default_rng(0)
+    proxy.overhead, proxy.scales = 4.0, {"early": 0.5, "late": 1.5}
+    models = [random_widths(random) for _ in range(9)]
+    sums = sum(
+        term.milliseconds(*(np.array([model[name] for model in models], dtype=float) for name in term.groups))
+        for term in proxy.terms()
+    )
+    assert sums == pytest.approx([float(proxy.predict(model)) for model in models])
+
+
+def test_calibration_predicts_before_it_learns(hand_table):
+    truth, random = LatencyProxy(hand_table), np.random.default_rng(0)
+    models = [random_widths(random) for _ in range(10)]
+    samples = [(model, 2 * float(truth.predict(model))) for model in models]
+    proxy = LatencyProxy(hand_table)
+    predicted, real = calibrate(proxy, samples, fitted=6)
+    assert real == [ms for _, ms in samples[6:]] and predicted == pytest.approx(real, rel=0.01)
+    assert len(proxy.samples) == 10
+    untouched, _ = calibrate(LatencyProxy(hand_table), samples, fitted=0)
+    assert untouched == pytest.approx([ms / 2 for _, ms in samples])
 
 
 def test_one_sample_moves_the_prediction_and_the_pull_decides_between_scales(hand_table):
