@@ -23,6 +23,7 @@ RESULT: dict[str, Any] = {
         "memory_ms": 1.0,
         "compute_ms": 0.5,
         "shares": {"launch": 0.9, "memory": 0.1, "compute": 0.05},
+        "impossible": False,
     },
     "teacher": found(1.0),
     "slices": {
