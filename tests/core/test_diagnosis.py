@@ -111,6 +111,15 @@ def test_small_transfers_go_at_the_bandwidth_of_small_transfers():
     assert times == sorted(times) and peaks.transfer_ms(0) == 0
 
 
+def test_what_cannot_be_is_noticed_and_mended_by_better_peaks():
+    slow, quick = Peaks(1.0, ((1000, 1.0),), 10.0), Peaks(2.0, ((1000, 0.5), (9000, 9.0)), 100.0)
+    operators = [Operator(1000, 1)]
+    assert find_bottleneck(operators, slow, 20.0).impossible
+    best = slow.best_of(quick)
+    assert best == quick.best_of(slow) == Peaks(1.0, ((1000, 0.5), (9000, 9.0)), 100.0)
+    assert not find_bottleneck(operators, best, 20.0).impossible
+
+
 class Stalling(SimulatedClock):
     """A device that is busy with something else whenever a small tensor is moved."""
 

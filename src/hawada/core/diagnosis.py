@@ -23,6 +23,7 @@ MATRICES = (512, 1024, 2048, 4096, 8192)  # sizes of the products that arithmeti
 PATIENCE_MS = 60.0  # no larger product is tried where it would take longer than this
 PEAK_SAMPLES = (7, 60)  # fewest and most
 PEAK_SECONDS = 0.7  # that go into them
+MUCH = 1.1  # least time for one resource, relative to the measured time, above which a peak must be wrong
 FEWEST = 9  # widths in a staircase, however long they take
 
 
@@ -45,6 +46,14 @@ class Peaks:
         sizes = [math.log(size) for size, _ in self.transfers]
         rates = [size / ms for size, ms in self.transfers]
         return count / float(np.interp(math.log(max(count, 1)), sizes, rates))
+
+    def best_of(self, other: Peaks) -> Peaks:
+        """The better of two measurements in each respect: whatever else ran on the device can only have slowed it."""
+        best = dict(self.transfers)
+        for size, ms in other.transfers:
+            best[size] = min(ms, best.get(size, ms))
+        flops_per_ms = max(self.flops_per_ms, other.flops_per_ms)
+        return Peaks(min(self.launch_ms, other.launch_ms), tuple(sorted(best.items())), flops_per_ms)
 
 
 class _Chain(nn.Sequential):
@@ -92,7 +101,7 @@ def measure_peaks(clock: Clock, device: torch.device, dtype: torch.dtype) -> Pea
         pair = (zeros(size, size), zeros(size, size))
         whole_ms = _best_ms(clock, _Product(), pair)
         best = max(best, _total(_Product(), pair).flops / _beyond(launch_ms, whole_ms))
-        if 8 * whole_ms > PATIENCE_MS and not clock.simulated:
+        if 8 * whole_ms > PATIENCE_MS and size > MATRICES[0] and not clock.simulated:
             break
     return Peaks(launch_ms, tuple(transfers), best)
 
@@ -154,6 +163,11 @@ class Bottleneck:
     bytes: int
 
     @property
+    def impossible(self) -> bool:
+        """Whether some resource would need clearly more than the measured time: its peak was not the device's best."""
+        return max(self.shares.values()) > MUCH
+
+    @property
     def shares(self) -> dict[str, float]:
         """Each lower bound as a fraction of the measured time; above 1 where a peak was not the device's best."""
         bounds = {"launch": self.launch_ms, "memory": self.memory_ms, "compute": self.compute_ms}
@@ -161,7 +175,7 @@ class Bottleneck:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        return {**asdict(self), "shares": self.shares}
+        return {**asdict(self), "shares": self.shares, "impossible": self.impossible}
 
 
 def find_bottleneck(operators: Sequence[Operator], peaks: Peaks, measured_ms: float) -> Bottleneck:

@@ -26,7 +26,7 @@ PLURALS = {
 }
 RESOURCES = {"launch": "launching operators", "memory": "moving data", "compute": "arithmetic"}
 SLICES = {"half": "half of the widths", "width": "width alone", "depth": "depth alone", "both": "width and depth"}
-LITTLE, MUCH = 0.3, 1.1  # a largest share below or above leaves time unexplained, or explains too much
+LITTLE = 0.3  # a largest share below this leaves most of the time unexplained
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
@@ -70,9 +70,9 @@ def _diagnosis(result: Mapping[str, Any]) -> str:
 
 def _doubts(result: Mapping[str, Any]) -> list[str]:
     """What speaks against the diagnosis: a least time for some resource that is more than the whole."""
-    largest = max(result["bottleneck"]["shares"].values())
-    if largest <= MUCH:
+    if not result["bottleneck"]["impossible"]:
         return []
+    largest = max(result["bottleneck"]["shares"].values())
     return [
         f"Take this with care: that would need {largest:.0%} of the time, so the device was slower when it was probed "
         "than when it ran the model; stop what else runs there and repeat this under another name=..."

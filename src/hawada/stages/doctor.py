@@ -35,6 +35,7 @@ from hawada.report.progress import Progress
 from hawada.run import Run
 from hawada.stages.workspace import Workspace
 
+PROBED_AGAIN = 2  # times at most, where the model did better than the probes said was possible
 REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
 
 
@@ -54,6 +55,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         measured = _compare(work, work.timed(teacher), models)
         teacher_ms = measured["teacher"]["latency_ms"]["median"]
         bottleneck = find_bottleneck(operators, peaks, teacher_ms)
+        for _ in range(PROBED_AGAIN):
+            if bottleneck.impossible:
+                peaks = peaks.best_of(measure_peaks(work.clock, work.device, work.dtype))
+                bottleneck = find_bottleneck(operators, peaks, teacher_ms)
         progress.step("comparing runtimes")
         runtimes = _compare_runtimes(work, work.timed(teacher), models.get("half"))
         progress.step()
