@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from hawada.core.allocation import Allocation
@@ -13,6 +14,8 @@ from hawada.core.export import ExportPolicy
 from hawada.core.profiler import Comparison
 from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, widths_of
+
+STEPS_DOWN = (0.95, 0.85, 0.7, 0.0)  # fractions of the fastest prediction so far; at last the smallest model
 
 
 @dataclass(frozen=True)
@@ -149,30 +152,42 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
             level -= 1
         else:
             break
+    if not any(budget.holds(candidate.comparison) for candidate in tried) and not _step_down(search, tried):
+        return SearchResult(tried[-1], "infeasible", tried)
     holding = [candidate for candidate in tried if budget.holds(candidate.comparison)]
-    if not holding:
-        tried.append(search.try_keep(search.smallest(), 0))
-        if not budget.holds(tried[-1].comparison):
-            return SearchResult(tried[-1], "infeasible", tried)
-        holding = tried[-1:]
     on_target = [candidate for candidate in holding if budget.on_target(candidate.comparison)]
     if on_target:
         return SearchResult(max(on_target, key=lambda candidate: candidate.worth), "on_target", tried)
     return SearchResult(max(holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
 
 
+def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
+    """Try ever smaller models, at last the smallest there is, until one holds the budget; whether one does."""
+    lowest = min(float(search.proxy.predict(widths_of(candidate.keep, search.groups))) for candidate in tried)
+    for share in STEPS_DOWN:
+        keep = search.choose(share * lowest / search.teacher_ms, 0) if share else search.smallest()
+        if all(candidate.keep != keep for candidate in tried) or not share:
+            tried.append(search.try_keep(keep, 0))
+            if search.budget.holds(tried[-1].comparison):
+                return True
+    return False
+
+
 def _next_aim(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
     """The predicted ratio to ask for next, from how the refitted proxy sees what was measured.
 
     Between a candidate that was too fast and one that was too slow, interpolate; on one side only, scale by the
-    nearest candidate's error.
+    nearest candidate's error. The wider the intervals are, the further below the target the aim must lie.
     """
-    goal = search.budget.middle(search.teacher_ms)
+    budget, middle_ratio = search.budget, search.budget.middle(search.teacher_ms)
+    spread = float(np.median([c.comparison.ratio.high / c.comparison.ratio.median - 1 for c in tried]))
+    highest = budget.ratio(search.teacher_ms) * (1 - MARGIN * budget.tolerance) / (1 + spread)
+    goal = min(middle_ratio, highest)
     points = []  # (predicted by the present fit, measured)
     for candidate in tried:
         middle = search.budget.middle(candidate.comparison.baseline.median)
         predicted = float(search.proxy.predict(widths_of(candidate.keep, search.groups))) / search.teacher_ms
-        points.append((predicted, candidate.comparison.ratio.median * goal / middle))
+        points.append((predicted, candidate.comparison.ratio.median * middle_ratio / middle))
     fast = max((point for point in points if point[1] <= goal), key=lambda point: point[1], default=None)
     slow = min((point for point in points if point[1] > goal), key=lambda point: point[1], default=None)
     if fast and slow and fast[0] < slow[0]:

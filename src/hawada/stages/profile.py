@@ -77,7 +77,7 @@ def time_sites(work: Workspace, teacher: nn.Module, clock: Clock, progress: Prog
         clock,
         policy=work.policy,
         points=work.cfg.profile.points,
-        rounds=work.rounds,
+        rounds=work.quick_rounds,
         on_site=lambda site: progress.step(f"timed {site}"),
     )
 
@@ -125,7 +125,8 @@ def measure_fastest(work: Workspace) -> Interval:
 def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
-    inputs, rounds = work.inputs(), replace(work.rounds, max_seconds=min(work.rounds.max_seconds, CHUNK_SECONDS))
+    inputs, rounds = work.inputs(), work.quick_rounds
+    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS))
     baseline = work.clock.prepare(work.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
         models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]

@@ -148,7 +148,7 @@ def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> A
     reference = work.timed(copy.deepcopy(teacher))  # before accelerate wraps the teacher's forward
 
     def measure(slim: nn.Module) -> float:
-        return work.compare(reference, work.timed(slim)).ratio.median * teacher_ms
+        return work.compare(reference, work.timed(slim), work.quick_rounds).ratio.median * teacher_ms
 
     return measure
 
