@@ -26,7 +26,7 @@ def fake_measure(groups, linear_proxy, calls, *, offset, scale, noise=0.002):
         ratio = ms / teacher_ms
         teacher = Latency(teacher_ms, teacher_ms, teacher_ms, p95=teacher_ms, samples=9)
         interval = Interval(ratio, ratio * (1 - noise), ratio * (1 + noise))
-        return Comparison(teacher, Latency(ms, ms, ms, p95=ms, samples=9), interval, False)
+        return Comparison(teacher, Latency(ms, ms, ms, p95=ms, samples=9), interval)
 
     return measure, teacher_ms
 
@@ -42,7 +42,7 @@ def wide_groups(units=64):
     ]
 
 
-def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, policies=None):
+def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, policies=None, noise=0.002):
     """The proxy that the search refines begins with the table alone: no overhead, scale 1."""
     units = groups[1].units
     sites = [Site(path, (f"{path}.branch", f"{path}.hidden"), path) for path in ("first", "second")]
@@ -55,7 +55,7 @@ def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, p
     torch.manual_seed(0)
     saliency = {group.name: torch.rand(group.units) / group.units for group in groups}
     saliency |= {"first.branch": torch.ones(1), "second.branch": torch.ones(1)}
-    measure, teacher_ms = fake_measure(groups, linear_proxy, calls, offset=offset, scale=scale)
+    measure, teacher_ms = fake_measure(groups, linear_proxy, calls, offset=offset, scale=scale, noise=noise)
     return BudgetSearch(
         groups, saliency, LatencyProxy(table), policies or [ExportPolicy()], measure, budget, teacher_ms
     )
@@ -79,6 +79,25 @@ def test_the_search_ends_on_target_whatever_the_proxy_believed(linear_proxy, off
     assert len(calls) == len(result.candidates) <= 6
     assert calls[-1] == result.candidates[-1].keep and result.chosen in result.candidates
     assert len(search.proxy.samples) == len(calls)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.04, 0.08])
+def test_wide_intervals_lead_below_the_target_and_not_to_the_smallest_model(linear_proxy, noise):
+    groups, calls = wide_groups(), []
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.7, 0.05), offset=5.0, scale=1.5, noise=noise)
+    result = search_export(search, max_measurements=10)
+    reached = result.chosen.comparison.ratio
+    assert result.status in ("on_target", "held") and reached.high <= 0.7
+    assert reached.median >= 0.7 * (1 - noise - 0.05)
+
+
+def test_before_it_gives_up_it_tries_less_than_it_wanted(linear_proxy):
+    """A device that is far slower than believed, and only one model to find it out with."""
+    groups, calls = wide_groups(), []
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.7, 0.05), offset=12.0)
+    result = search_export(search, max_measurements=1)
+    assert result.status == "held" and 1 < len(calls) <= 5
+    assert 0.5 < result.chosen.comparison.ratio.median <= 0.7
 
 
 def test_an_infeasible_budget_gives_the_fastest_and_says_so(linear_proxy):
