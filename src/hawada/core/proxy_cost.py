@@ -32,7 +32,7 @@ class Term:
     milliseconds: Callable[..., NDArray[np.float64] | float]
 
 
-ROBUST_FITS = 4
+ROBUST_FITS = 10
 OFF = 0.01  # a sample that is off by less than this relative error is never an outlier
 
 
@@ -65,8 +65,8 @@ class LatencyProxy:
 
     Overhead and scales come from non-negative least squares on whole sliced models, with a weak pull of the scales
     towards one another (sites timed alone do not add up to the model). Every figure that is measured later joins the
-    fit; a measurement that all others contradict counts for little (Huber, Robust estimation of a location parameter,
-    1964).
+    fit; a measurement that all others contradict counts for little (Holland and Welsch, Robust regression using
+    iteratively reweighted least-squares, 1977).
 
     Args:
         table: site times.
@@ -116,7 +116,7 @@ class LatencyProxy:
         self._fit()
 
     def _fit(self) -> None:
-        """Non-negative least squares of relative errors, each sample weighted down by how far it lies off (Huber)."""
+        """Non-negative least squares of relative errors, each sample weighted down by how far it lies off."""
         features = np.asarray([self._features(widths) for widths, _, _ in self.samples])  # (samples, kinds)
         ms = np.asarray([sample_ms for _, sample_ms, _ in self.samples])
         weights = np.asarray([weight for _, _, weight in self.samples])
@@ -130,7 +130,7 @@ class LatencyProxy:
                 np.vstack([rows * strength[:, None], pull]), np.append(strength, np.full(len(pull), self.pull))
             )
             off = np.abs(rows @ solution - 1)
-            trust = np.sqrt(np.minimum(1.0, max(3 * float(np.median(off)), OFF) / np.maximum(off, TINY_MS)))
+            trust = np.minimum(1.0, max(3 * float(np.median(off)), OFF) / np.maximum(off, TINY_MS))
         self.overhead = float(solution[0])
         self.scales = {kind: float(scale) for kind, scale in zip(self.kinds, solution[1:], strict=True)}
 
