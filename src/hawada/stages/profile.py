@@ -22,7 +22,7 @@ from hawada.stages.tables import FILE, given_table, predicted, write_table
 from hawada.stages.workspace import Workspace
 
 CHUNK = 8  # sliced models held in memory at once
-CHUNK_SECONDS = 5.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
+CHUNK_SECONDS = 3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
