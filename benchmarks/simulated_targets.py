@@ -89,6 +89,7 @@ def solve(work: Workspace, ratio: float, noise: float, seed: int) -> dict[str, A
         measure=measure,
         budget=work.budget_for(ratio),
         teacher_ms=work.run.result("profile")["teacher_ms"],
+        confirmations=1 if noise else 0,
     )
     found = search_export(search)
     reached = next(true for keep, true in truth if keep == found.chosen.keep)

@@ -48,7 +48,7 @@ def test_a_gpu_is_measured_more_sharply_than_a_cpu_unless_the_user_says(workspac
     noise = ("gpu.timing=simulated", "gpu.simulated.noise=0.02")
     gpu, cpu = workspace(*noise, "gpu=h100").rounds, workspace(*noise, "gpu=cpu").rounds
     assert gpu.precision == 0.005 < cpu.precision and gpu.max_rounds >= cpu.max_rounds
-    assert workspace(*noise, "gpu=h100", "measure.precision=0.2").rounds == Rounds(0.2, 10, gpu.max_rounds, 20.0)
+    assert workspace(*noise, "gpu=h100", "measure.precision=0.2").rounds == Rounds(0.2, 10, gpu.max_rounds, 12.0)
 
 
 @pytest.mark.parametrize("runtime", ["eager", "compile"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from hawada.core.allocation import Allocation
 from hawada.core.budget import MARGIN, Budget
 from hawada.core.export import ExportPolicy
-from hawada.core.profiler import Comparison
+from hawada.core.profiler import Comparison, averaged
 from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, widths_of
 
+CLOSE = 2.0  # tolerances from the goal: a model as near as that is changed, not chosen anew
 STEPS_DOWN = (0.95, 0.85, 0.7, 0.0)  # fractions of the fastest prediction so far; at last the smallest model
 
 
@@ -26,8 +27,9 @@ class Candidate:
         level: which of the search's policies it was allocated with; 0 is the finest.
         keep: its kept indices.
         predicted_ratio: what the proxy said before the measurement, relative to the teacher.
-        comparison: what was measured.
+        comparison: what was measured; the average, where it was measured more than once.
         worth: saliency retained.
+        times: how often it was measured.
     """
 
     level: int
@@ -35,6 +37,7 @@ class Candidate:
     predicted_ratio: float
     comparison: Comparison
     worth: float
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class BudgetSearch:
         budget: the goal.
         teacher_ms: the teacher's time that the proxy was fitted with.
         start: widths to shrink from (those that the gates ask for), or None for the full model.
+        confirmations: how often a model that is on target must be measured again. A machine has moods that outlast a
+            measurement, and of many figures the lucky one is the first to look right.
     """
 
     groups: Sequence[Group]
@@ -76,24 +81,45 @@ class BudgetSearch:
     budget: Budget
     teacher_ms: float
     start: Widths | None = None
+    confirmations: int = 0
 
     def __post_init__(self) -> None:
         if not self.policies:
             raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
 
-    def choose(self, aim_ratio: float, level: int) -> Keep:
-        """Kept indices that are predicted to take this fraction of the teacher's time, or little less."""
+    def choose(self, aim_ratio: float, level: int, start: Widths | None = None) -> Keep:
+        """Kept indices that are predicted to take this fraction of the teacher's time, or little less.
+
+        Args:
+            aim_ratio: predicted milliseconds over the teacher's.
+            level: index of the policy.
+            start: widths to shrink or grow from; None means those of the search.
+        """
         allocation, limit_ms = self._allocation(level), aim_ratio * self.teacher_ms
         wanted_ms = limit_ms * (1 - MARGIN * self.budget.tolerance)
-        return allocation.keep(allocation.within(limit_ms, wanted_ms, self.start))
+        return allocation.keep(allocation.within(limit_ms, wanted_ms, start or self.start))
+
+    def predicted_ratio(self, keep: Keep) -> float:
+        """What the proxy says by now, relative to the teacher."""
+        return float(self.proxy.predict(widths_of(keep, self.groups))) / self.teacher_ms
 
     def try_keep(self, keep: Keep, level: int) -> Candidate:
         """Measure a choice and add it to the proxy's fit."""
-        widths = widths_of(keep, self.groups)
-        predicted = float(self.proxy.predict(widths)) / self.teacher_ms
+        predicted = self.predicted_ratio(keep)
+        comparison = self._measured(keep)
+        worth = self._allocation(level).worth(widths_of(keep, self.groups))
+        return Candidate(level, keep, predicted, comparison, worth)
+
+    def confirm(self, candidate: Candidate) -> Candidate:
+        """Measure it once more, slice and warm-up included, and average."""
+        known, times = candidate.comparison, candidate.times
+        both = averaged(known, self._measured(candidate.keep), share=1 / (times + 1))
+        return replace(candidate, comparison=both, times=times + 1)
+
+    def _measured(self, keep: Keep) -> Comparison:
         comparison = self.measure(keep)
-        self.proxy.add_sample(widths, comparison.ratio.median * self.teacher_ms, weight=3.0)
-        return Candidate(level, keep, predicted, comparison, self._allocation(level).worth(widths))
+        self.proxy.add_sample(widths_of(keep, self.groups), comparison.ratio.median * self.teacher_ms, weight=3.0)
+        return comparison
 
     def smallest(self) -> Keep:
         """The least that may stay of the groups that have a saliency."""
@@ -126,12 +152,14 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     """Find the model that measurably meets the budget.
 
     The first measurements choose among the policies; the later ones correct the aim inside the bracket of what was
-    measured too fast and too slow, until one is on target. Where a policy's widths are too coarse to come closer, the
-    next finer one takes over. When nothing holds the budget, the smallest model is measured before giving up.
+    measured too fast and too slow, until one is on target and stays there when it is measured again. Once one is
+    close, the next are its neighbours, which the proxy misjudges as it did that one. Where a policy's widths are too
+    coarse to come closer, the next finer one takes over. When nothing holds the budget, the smallest model is measured
+    before giving up.
 
     Args:
         search: the problem.
-        max_measurements: the most models to slice and measure in all, the smallest not counted.
+        max_measurements: the most measurements in all, those of ever smaller models before giving up not counted.
 
     Returns:
         The candidate on target that retains the most saliency, else the slowest that holds the budget, else the
@@ -140,14 +168,17 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     budget = search.budget
     tried = grid_search_latency(search)
     level = tried[0].level
-    while len(tried) < max_measurements and not any(budget.on_target(candidate.comparison) for candidate in tried):
-        aim = _next_aim(search, tried)
-        seen = [candidate.keep for candidate in tried]
-        # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
-        choices = [search.choose(aim * share, level) for share in (1.0, 1.0 + 0.25 * budget.tolerance)]
-        fresh = [keep for keep in choices if keep not in seen]
-        if fresh:
-            tried.append(search.try_keep(fresh[0], level))
+    while sum(candidate.times for candidate in tried) < max_measurements:
+        hits = [index for index, candidate in enumerate(tried) if budget.on_target(candidate.comparison)]
+        if hits:
+            best = max(hits, key=lambda index: tried[index].worth)
+            if tried[best].times > search.confirmations:
+                break
+            tried[best] = search.confirm(tried[best])
+            continue
+        fresh = _next_choice(search, tried, level)
+        if fresh is not None:
+            tried.append(search.try_keep(fresh, level))
         elif level > 0:
             level -= 1
         else:
@@ -163,9 +194,9 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
 
 def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
     """Try ever smaller models, at last the smallest there is, until one holds the budget; whether one does."""
-    lowest = min(float(search.proxy.predict(widths_of(candidate.keep, search.groups))) for candidate in tried)
+    lowest = min(search.predicted_ratio(candidate.keep) for candidate in tried)
     for share in STEPS_DOWN:
-        keep = search.choose(share * lowest / search.teacher_ms, 0) if share else search.smallest()
+        keep = search.choose(share * lowest, 0) if share else search.smallest()
         if all(candidate.keep != keep for candidate in tried) or not share:
             tried.append(search.try_keep(keep, 0))
             if search.budget.holds(tried[-1].comparison):
@@ -173,21 +204,49 @@ def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
     return False
 
 
-def _next_aim(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
+def _next_choice(search: BudgetSearch, tried: Sequence[Candidate], level: int) -> Keep | None:
+    """A model that was not measured yet and should come closer to the goal; None where the policy has none."""
+    goal = _goal(search, tried)
+    points = [(search.predicted_ratio(candidate.keep), _measured(search, candidate)) for candidate in tried]
+    nearest = min(range(len(tried)), key=lambda index: abs(points[index][1] - goal))
+    predicted, measured = points[nearest]
+    aims: list[tuple[float, Widths | None]] = []
+    if abs(measured / goal - 1) <= CLOSE * search.budget.tolerance:
+        aims.append((goal * predicted / measured, widths_of(tried[nearest].keep, search.groups)))
+    aims.append((_next_aim(points, goal), None))
+    for aim, start in aims:
+        # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
+        for share in (1.0, 1.0 + MARGIN * search.budget.tolerance):
+            keep = search.choose(aim * share, level, start)
+            if all(candidate.keep != keep for candidate in tried):
+                return keep
+    return None
+
+
+def _goal(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
+    """The ratio to come close to: the wider the intervals are, the further below the target it must lie."""
+    budget = search.budget
+    spread = float(np.median([c.comparison.ratio.high / c.comparison.ratio.median - 1 for c in tried]))
+    highest = budget.ratio(search.teacher_ms) * (1 - MARGIN * budget.tolerance) / (1 + spread)
+    return min(budget.middle(search.teacher_ms), highest)
+
+
+def _measured(search: BudgetSearch, candidate: Candidate) -> float:
+    """The measured ratio, or where milliseconds are asked for, what it is in terms of the first teacher's time."""
+    then = search.budget.middle(candidate.comparison.baseline.median)
+    return candidate.comparison.ratio.median * search.budget.middle(search.teacher_ms) / then
+
+
+def _next_aim(points: Sequence[tuple[float, float]], goal: float) -> float:
     """The predicted ratio to ask for next, from how the refitted proxy sees what was measured.
 
     Between a candidate that was too fast and one that was too slow, interpolate; on one side only, scale by the
-    nearest candidate's error. The wider the intervals are, the further below the target the aim must lie.
+    nearest candidate's error.
+
+    Args:
+        points: (predicted by the present fit, measured) ratios.
+        goal: the ratio to reach.
     """
-    budget, middle_ratio = search.budget, search.budget.middle(search.teacher_ms)
-    spread = float(np.median([c.comparison.ratio.high / c.comparison.ratio.median - 1 for c in tried]))
-    highest = budget.ratio(search.teacher_ms) * (1 - MARGIN * budget.tolerance) / (1 + spread)
-    goal = min(middle_ratio, highest)
-    points = []  # (predicted by the present fit, measured)
-    for candidate in tried:
-        middle = search.budget.middle(candidate.comparison.baseline.median)
-        predicted = float(search.proxy.predict(widths_of(candidate.keep, search.groups))) / search.teacher_ms
-        points.append((predicted, candidate.comparison.ratio.median * middle_ratio / middle))
     fast = max((point for point in points if point[1] <= goal), key=lambda point: point[1], default=None)
     slow = min((point for point in points if point[1] > goal), key=lambda point: point[1], default=None)
     if fast and slow and fast[0] < slow[0]:

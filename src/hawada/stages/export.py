@@ -108,6 +108,7 @@ def make_search(
         budget=budget,
         teacher_ms=work.run.result("profile")["teacher_ms"],
         start=widths_of(from_gates, work.groups) if work.cfg.export.widths == "gates" else None,
+        confirmations=work.confirmations,
     )
 
 

@@ -223,6 +223,11 @@ class Workspace:
         )
 
     @property
+    def confirmations(self) -> int:
+        """How often a search measures again what is on target; what nothing disturbs is the same again."""
+        return 0 if self.cfg.gpu.timing == "table" or self.rounds.max_rounds == 1 else 1
+
+    @property
     def _kind(self) -> str:
         """The kind of device that latencies are of, be it here or simulated."""
         return self.device.type if self.cfg.gpu.device == "auto" else self.cfg.gpu.device
