@@ -121,6 +121,9 @@ class Coupling:
         if not isinstance(given, fx.Node):
             return self._stop(node, "is called with more than one tensor")
         axis, path = self.axes[given], str(node.target)
+        if is_type(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters:
+            self._keep_parameters(module, path)
+            return self._stop(node, "computes its weight from other parameters")
         if is_type(module, (nn.Linear,)):
             return self._linear(node, path, module, given, axis)
         if is_type(module, CONVOLUTIONS):

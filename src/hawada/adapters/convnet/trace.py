@@ -30,8 +30,8 @@ class Call:
 
     Attributes:
         path: of the module.
-        inputs: the tensors among its positional arguments.
-        output: the node of what it returns; None unless it is given tensors and returns one.
+        inputs: the tensors among its arguments.
+        output: the node of what it returns; None unless it is called with one tensor alone and returns one.
         index: how many calls began before it.
         start: how many nodes came before it.
         end: how many came before whatever follows.
@@ -90,7 +90,7 @@ class _Tracer(fx.Tracer):
         self.begun += 1
         output = super().call_module(m, forward, args, kwargs)
         given = (*args, *kwargs.values())
-        one = isinstance(output, fx.Proxy) and not any(isinstance(arg, list | tuple) for arg in given)
+        one = isinstance(output, fx.Proxy) and len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs
         call = Call(
             path=path,
             inputs=tuple(arg.node for arg in given if isinstance(arg, fx.Proxy)),
