@@ -149,7 +149,7 @@ def test_a_documented_key_can_be_set(key: str) -> None:
     assert OmegaConf.select(cfg, key) == USER_KEYS[key]
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit", "llama"])
+@pytest.mark.parametrize("model", ["resnet", "convnet", "vit", "llama"])
 def test_a_pretrained_model_can_come_from_a_local_path(model: str) -> None:
     assert composed(f"model={model}", "model.path=/elsewhere").model.adapter.path == "/elsewhere"
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hawada.adapters.base import Shape, load_model, save_model
-from hawada.adapters.torchvision import resnet
+from hawada.adapters.torchvision import weights
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import ExportPolicy, materialize
@@ -255,7 +255,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
-    monkeypatch.setattr(resnet.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(weights.urllib.request, "urlopen", unreachable)
 
 
 @pytest.mark.usefixtures("offline")

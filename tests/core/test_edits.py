@@ -46,6 +46,20 @@ def test_what_lies_inside_a_removed_module_goes_with_it(inputs):
             assert torch.equal(materialize(model, groups, keep, prefix="layer.branch")(inputs), inputs)
 
 
+def test_a_convolution_with_groups_loses_a_channel_of_each():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, groups=2))
+    cuts = (
+        Cut("0.weight", 0, offsets=(0, 4), follows="out_channels"),
+        Cut("0.bias", 0, offsets=(0, 4)),
+        Cut("1.weight", 1, follows="in_channels", times=2),
+    )
+    group = Group("inner", "grouped", 4, (GatePoint("1", "input", offsets=(0, 4)),), cuts)
+    slim, x = materialize(model, [group], {"inner": (1, 3)}), torch.randn(2, 3, 5, 5)
+    assert (slim[0].out_channels, slim[1].in_channels, slim[1].weight.shape[1]) == (4, 4, 2)
+    with torch.no_grad(), Student(model, [group]).hard_gated({"inner": (1, 3)}) as student:
+        assert torch.allclose(student(x), slim(x), atol=1e-6)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -119,3 +119,13 @@ def test_parameter_groups_take_every_parameter_once(toy, groups):
 def test_a_theta_with_two_axes_is_still_a_gate():
     gate = SigmoidGate((2, 3))
     assert parameter_groups(gate) == {"gates": [gate.theta], "weights": [], "norms_and_biases": []}
+
+
+def test_units_that_share_an_axis_with_others_are_multiplied_where_they_lie():
+    x = torch.ones(2, 8, 3)
+    gated = multiply_along(x, torch.tensor([0.5, 2.0]), dim=1, offsets=(1, 5))
+    assert gated[0, :, 0].tolist() == [1.0, 0.5, 2.0, 1.0, 1.0, 0.5, 2.0, 1.0]
+    alone = multiply_along(x, torch.tensor([0.5]), dim=1, per_unit=2, offsets=(6,))
+    assert alone[1, :, 2].tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"axis 1 of an activation of shape \(2, 8, 3\) does not hold 9 elements"):
+        multiply_along(x, torch.tensor([0.5, 2.0]), dim=1, offsets=(7,))

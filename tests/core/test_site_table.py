@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -152,6 +153,44 @@ def test_a_site_is_called_with_as_much_as_it_still_reads(inputs):
     (entry,) = table.sites
     for units, ms in zip(entry.grid[0], entry.ms, strict=True):
         assert ms == pytest.approx(SimulatedClock().prepare(nn.Linear(units, 3), (torch.zeros(16, units),))())
+
+
+def joining(sizes):
+    """Linear layers side by side whose outputs are joined, twice each unit, before another one reads them."""
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(6, size) for size in sizes])
+            self.last = nn.Linear(2 * sum(sizes), 3)
+
+        def forward(self, x):
+            joined = torch.cat([part(x) for part in self.parts], -1)
+            return self.last(joined.repeat_interleave(2, -1))
+
+    return Joined()
+
+
+def test_a_site_that_reads_several_groups_gets_what_is_left_of_each(inputs):
+    model, groups, start = joining((5, 4, 2)), [], 0
+    for index, size in enumerate((5, 4)):  # the last part keeps its units
+        cuts = (
+            Cut(f"parts.{index}.weight", 0, follows="out_features"),
+            Cut(f"parts.{index}.bias", 0),
+            Cut("last.weight", 1, per_unit=2, offsets=(start,), follows="in_features"),
+        )
+        point = GatePoint("last", "input", -1, per_unit=2, offsets=(start,))
+        groups.append(Group(f"part{index}", "channel", size, (point,), cuts))
+        start += 2 * size
+    site = Site("last", ("part0", "part1"), "site", reads=("part0", "part1"), reads_per_unit=2)
+    table = toy_table(model, groups, [site], (1, model, (inputs,)))
+    (entry,) = table.sites
+    for (row, first), (column, second) in itertools.product(enumerate(entry.grid[0]), enumerate(entry.grid[1])):
+        width = 2 * (first + second + 2)
+        expected = SimulatedClock().prepare(nn.Linear(width, 3), (torch.zeros(16, width),))()
+        assert entry.ms[row, column] == pytest.approx(expected)
+    copied = LatencyTable.from_dict(json.loads(json.dumps(table.as_dict())))
+    assert copied.sites[0].site == site
 
 
 class Memory:

@@ -219,7 +219,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         cfg=OmegaConf.create({"gpu": {"clock": {"_target_": ""}, "dtype": "float32"}, "seed": 0}),
         inputs=lambda: adapter.example_inputs(Shape(2)),
         device=torch.device("cpu"),
-        adapter_spec={**target, **spec},
+        trust=[target["_target_"]],
         shape=Shape(2),
         rounds=ROUNDS,
         budget=Budget(None, 0.9, 0.05),

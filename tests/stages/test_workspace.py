@@ -62,3 +62,11 @@ def test_a_stage_that_measures_depends_on_the_runtime_and_one_that_does_not_surv
     for plan in PLANS.values():
         assert ("runtime.mode" in plan.reads) == plan.measures, plan.name
         assert "runtime" not in plan.reads and "runtime.threads" in plan.reads
+
+
+def test_what_a_configuration_names_is_trusted_and_nothing_else(workspace: Any) -> None:
+    target = "hawada.adapters.convnet.adapter.ConvNetAdapter"
+    own = ("data=digits", "schedule=digits", "model.adapter.arch=null", "model.adapter.weights=null")
+    work = workspace("model=convnet", *own, "model.adapter.factory=mypackage.nets.resnet20", "gpu.timing=simulated")
+    assert work.trust == [target, "mypackage.nets.resnet20"]
+    assert workspace("model=convnet", "data=digits", "schedule=digits", "gpu.timing=simulated").trust == [target]

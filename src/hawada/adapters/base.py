@@ -55,6 +55,7 @@ class Adapter(ABC):
         modality: `image` or `text`: the data that the models take.
         phases: the phases whose latency can be asked for.
         layouts: `heterogeneous` (every group has its own width) and possibly `uniform`.
+        imports: constructor arguments that name code to import and call; a saved model with one must be trusted.
         stock_reload: a Python program that loads a saved model without this package and compares; None where the
             format needs this package. Its arguments: folder, inputs (safetensors), output (safetensors), threads.
     """
@@ -62,6 +63,7 @@ class Adapter(ABC):
     modality = "image"
     phases: tuple[str, ...] = ("forward",)
     layouts: tuple[str, ...] = ("heterogeneous",)
+    imports: tuple[str, ...] = ()
     stock_reload: str | None = None
 
     @abstractmethod
@@ -248,14 +250,15 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
 
     Args:
         path: the folder.
-        trust: further package prefixes (`"mypackage."`) whose adapter class may be imported and called.
+        trust: further package prefixes (`"mypackage."`) whose adapter class may be imported and called, and so may a
+            function that builds the model (see `Adapter.imports`): nothing of this package is one.
 
     Raises:
-        ValueError: when the folder is not a saved model, is damaged, or names an adapter that is not trusted.
+        ValueError: when the folder is not a saved model, is damaged, or names code that is not trusted.
     """
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
-    trusted = (*TRUSTED, trust) if isinstance(trust, str) else (*TRUSTED, *trust)
+    given = (trust,) if isinstance(trust, str) else tuple(trust)
     manifest = json.loads((path / MANIFEST).read_text())
     if manifest.get("format") != FORMAT or not manifest["sha256"]:
         raise ValueError(
@@ -268,15 +271,22 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
             raise ValueError(f"{path / name} does not match the checksum in {MANIFEST}: copy or export it again")
     spec = dict(manifest["adapter"])
     target = spec.pop("_target_")
-    if not target.startswith(trusted):
-        package = target.partition(".")[0]
-        raise ValueError(f"{path} wants to run {target}; if you trust it, pass trust=['{package}.']")
+    _check_trust(path, target, (*TRUSTED, *given))
     module, _, name = target.rpartition(".")
     adapter_class = getattr(importlib.import_module(module), name)
     if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
         raise ValueError(f"{path} wants to call {target}, which is not an adapter; do not use this file")
+    for argument in adapter_class.imports:
+        if spec.get(argument) is not None:
+            _check_trust(path, str(spec[argument]), given)
     adapter = adapter_class(**spec)
     return adapter, adapter.read(path, manifest)
+
+
+def _check_trust(path: Path, target: str, trusted: tuple[str, ...]) -> None:
+    if not target.startswith(trusted):
+        package = target.partition(".")[0]
+        raise ValueError(f"{path} wants to run {target}; if you trust it, pass trust=['{package}.']")
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -60,7 +60,8 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
             dims[cut.dim] = torch.cat([dims.get(cut.dim, torch.empty(0, dtype=torch.long)), cut.elements(gone)])
             if cut.follows:
                 owner = cut.tensor.rpartition(".")[0]
-                attributes[f"{owner}.{cut.follows}"] = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim].unique())
+                size = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim].unique())
+                attributes[f"{owner}.{cut.follows}"] = size * cut.times
     return Edits(removed, attributes, replaced)
 
 

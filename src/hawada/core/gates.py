@@ -8,28 +8,43 @@ import torch
 from torch import Tensor, nn
 
 
-def multiply_along(x: Tensor, gate: Tensor, dim: int, per_unit: int = 1) -> Tensor:
+def multiply_along(
+    x: Tensor, gate: Tensor, dim: int, per_unit: int = 1, offsets: Sequence[int] | None = None
+) -> Tensor:
     """Multiply `x` by one gate value per unit along `dim`.
 
     Args:
-        x: activation; `x.shape[dim] == len(gate) * per_unit`, or anything when the gate has one value.
+        x: activation; without `offsets`, `x.shape[dim] == len(gate) * per_unit`, or anything when the gate has one
+            value.
         gate: shape (units,).
         dim: axis that holds the units.
         per_unit: consecutive elements of that axis that share a gate value.
+        offsets: where each run of units begins, for an axis that holds other elements too: those stay as they are.
 
     Raises:
         ValueError: when the axis does not hold that many units.
     """
     gate = gate.to(x.dtype)
-    if gate.numel() == 1:
+    if gate.numel() == 1 and offsets is None:
         return x * gate.reshape(())
     if per_unit > 1:
         gate = gate.repeat_interleave(per_unit)
+    if offsets is not None:
+        gate = _spread(gate, x.shape[dim], offsets)
     if x.shape[dim] != gate.numel():
         raise ValueError(f"axis {dim} of an activation of shape {tuple(x.shape)} does not hold {gate.numel()} elements")
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * gate.view(shape)
+
+
+def _spread(gate: Tensor, size: int, offsets: Sequence[int]) -> Tensor:
+    """An axis of `size` ones with the gate's values in a row from each offset on."""
+    parts, end = [], 0
+    for offset in sorted(offsets):
+        parts += [gate.new_ones(offset - end), gate]
+        end = offset + gate.numel()
+    return torch.cat([*parts, gate.new_ones(max(size - end, 0))])
 
 
 class SigmoidGate(nn.Module):

@@ -87,6 +87,7 @@ class LatencyTable:
                     "kind": table.site.kind,
                     "reads": table.site.reads,
                     "reads_dim": table.site.reads_dim,
+                    "reads_per_unit": table.site.reads_per_unit,
                     "grid": [list(points) for points in table.grid],
                     "ms": table.ms.tolist(),
                 }
@@ -104,8 +105,9 @@ class LatencyTable:
                         entry["module"],
                         tuple(entry["groups"]),
                         entry["kind"],
-                        entry["reads"],
+                        tuple(entry["reads"]) if isinstance(entry["reads"], list) else entry["reads"],
                         entry.get("reads_dim", -1),
+                        entry.get("reads_per_unit", 1),
                     ),
                     tuple(tuple(points) for points in entry["grid"]),
                     np.asarray(entry["ms"], dtype=np.float64),
@@ -158,7 +160,8 @@ def build_table(
         ms = np.zeros([len(axis) for axis in grid])
         for times, arguments in captured:
             shapes = tuple(tuple(x.shape) for x in SiteCall.inputs(arguments[site.module]))
-            signature = (repr(module), shapes, grid, site.reads, site.reads_dim)
+            read = tuple(site.groups.index(name) for name in site.reading)  # names differ among identical layers
+            signature = (repr(module), shapes, grid, read, site.reads_dim, site.reads_per_unit)
             if signature not in measured:
                 measured[signature] = _time_grid(
                     model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()
@@ -248,8 +251,9 @@ def _time_grid(
             if not isinstance(module, nn.Identity):
                 calls[str(points[widths])] = SiteCall(module, arguments)
                 first, *others = SiteCall.inputs(arguments)
-                if site.reads is not None:
-                    first = first.narrow(site.reads_dim, 0, remain[site.reads]).contiguous()
+                if site.reading:
+                    gone = sum(full[name] - remain[name] for name in site.reading) * site.reads_per_unit
+                    first = first.narrow(site.reads_dim, 0, first.shape[site.reads_dim] - gone).contiguous()
                 inputs[str(points[widths])] = (first, *others)
     times = relative_medians(calls, inputs, clock, rounds)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])

@@ -26,12 +26,14 @@ class GatePoint:
         side: `"output"` or `"input"`.
         dim: the activation's axis that holds the units; ignored when the group has one unit.
         per_unit: consecutive elements along `dim` that belong to one unit (a head's head_dim).
+        offsets: where unit 0 begins, once for each run of elements, as in `Cut`; None where one run fills the axis.
     """
 
     module: str
     side: str = "output"
     dim: int = 1
     per_unit: int = 1
+    offsets: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Cut:
         per_unit: consecutive elements per unit.
         offsets: where unit 0 begins, once for each run of elements.
         follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
+        times: the attribute is this many times the size (`in_channels` of a convolution with groups).
     """
 
     tensor: str
@@ -54,6 +57,7 @@ class Cut:
     per_unit: int = 1
     offsets: tuple[int, ...] = (0,)
     follows: str | None = None
+    times: int = 1
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
@@ -136,15 +140,22 @@ class Site:
         groups: names of *every* group whose width changes its time, parents first.
         kind: sites of one kind share a fitted scale (`layer1`, `attention` …).
         reads: the group whose units lie on an axis of the first tensor that the module is called with, where that axis
-            shrinks too.
+            shrinks too; several where it joins the channels of several.
         reads_dim: that axis.
+        reads_per_unit: elements of a unit on that axis.
     """
 
     module: str
     groups: tuple[str, ...]
     kind: str
-    reads: str | None = None
+    reads: str | tuple[str, ...] | None = None
     reads_dim: int = -1
+    reads_per_unit: int = 1
+
+    @property
+    def reading(self) -> tuple[str, ...]:
+        """The groups that it reads."""
+        return (self.reads,) if isinstance(self.reads, str) else self.reads or ()
 
 
 def keep_all(groups: Sequence[Group]) -> Keep:

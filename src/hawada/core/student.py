@@ -28,7 +28,7 @@ class GateHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
         x, *rest = args if self.point.side == "input" else (output if isinstance(output, tuple) else (output,))
-        x = multiply_along(x, self.gate.gate, self.point.dim, self.point.per_unit)
+        x = multiply_along(x, self.gate.gate, self.point.dim, self.point.per_unit, self.point.offsets)
         if self.point.side == "input" or isinstance(output, tuple):
             return (x, *rest)
         return x

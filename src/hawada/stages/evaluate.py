@@ -29,9 +29,9 @@ RELOAD = """
 import pathlib, sys, torch
 from safetensors.torch import load_file, save_file
 from hawada.adapters.base import load_with_adapter
-folder, inputs, output, threads, target = sys.argv[1:]
+folder, inputs, output, threads, *trust = sys.argv[1:]
 torch.set_num_threads(int(threads))
-adapter, model = load_with_adapter(pathlib.Path(folder), trust=[target])
+adapter, model = load_with_adapter(pathlib.Path(folder), trust=trust)
 given = load_file(inputs)
 with torch.no_grad():
     said = adapter.logits(model(*(given[name] for name in sorted(given))))
@@ -151,7 +151,7 @@ def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> d
     command = [sys.executable, "-c", work.adapter.stock_reload or RELOAD]
     command += [str(path.resolve()), str(inputs.resolve()), str(output.resolve()), str(torch.get_num_threads())]
     if work.adapter.stock_reload is None:
-        command.append(work.adapter_spec["_target_"])
+        command += work.trust
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -157,7 +157,7 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Ju
         request,
         {
             "models": [str(teacher.resolve()), str(slim.resolve())],
-            "trust": [work.adapter_spec["_target_"]],
+            "trust": work.trust,
             "inputs": str(inputs.resolve()),
             "shape": asdict(work.shape),
             "device": str(work.device),

@@ -88,6 +88,12 @@ class Workspace:
         spec: dict[str, Any] = OmegaConf.to_container(self.cfg.model.adapter, resolve=True)  # type: ignore[assignment]
         return {key: value for key, value in spec.items() if key not in ("weights", "path")}
 
+    @property
+    def trust(self) -> list[str]:
+        """The code that this configuration itself names: what it saved may import it."""
+        spec = self.adapter_spec
+        return [spec["_target_"], *(spec[key] for key in self.adapter.imports if spec.get(key) is not None)]
+
     @cached_property
     def meta(self) -> nn.Module:
         """The architecture without numbers."""
@@ -186,8 +192,7 @@ class Workspace:
 
     def saved_model(self, stage: str, name: str) -> nn.Module:
         """A model that a stage saved."""
-        target = self.cfg.model.adapter["_target_"]
-        return load_model(self.run.folder(stage) / name, trust=[target])
+        return load_model(self.run.folder(stage) / name, self.trust)
 
     def new_gate(self, units: int) -> SigmoidGate:
         """A gate as configured."""

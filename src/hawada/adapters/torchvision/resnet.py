@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hawada.adapters.base import MANIFEST, Adapter, Shape, load_model
+from hawada.adapters.base import Adapter, Shape
+from hawada.adapters.torchvision.weights import Source
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
@@ -61,64 +57,13 @@ class ResNetAdapter(Adapter):
         return torchvision.models.get_model(self.arch, weights=None, num_classes=self.num_classes).eval()
 
     def check_teacher(self) -> None:
-        if self.path is not None:
-            path = Path(self.path)
-            if not path.is_file() and not (path / MANIFEST).is_file():
-                raise ValueError(
-                    f"model.adapter.path: {path} is neither a .safetensors file nor a folder that a run saved"
-                )
-            return
-        url = self._weights().url
-        if (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
-            return
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()  # honours proxies
-        except OSError as error:
-            raise self._unreachable(error) from None
+        self._source().check()
 
     def teacher(self) -> nn.Module:
-        if self.path is not None:
-            return self._from_path(Path(self.path))
-        try:
-            state = self._weights().get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except OSError as error:
-            raise self._unreachable(error) from None
-        except RuntimeError as error:
-            raise ValueError(f"model.adapter.weights: {error}; set model.adapter.path to a local file") from None
-        return self._filled(state, f"model.adapter.weights: {self.weights}")
+        return self._source().fill(self.skeleton, str(self.num_classes))
 
-    def _weights(self) -> WeightsEnum:
-        """torchvision's entry for the named weights."""
-        if self.weights is None or self.arch in BLOCKS:
-            raise ValueError("model.adapter: no weights and no path; set model.adapter.path or model.pretrain=true")
-        try:
-            return torchvision.models.get_model_weights(self.arch)[self.weights]
-        except KeyError:
-            raise ValueError(f"model.adapter.weights: {self.arch} has no weights {self.weights!r}") from None
-
-    def _unreachable(self, error: OSError) -> ValueError:
-        return ValueError(
-            f"model.adapter.weights: {self.weights} is not in torch's cache and cannot be downloaded ({error}); "
-            "connect to the network, or set model.adapter.path to a local .safetensors"
-        )
-
-    def _from_path(self, path: Path) -> nn.Module:
-        self.check_teacher()
-        try:
-            state = load_model(path).state_dict() if path.is_dir() else load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"model.adapter.path: {path} is not a safetensors file ({error})") from None
-        return self._filled(state, f"model.adapter.path: {path}")
-
-    def _filled(self, state: Mapping[str, Tensor], source: str) -> nn.Module:
-        """The architecture with these tensors, every one of which must fit."""
-        model = self.skeleton()
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{source} does not fit {self.arch} with {self.num_classes} classes: {first}") from None
-        return model
+    def _source(self) -> Source:
+        return Source(self.arch, self.weights, self.path, named=self.arch not in BLOCKS)
 
     def groups(self, model: nn.Module) -> list[Group]:
         groups: list[Group] = []
