@@ -38,6 +38,7 @@ TINY = [
     "profile.calibration=2",
     "profile.held_out=2",
     "finetune.recalibration_samples=0",
+    "export.quality.samples=0",
 ]
 BLOCKS = "model.adapter.layers=[1,1,1,1]"
 

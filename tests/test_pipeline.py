@@ -43,6 +43,7 @@ TINY = [
     "profile.calibration=2",
     "profile.held_out=2",
     "finetune.recalibration_samples=64",
+    "export.quality.samples=64",
 ]
 
 

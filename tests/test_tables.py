@@ -37,6 +37,7 @@ TINY = [
     "profile.calibration=3",
     "profile.held_out=2",
     "finetune.recalibration_samples=0",
+    "export.quality.samples=0",
 ]
 
 

@@ -97,6 +97,7 @@ RANGES: dict[str, Range] = {
     "lambda.lr": NOT_NEGATIVE,
     "penalties.l1": NOT_NEGATIVE,
     "penalties.structured": NOT_NEGATIVE,
+    "penalties.polarization": NOT_NEGATIVE,
     "penalties.floor": Range(0, 1),
     "penalties.ceiling": Range(0, 1),
     "penalties.bounds": NOT_NEGATIVE,
@@ -114,6 +115,9 @@ RANGES: dict[str, Range] = {
     "train.minimum_fraction": Range(0, 1),
     "export.threshold": Range(0, 1, above=True),
     "export.max_measurements": COUNT,
+    "export.quality.samples": COUNT_OR_ZERO,
+    "export.quality.batch_size": COUNT,
+    "export.quality.points": Range(2, whole=True),
     "pretrain.batch_size": COUNT,
     "pretrain.trainer.epochs": COUNT_OR_ZERO,
     "pretrain.trainer.lr": POSITIVE,
@@ -146,6 +150,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.device": ("auto", "cpu", "mps", "cuda"),
     "export.widths": ("allocation", "gates"),
     "export.layout": ("uniform", "heterogeneous"),
+    "export.quality.worth": ("measured", "gates"),
+    "export.quality.order": ("gates", "reconstruction"),
     "export.push": ("slim", "gated"),
     "budget.phase": ("forward", "prefill", "decode", "generate"),
     "runtime.mode": ("eager", "cudagraph", "compile"),
@@ -211,6 +217,14 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         raise ValueError(
             "budget.target_ratio: a target in milliseconds (budget.target_ms or latency_target_ms) is given too; "
             "set one of the two and leave the other out"
+        )
+    quality = cfg.export.quality
+    if quality.order == "reconstruction" and (
+        quality.worth == "gates" or cfg.export.widths == "gates" or not quality.samples
+    ):
+        raise ValueError(
+            "export.quality.order: the order of reconstruction says nothing of what widths are worth; set "
+            "export.quality.worth=measured, export.widths=allocation and export.quality.samples above 0"
         )
     if cfg.penalties.floor > cfg.penalties.ceiling:
         raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")

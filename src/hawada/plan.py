@@ -31,7 +31,7 @@ class StagePlan:
 _MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
-_EXPORT = ("export.widths", "export.threshold", "export.max_measurements")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 

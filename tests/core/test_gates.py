@@ -6,6 +6,7 @@ import torch
 from hawada.core.gates import (
     BlockGate,
     ChannelGate,
+    HardConcreteGate,
     HeadGate,
     SigmoidGate,
     multiply_along,
@@ -129,3 +130,50 @@ def test_units_that_share_an_axis_with_others_are_multiplied_where_they_lie():
     assert alone[1, :, 2].tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
     with pytest.raises(ValueError, match=r"axis 1 of an activation of shape \(2, 8, 3\) does not hold 9 elements"):
         multiply_along(x, torch.tensor([0.5, 2.0]), dim=1, offsets=(7,))
+
+
+def test_a_hard_concrete_gate_is_the_probability_that_its_draws_are_not_zero():
+    torch.manual_seed(0)
+    gate = HardConcreteGate(5)
+    with torch.no_grad():
+        gate.theta.copy_(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]))
+    draws = []
+    for _ in range(20_000):
+        gate.redraw()
+        draws.append(gate.factor.detach())
+    drawn = torch.stack(draws)
+    torch.testing.assert_close((drawn > 0).float().mean(0), gate.gate.detach(), atol=0.012, rtol=0)
+    assert (drawn == 0).any(0).all() and (drawn == 1).any(0).all()  # both ends are reached
+    assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
+
+
+def test_a_hard_concrete_gate_draws_only_in_training_and_once_for_a_forward_pass():
+    gate = HardConcreteGate(64)
+    gate.redraw()
+    assert torch.equal(gate.factor, gate.factor) and len(gate.factor.unique()) > 1
+    gate.eval()
+    gate.redraw()
+    assert len(gate.factor.unique()) == 1
+    gate.hard = torch.zeros(64)
+    assert not gate.factor.any() and not gate.gate.any()
+
+
+def test_a_hard_concrete_gate_learns_from_its_draws(toy, groups, inputs):
+    torch.manual_seed(0)
+    student = Student(toy, groups, lambda units: HardConcreteGate(units, init=0.0))
+    student.model.eval()
+    draws = [student(inputs) for _ in range(20)]
+    assert not torch.equal(draws[0], draws[1])
+    torch.stack(draws).square().mean().backward()
+    assert all(gate.theta.grad is not None and bool(gate.theta.grad.any()) for gate in student.gates)
+
+
+def test_a_hard_concrete_gate_can_be_projected():
+    gate = HardConcreteGate(10, init=-2.0)
+    project_gates_into_constraints([gate], minimum=6.0)
+    assert float(gate.gate.sum()) == pytest.approx(6.0, abs=1e-3)
+
+
+def test_a_draw_must_reach_both_ends():
+    with pytest.raises(ValueError, match=r"low 0\.1 must be below 0 and high 1\.1 above 1"):
+        HardConcreteGate(3, low=0.1)

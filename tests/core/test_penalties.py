@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hawada.core.penalties import L1, FloorCeiling, StructuredConsistency, combined_penalty
+from hawada.core.penalties import L1, FloorCeiling, Polarization, StructuredConsistency, combined_penalty
 from hawada.core.structure import Group
 
 
@@ -52,6 +52,15 @@ def test_floor_and_ceiling_punish_the_squared_excess(family):
 def test_crossed_floor_and_ceiling_are_refused(floor, ceiling):
     with pytest.raises(ValueError, match=r"penalties: floor .* and ceiling .* must satisfy 0 <= floor <= ceiling <= 1"):
         FloorCeiling(floor, ceiling)
+
+
+def test_polarization_is_least_where_gates_are_0_or_1(family):
+    # mean |g| = 3.2 / 9; the distances to it are worked out by hand below
+    values = torch.cat(list(GATES.values()))
+    expected = 2.0 * (0.5 * 3.2 / 9 - sum(abs(float(g) - 3.2 / 9) for g in values) / 9)
+    assert float(Polarization(2.0, pull=0.5)(GATES, family)) == pytest.approx(expected)
+    undecided, decided = {"g": torch.full((4,), 0.5)}, {"g": torch.tensor([0.0, 0.0, 1.0, 1.0])}
+    assert float(Polarization(1.0)(decided, [])) == 0.0 < float(Polarization(1.0)(undecided, [])) == 0.5
 
 
 def test_combined_is_the_sum_and_zero_without_penalties(family):

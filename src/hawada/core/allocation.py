@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from hawada.core.export import ExportPolicy, best_first
 from hawada.core.knapsack import Factor, solve
 from hawada.core.proxy_cost import Proxy
 from hawada.core.structure import Group, Keep, Widths, full_widths, keep_first, widths_of
+
+Worths = Callable[[Group, int], float]
 
 
 def saliency_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,13 +36,20 @@ class Allocation:
             keeps all its units while its parent stays, and counts 1 in all.
         proxy: predicts milliseconds, as a sum of terms.
         policy: allowed widths.
+        worths: what it is worth to keep so many units of a group, while its parent stays; None reads it from the
+            saliency.
     """
 
     def __init__(
-        self, groups: Sequence[Group], saliency: Mapping[str, Tensor], proxy: Proxy, policy: ExportPolicy
+        self,
+        groups: Sequence[Group],
+        saliency: Mapping[str, Tensor],
+        proxy: Proxy,
+        policy: ExportPolicy,
+        worths: Worths | None = None,
     ) -> None:
         self.groups = {group.name: group for group in groups}
-        self.policy, self.proxy = policy, proxy
+        self.policy, self.proxy, self.worths = policy, proxy, worths
         self.saliency = {
             group.name: saliency.get(group.name, torch.full((group.units,), 1 / group.units)).detach().float().cpu()
             for group in groups
@@ -57,8 +66,13 @@ class Allocation:
         self._block_of = {member: name for name, members in self.blocks.items() for member in members}
 
     def worth(self, widths: Mapping[str, int]) -> float:
-        """Saliency that the given widths retain."""
-        return sum(self._worth(name, widths) for name in self.groups)
+        """What the given widths are worth in all."""
+        return sum(self._worth(name, widths) for name in self.groups if self._stays(name, widths))
+
+    def _stays(self, name: str, widths: Mapping[str, int]) -> bool:
+        """Whether nothing that a group lies inside is gone."""
+        parent = self.groups.get(self.groups[name].parent or "")
+        return parent is None or (widths[parent.name] > 0 and self._stays(parent.name, widths))
 
     def keep(self, widths: Mapping[str, int]) -> Keep:
         """The most salient units of every group in these numbers."""
@@ -142,17 +156,19 @@ class Allocation:
         for index in np.ndindex(*shape):
             chosen = dict(zip(names, index, strict=True))
             widths = {m.name: self.allowed[block][chosen[block]] for m in lineage for block in [self._block_of[m.name]]}
-            if all(widths[member.name] for member in lineage):
+            if all(widths[member.name] for member in lineage[1:]):
                 value[index] = self._worth(group.name, widths)
         return Factor(tuple(names), np.zeros(shape), value)
 
     def _worth(self, name: str, widths: Mapping[str, int]) -> float:
-        """What one group retains: that of its best units, of those whose parent's unit stays.
+        """What one group retains: that of its best units, of those whose parent's unit stays, or what was measured.
 
-        It grows with the root of the share of saliency that is kept: the fewer units are left, the dearer is the next.
+        By saliency it grows with the root of the share that is kept: the fewer units are left, the dearer is the next.
         Gates that hardly differ would otherwise empty one kind of group before touching another.
         """
         group = self.groups[name]
+        if self.worths is not None:
+            return self.worths(group, widths[name])
         parent = self.groups.get(group.parent or "")
         within = [] if parent is None or parent.units == 1 else [replace(parent, parent=None, equal_per_parent=None)]
         key = (name, widths[name], *(widths[above.name] for above in within))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -73,10 +74,69 @@ class SigmoidGate(nn.Module):
         """Values in [0, 1], the shape of theta, in float32 even under autocast."""
         if self.hard is not None:
             return self.hard
-        return torch.sigmoid(self.theta.float() / self.temperature)
+        return self.expectation(self.theta.float())
+
+    @property
+    def factor(self) -> Tensor:
+        """What activations are multiplied with: the gate itself, unless a gate draws."""
+        return self.gate
+
+    def expectation(self, theta: Tensor) -> Tensor:
+        """The gate that this theta would give; rises with it."""
+        return torch.sigmoid(theta / self.temperature)
+
+    def redraw(self) -> None:
+        """Called before every forward pass of the model, for gates that draw."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate.to(x.dtype)
+        return x * self.factor.to(x.dtype)
+
+
+class HardConcreteGate(SigmoidGate):
+    """A gate that is drawn anew in every training step and may come out as exactly 0 or exactly 1.
+
+    Louizos et al., Learning sparse neural networks through L0 regularization, 2018: theta is their log alpha. `gate`,
+    what penalties, proxy and export see, is the probability that the unit is there at all, in closed form.
+
+    Args:
+        shape: any shape; an int means (units,).
+        init: initial theta.
+        temperature: of the relaxed draw; 2/3 in the paper.
+        low: the draw is stretched to begin here, below 0.
+        high: and to end here, above 1.
+    """
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        init: float = 2.0,
+        temperature: float = 2 / 3,
+        low: float = -0.1,
+        high: float = 1.1,
+    ) -> None:
+        super().__init__(shape, init, temperature)
+        if not low < 0 < 1 < high:
+            raise ValueError(f"gate: low {low} must be below 0 and high {high} above 1; the paper has -0.1 and 1.1")
+        self.low, self.high = low, high
+        self.noise: Tensor | None = None
+
+    @property
+    def factor(self) -> Tensor:
+        """In training a draw; else the paper's estimate, its sigmoid stretched and cut off at 0 and 1."""
+        if self.hard is not None:
+            return self.hard
+        theta = self.theta.float()
+        if self.noise is not None:
+            theta = (self.noise + theta) / self.temperature
+        return (torch.sigmoid(theta) * (self.high - self.low) + self.low).clamp(0.0, 1.0)
+
+    def expectation(self, theta: Tensor) -> Tensor:
+        return torch.sigmoid(theta - self.temperature * math.log(-self.low / self.high))
+
+    def redraw(self) -> None:
+        """One draw for everything that the gate multiplies in a forward pass; none outside training."""
+        uniform = torch.rand_like(self.theta, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+        self.noise = torch.logit(uniform) if self.training else None
 
 
 class ChannelGate(SigmoidGate):
@@ -87,7 +147,7 @@ class ChannelGate(SigmoidGate):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply_along(x, self.gate, self.dim)
+        return multiply_along(x, self.factor, self.dim)
 
 
 class HeadGate(SigmoidGate):
@@ -98,7 +158,7 @@ class HeadGate(SigmoidGate):
         self.head_dim = head_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply_along(x, self.gate, -1, self.head_dim)
+        return multiply_along(x, self.factor, -1, self.head_dim)
 
 
 class BlockGate(SigmoidGate):
@@ -135,7 +195,7 @@ def project_gates_into_constraints(
         theta = gate.theta.cpu().double()
         for _ in range(60):  # bisection: the sum is monotone in the shift
             shift = (low + high) / 2
-            total = float(torch.sigmoid((theta + shift) / gate.temperature).sum())
+            total = float(gate.expectation(theta + shift).sum())
             low, high = (shift, high) if total < bound else (low, shift)
         gate.theta.add_(high if kept < lower else low)
 

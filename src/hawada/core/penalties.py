@@ -66,6 +66,24 @@ class FloorCeiling:
         return self.weight * excess.square().mean()
 
 
+class Polarization:
+    """weight * (pull * mean |g| - mean |g - mean g|): drives gates to 0 or 1 and away from what lies between.
+
+    Zhuang et al., Neuron-level structured pruning using polarization regularizer, 2020. Means are over all units.
+
+    Args:
+        weight: factor.
+        pull: how strongly gates are also pulled to 0.
+    """
+
+    def __init__(self, weight: float = 0.0, pull: float = 1.0) -> None:
+        self.weight, self.pull = weight, pull
+
+    def __call__(self, gates: Gates, groups: Sequence[Group]) -> Tensor:
+        every = torch.cat([gate.reshape(-1) for gate in gates.values()])
+        return self.weight * (self.pull * every.abs().mean() - (every - every.mean()).abs().mean())
+
+
 def combined_penalty(gates: Gates, groups: Sequence[Group], penalties: Sequence[Penalty]) -> Tensor:
     """Sum of the penalties, a scalar; zero when there are none."""
     total = next(iter(gates.values())).new_zeros(())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from hawada.core.allocation import Allocation
+from hawada.core.allocation import Allocation, Worths
 from hawada.core.budget import MARGIN, Budget
 from hawada.core.export import ExportPolicy
 from hawada.core.profiler import Comparison, averaged
@@ -28,7 +28,7 @@ class Candidate:
         keep: its kept indices.
         predicted_ratio: what the proxy said before the measurement, relative to the teacher.
         comparison: what was measured; the average, where it was measured more than once.
-        worth: saliency retained.
+        worth: of its widths, see `Allocation`, or minus the loss where that is known.
         times: how often it was measured.
     """
 
@@ -71,6 +71,10 @@ class BudgetSearch:
         start: widths to shrink from (those that the gates ask for), or None for the full model.
         confirmations: how often a model that is on target must be measured again. A machine has moods that outlast a
             measurement, and of many figures the lucky one is the first to look right.
+        worths: see `Allocation`.
+        loss: of a choice of units as a whole, smaller is better. Where it is given, it ranks candidates, and what
+            `worths` leads to competes with what `gates` lead to: what groups cost together is not the sum.
+        gates: another saliency, for that; None for the same.
     """
 
     groups: Sequence[Group]
@@ -82,6 +86,9 @@ class BudgetSearch:
     teacher_ms: float
     start: Widths | None = None
     confirmations: int = 0
+    worths: Worths | None = None
+    loss: Callable[[Keep], float] | None = None
+    gates: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.policies:
@@ -95,9 +102,17 @@ class BudgetSearch:
             level: index of the policy.
             start: widths to shrink or grow from; None means those of the search.
         """
-        allocation, limit_ms = self._allocation(level), aim_ratio * self.teacher_ms
+        limit_ms = aim_ratio * self.teacher_ms
         wanted_ms = limit_ms * (1 - MARGIN * self.budget.tolerance)
-        return allocation.keep(allocation.within(limit_ms, wanted_ms, start or self.start))
+        allocations = [self._allocation(level)]
+        if self.loss is not None and start is None:
+            by_gates = replace(self, saliency=self.gates or self.saliency, worths=None)
+            allocations.append(by_gates._allocation(level))
+        keeps = [each.keep(each.within(limit_ms, wanted_ms, start or self.start)) for each in allocations]
+        if self.loss is None or all(keep == keeps[0] for keep in keeps):
+            return keeps[0]
+        losses = [self.loss(keep) for keep in keeps]
+        return keeps[losses.index(min(losses))]
 
     def predicted_ratio(self, keep: Keep) -> float:
         """What the proxy says by now, relative to the teacher."""
@@ -107,7 +122,7 @@ class BudgetSearch:
         """Measure a choice and add it to the proxy's fit."""
         predicted = self.predicted_ratio(keep)
         comparison = self._measured(keep)
-        worth = self._allocation(level).worth(widths_of(keep, self.groups))
+        worth = self._allocation(level).worth(widths_of(keep, self.groups)) if self.loss is None else -self.loss(keep)
         return Candidate(level, keep, predicted, comparison, worth)
 
     def confirm(self, candidate: Candidate) -> Candidate:
@@ -126,7 +141,7 @@ class BudgetSearch:
         return self._allocation(0).smallest()
 
     def _allocation(self, level: int) -> Allocation:
-        return Allocation(self.groups, self.saliency, self.proxy, self.policies[level])
+        return Allocation(self.groups, self.saliency, self.proxy, self.policies[level], self.worths)
 
 
 def grid_search_latency(search: BudgetSearch) -> list[Candidate]:
@@ -188,7 +203,8 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     holding = [candidate for candidate in tried if budget.holds(candidate.comparison)]
     on_target = [candidate for candidate in holding if budget.on_target(candidate.comparison)]
     if on_target:
-        return SearchResult(max(on_target, key=lambda candidate: candidate.worth), "on_target", tried)
+        confirmed = [candidate for candidate in on_target if candidate.times > search.confirmations]
+        return SearchResult(max(confirmed or on_target, key=lambda candidate: candidate.worth), "on_target", tried)
     return SearchResult(max(holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
 
 

@@ -28,7 +28,7 @@ class GateHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
         x, *rest = args if self.point.side == "input" else (output if isinstance(output, tuple) else (output,))
-        x = multiply_along(x, self.gate.gate, self.point.dim, self.point.per_unit, self.point.offsets)
+        x = multiply_along(x, self.gate.factor, self.point.dim, self.point.per_unit, self.point.offsets)
         if self.point.side == "input" or isinstance(output, tuple):
             return (x, *rest)
         return x
@@ -45,7 +45,7 @@ class NormHook:
         self.norm = norm
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        gate = self.gate.gate
+        gate = self.gate.factor
         x = args[0].float()  # (..., units), already multiplied by the gate where it was written
         if self.norm.kind == "layer":
             x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
@@ -99,6 +99,8 @@ class Student(nn.Module):
         self.gates.to(device=device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for gate in self.gates:
+            gate.redraw()  # type: ignore[operator]
         return self.model(*args, **kwargs)
 
     def gate_of(self, name: str) -> SigmoidGate:

@@ -112,6 +112,7 @@ class LagrangeTrainer:
         self.weight_optimizer = None if weight_optimizer is None else self.accelerator.prepare(weight_optimizer)
         self.gated: Student = self.accelerator.unwrap_model(self.student)
         self.student.eval()
+        self.gated.gates.train()  # a gate that draws does so while it is trained
         self.teacher.eval()
         self.proxy, self.distillation, self.penalties, self.groups = proxy, distillation, list(penalties), list(groups)
         self.target_ms, self.teacher_ms = target_ms, teacher_ms

@@ -159,7 +159,7 @@ def cifar10(root: str, samples: int | None = None) -> VisionData:
 
     Args:
         root: folder with `data_batch_1.bin` … `test_batch.bin`, or the two archives.
-        samples: use only the first so many training images.
+        samples: use only so many training images, the same random ones every time.
     """
     folder = Path(root)
     if (folder / "test_batch.bin").is_file():
@@ -167,7 +167,9 @@ def cifar10(root: str, samples: int | None = None) -> VisionData:
         test = _binary_batches([folder / "test_batch.bin"])
     else:
         train, test = _archive(folder / "train.npz"), _archive(folder / "test.npz")
-    train = (train[0][:samples], train[1][:samples])
+    if samples is not None:  # archives may be sorted by class
+        chosen = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))[:samples]
+        train = (train[0][chosen], train[1][chosen])
     return _in_memory(train, test, RandomShift(4, flip=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 

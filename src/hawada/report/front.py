@@ -13,14 +13,14 @@ from hawada.report.progress import console
 
 
 def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
-    """One row a target: what was measured for it and what it retains.
+    """One row a target: what was measured for it and what its widths are worth.
 
     Args:
         points: each with `target_ratio`, `status`, `measured`, `worth` and `candidates`.
         title: of the table.
     """
     table = Table(title=escape(title), title_justify="left")
-    for name in ("target", "measured ratio", "slim ms", "saliency kept", "models measured", "status"):
+    for name in ("target", "measured ratio", "slim ms", "worth", "models measured", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
     for point in points:
         ratio, slim = point["measured"]["ratio"], point["measured"]["candidate"]
@@ -36,7 +36,7 @@ def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
 
 
 def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Saliency kept over measured milliseconds: every model that was measured, and those chosen.
+    """Worth of the widths over measured milliseconds: every model that was measured, and those chosen.
 
     Args:
         points: see `print_front`.
@@ -61,5 +61,5 @@ def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     axes.errorbar(ms, [point["worth"] for point in chosen], xerr=spread, marker="o", capsize=3)
     for point in chosen:
         axes.axvline(point["target_ratio"] * teacher_ms, color="0.8", linestyle=":", zorder=0)
-    axes.set(xlabel="milliseconds, measured", ylabel="saliency kept", title=title)
+    axes.set(xlabel="milliseconds, measured", ylabel="worth", title=title)
     figure.savefig(path, dpi=120)

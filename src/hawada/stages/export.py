@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from hawada.core.allocation import saliency_from_gates
 from hawada.core.budget import Budget
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import keep_from_gates
@@ -22,6 +21,7 @@ from hawada.core.structure import Group, Keep, completed, keep_all, widths_of
 from hawada.core.student import Student
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
+from hawada.stages.quality import Quality
 from hawada.stages.tables import load_proxy, predicted
 from hawada.stages.workspace import Workspace
 
@@ -34,17 +34,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     teacher = work.teacher()
     student = load_student(work, teacher)
     with work.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
+        quality = Quality(work, student, teacher, progress)
         progress.say("choosing widths and measuring")
-        keep, record = _choose(work, student, teacher, progress)
+        keep, record = _choose(work, student, teacher, quality, progress)
         if "verdict" in record:
             return record  # nothing holds the budget: the stage leaves no manifest and counts as not finished
         progress.done()
         slim = work.slim(student.model, keep)
         equivalence = prove_equivalence(work, student, slim, keep)
+        slim, refit = quality.compensated(slim, keep)
         work.save(folder / "slim", slim, keep)
         work.save(folder / "teacher", teacher, keep_all(work.groups))
         write_json(folder / "keep.json", {name: list(kept) for name, kept in keep.items()})
-        return run.finish("export", {**record, "widths": widths_of(keep, work.groups), "equivalence": equivalence})
+        record |= {"widths": widths_of(keep, work.groups), "equivalence": equivalence, **quality.as_dict()}
+        return run.finish("export", {**record, **refit})
 
 
 def load_student(work: Workspace, teacher: nn.Module) -> Student:
@@ -95,13 +98,21 @@ def measure_function(
 
 
 def make_search(
-    work: Workspace, student: Student, measure: Callable[[Keep], Comparison], budget: Budget, proxy: Proxy
+    work: Workspace,
+    student: Student,
+    quality: Quality,
+    measure: Callable[[Keep], Comparison],
+    budget: Budget,
+    proxy: Proxy,
 ) -> BudgetSearch:
-    """The search for one target, by the saliency that the gates give."""
+    """The search for one target."""
     from_gates = completed(keep_from_gates(student.own_gates(), student.groups, work.policy), work.groups)
     return BudgetSearch(
         groups=work.groups,
-        saliency=saliency_from_gates(student.effective_gates()),
+        saliency=quality.saliency,
+        worths=quality.worths,
+        loss=quality.loss,
+        gates=quality.gates,
         proxy=proxy,
         policies=work.policies,
         measure=measure,
@@ -112,7 +123,9 @@ def make_search(
     )
 
 
-def _choose(work: Workspace, student: Student, teacher: nn.Module, progress: Progress) -> tuple[Keep, dict[str, Any]]:
+def _choose(
+    work: Workspace, student: Student, teacher: nn.Module, quality: Quality, progress: Progress
+) -> tuple[Keep, dict[str, Any]]:
     """Kept indices and what was measured to find them."""
     measure = measure_function(work, student, teacher, progress)
     if not work.budget.has_target:
@@ -124,7 +137,7 @@ def _choose(work: Workspace, student: Student, teacher: nn.Module, progress: Pro
             "measured": comparison.as_dict(),
             "candidates": [],
         }
-    search = make_search(work, student, measure, work.budget, load_proxy(work, "train"))
+    search = make_search(work, student, quality, measure, work.budget, load_proxy(work, "train"))
     found = search_export(search, work.cfg.export.max_measurements)
     record = described(found, work.groups)
     if found.status == "infeasible":

@@ -12,6 +12,7 @@ from hawada.report.front import plot_front, print_front
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
 from hawada.stages.export import described, load_student, make_search, measure_function, prove_equivalence
+from hawada.stages.quality import Quality
 from hawada.stages.tables import load_proxy
 from hawada.stages.workspace import Workspace
 
@@ -31,15 +32,18 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         work.writing("front") as folder,
         Progress("front", cfg.export.max_measurements * len(targets)) as progress,
     ):
+        quality = Quality(work, student, teacher, progress)
         measure = measure_function(work, student, teacher, progress)
         for target in targets:
             progress.say(f"target {target:g}")
-            search = make_search(work, student, measure, work.budget_for(target), proxy)
+            search = make_search(work, student, quality, measure, work.budget_for(target), proxy)
             found = search_export(search, cfg.export.max_measurements)
             point = {"target_ratio": target, "worth": found.chosen.worth, **described(found, work.groups)}
             if found.status != "infeasible":
                 slim = work.slim(student.model, found.chosen.keep)
                 point["equivalence"] = prove_equivalence(work, student, slim, found.chosen.keep)
+                slim, refit = quality.compensated(slim, found.chosen.keep)
+                point |= refit
                 path = folder / f"{target:g}"
                 work.save(path / "slim", slim, found.chosen.keep)
                 write_json(path / "keep.json", {name: list(kept) for name, kept in found.chosen.keep.items()})
@@ -54,6 +58,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             {
                 "summary": f"{reached} of {len(points)} targets reached, see {folder / 'front.png'}",
                 "points": points,
+                **quality.as_dict(),
                 "teacher_ms": run.result("profile")["teacher_ms"],
                 "timed_as": work.timed_as,
                 "environment": work.environment(),

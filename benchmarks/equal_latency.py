@@ -1,0 +1,335 @@
+"""Accuracy at the same measured latency: HawAda beside Torch-Pruning and uniform widths, all finetuned alike.
+
+    pip install -e '.[bench]'
+    python benchmarks/equal_latency.py --data cifar10_jpeg75 --weights resnet20_jpeg75.safetensors \\
+        --output benchmarks/results/equal_latency_resnet20_cpu.json
+
+`--data` holds train.npz and test.npz; `--seeds 1 --methods hawada taylor magnitude` takes half an hour on two cores,
+`--quick` a few minutes. Every method is brought to each target by measurement: HawAda by `stage=export`, the others by
+bisection on their own ratio. All that reached a target are then measured together, in interleaved rounds beside the
+teacher. Importance, calibration and the choice of widths see training images only; test accuracy is looked at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from hawada.config import conf_dir, register_resolvers
+from hawada.core.distill import Distillation, KDConfig
+from hawada.core.evaluate import count_macs, count_parameters, score
+from hawada.core.finetune import Finetuner, recalibrate_batchnorm
+from hawada.core.profiler import bootstrap_median, measure_rounds
+from hawada.core.structure import completed, keep_first, widths_of
+from hawada.run import Run
+from hawada.stages import front, profile, train
+from hawada.stages.workspace import Workspace
+
+matplotlib.use("Agg")
+METHODS = ("hawada", "taylor", "magnitude", "random", "uniform")
+MULTIPLE = 2  # widths of every method are multiples of this
+STEPS = 7  # bisections of a baseline's ratio
+CALIBRATION = 2048  # training images for importance and BatchNorm
+RECIPE: dict[str, Any] = {"epochs": 1, "lr": 4e-3, "weight_decay": 5e-4, "label_weight": 0.1, "warm_up": 0.1}
+DISTILLATION = KDConfig(temperature=4.0)
+
+Model = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
+
+
+def options(arguments: argparse.Namespace) -> list[str]:
+    """HawAda's configuration for the network: no gates are trained, what widths are worth is measured."""
+    return [
+        "model=convnet",
+        "data=cifar10",
+        f"data.root={arguments.data.resolve()}",
+        "model.adapter.arch=null",
+        "model.adapter.factory=cifar_resnet.CifarResNet",
+        f"model.adapter.arguments={{depth: {arguments.depth}}}",
+        "model.adapter.num_classes=10",
+        "model.adapter.image_size=32",
+        "model.adapter.weights=null",
+        f"model.path={arguments.weights.resolve()}",
+        f"budget.batch={arguments.batch}",
+        f"budget.target_ratio=[{','.join(map(str, arguments.targets))}]",
+        f"gpu.multiple.channel=[{MULTIPLE}]",
+        f"export.minimum.channel={MULTIPLE}",
+        "export.quality.order=reconstruction",
+        f"export.quality.samples={CALIBRATION}",
+        "export.quality.points=6",
+        "train.epochs=0",
+        "train.batch_size=64",
+        "profile.held_out=4",
+        "runtime.mixed_precision=bf16",  # finetuning of all methods
+    ]
+
+
+def workspace(overrides: Sequence[str], root: Path) -> Workspace:
+    """HawAda, profiled, with its gates trained as configured, ready for a front."""
+    register_resolvers()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config", [*overrides, f"output_dir={root}"])
+    run = Run(root / cfg.name, cfg)
+    profile.run(run.settings("profile"), run)
+    train.run(run.settings("train"), run)
+    return Workspace(run.settings("front"), run)
+
+
+def of_hawada(work: Workspace) -> dict[float, nn.Module]:
+    """What `stage=export` makes for every target."""
+    points = front.run(work.cfg, work.run)["points"]
+    return {
+        point["target_ratio"]: work.saved_model("front", f"{point['target_ratio']:g}/slim")
+        for point in points
+        if point["status"] != "infeasible"
+    }
+
+
+def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Model:
+    """Torch-Pruning, global, on the channels inside blocks: its graph does not follow padded shortcuts."""
+    inner = {f"{group.name.removesuffix('.conv1')}.conv1" for group in work.groups if group.name.endswith(".conv1")}
+    importances: dict[str, Callable[[], Any]] = {
+        "taylor": tp.importance.GroupTaylorImportance,
+        "magnitude": tp.importance.GroupMagnitudeImportance,
+        "random": tp.importance.RandomImportance,
+    }
+
+    def prune(ratio: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = copy.deepcopy(teacher)
+        if name == "taylor":
+            for images, labels in work.data.calibration_loader(64, CALIBRATION):
+                F.cross_entropy(model(images), labels).backward()
+        ignored = [
+            module
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear) and path not in inner
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = tp.pruner.BasePruner(
+                model,
+                work.check_inputs()[0],
+                importances[name](),
+                global_pruning=True,
+                pruning_ratio=ratio,
+                max_pruning_ratio=0.95,
+                ignored_layers=ignored,
+                round_to=MULTIPLE,
+            )
+            pruner.step()
+        model.zero_grad(set_to_none=True)
+        return model.eval()
+
+    return prune
+
+
+def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
+    """The same fraction of every inner convolution's filters, the largest ones."""
+    sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
+    order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
+
+    def prune(ratio: float) -> nn.Module:
+        widths = widths_of(completed({}, work.groups), work.groups)
+        for group in work.groups:
+            if group.cuts:
+                kept = round((1 - ratio) * group.units / MULTIPLE) * MULTIPLE
+                widths[group.name] = min(max(kept, MULTIPLE), group.units)
+        return work.slim(teacher, keep_first(work.groups, widths, order))
+
+    return prune
+
+
+def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], float]) -> nn.Module | None:
+    """The slowest model at or under the target that bisection on the pruning ratio finds; None where there is none."""
+    low, high = 0.0, 0.97
+    best = prune(high)
+    if ratio_of(best) > target:
+        return None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        model = prune(middle)
+        if ratio_of(model) <= target:
+            best, high = model, middle
+        else:
+            low = middle
+    return best
+
+
+def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: int, seed: int) -> nn.Module:
+    """The one recipe that all get: so many training images once, distillation and labels."""
+    torch.manual_seed(seed)
+    loader = work.data.train_loader(64, seed)
+    steps = samples // 64
+
+    class Limited:
+        def __len__(self) -> int:
+            return steps
+
+        def __iter__(self) -> Any:
+            return (batch for _, batch in zip(range(steps), loader, strict=False))
+
+    model = copy.deepcopy(model)
+    trainer = Finetuner(**RECIPE)
+    trainer.fit(
+        model, Limited(), teacher=teacher, distillation=Distillation(DISTILLATION), accelerator=work.accelerator
+    )
+    return model.cpu().eval()
+
+
+def together(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+    """Ratio of each model to the teacher, with its interval, all in the same rounds."""
+    samplers = [work.clock.prepare(work.timed(model), work.inputs()) for model in (teacher, *models.values())]
+    samples = measure_rounds(samplers, work.rounds, monitor=work.monitor).samples
+    return {
+        name: bootstrap_median(samples[:, index] / samples[:, 0]).as_dict()
+        for index, name in enumerate(models, start=1)
+    }
+
+
+def accuracy(work: Workspace, model: nn.Module) -> float:
+    """On the test images, in percent."""
+    return 100 * score(model, work.data.test_loader(500), work.adapter.logits).accuracy
+
+
+def candidates(
+    arguments: argparse.Namespace, work: Workspace, teacher: nn.Module
+) -> dict[tuple[str, float], nn.Module]:
+    """By method and target, what reached it, before finetuning."""
+    reference = work.timed(copy.deepcopy(teacher))
+    seen: dict[str, float] = {}
+
+    def ratio_of(model: nn.Module) -> float:
+        shape = str([tuple(parameter.shape) for parameter in model.parameters()])
+        if shape not in seen:
+            seen[shape] = work.compare(reference, work.timed(copy.deepcopy(model)), work.quick_rounds).ratio.median
+        return seen[shape]
+
+    found: dict[tuple[str, float], nn.Module] = {}
+    for method in arguments.methods:
+        if method == "hawada":
+            found |= {(method, target): model for target, model in of_hawada(work).items()}
+            continue
+        prune = of_uniform(work, teacher) if method == "uniform" else of_torch_pruning(method, work, teacher)
+        for target in arguments.targets:
+            model = brought_to(target, prune, ratio_of)
+            if model is not None:
+                found[method, target] = model
+    return found
+
+
+def judged(arguments: argparse.Namespace, work: Workspace, teacher: nn.Module) -> list[dict[str, Any]]:
+    """One record for each method and target that it reached."""
+    found = candidates(arguments, work, teacher)
+    one = work.adapter.example_inputs(copy.copy(work.shape).__class__(1))
+    records = []
+    for target in arguments.targets:
+        models = {method: model for (method, wanted), model in found.items() if wanted == target}
+        ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
+        for method, model in models.items():
+            start = time.perf_counter()
+            recalibrated = recalibrate_batchnorm(copy.deepcopy(model), work.data.calibration_loader(128, CALIBRATION))
+            before = {"sliced": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)}
+            after = [
+                accuracy(work, finetuned(work, recalibrated, teacher, arguments.samples, seed))
+                for seed in range(arguments.seeds)
+            ]
+            records.append(
+                {
+                    "method": method,
+                    "target_ratio": target,
+                    "ratio": ratios[method],
+                    "macs": count_macs(model, one),
+                    "parameters": count_parameters(model),
+                    "before": before,
+                    "after": after,
+                    "mean": float(np.mean(after)),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(line(records[-1]), flush=True)
+    return records
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """A record in words."""
+    ratio, before = record["ratio"], record["before"]
+    spread = f" ± {np.std(record['after'], ddof=1):.2f}" if len(record["after"]) > 1 else ""
+    return (
+        f"target {record['target_ratio']:.2f}  {record['method']:10} measured {ratio['median']:.3f} "
+        f"[{ratio['low']:.3f}, {ratio['high']:.3f}]  MACs {record['macs'] / 1e6:5.1f} M  "
+        f"before {before['sliced']:5.2f} %, BatchNorm recalibrated {before['recalibrated']:5.2f} %, "
+        f"finetuned {record['mean']:5.2f} %{spread}"
+    )
+
+
+def plot(records: Sequence[Mapping[str, Any]], teacher: float, path: Path) -> None:
+    """Accuracy over measured latency, one line a method."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for method in dict.fromkeys(record["method"] for record in records):
+        own = [record for record in records if record["method"] == method]
+        spread = [np.std(record["after"]) for record in own]
+        x, y = [record["ratio"]["median"] for record in own], [record["mean"] for record in own]
+        axes.errorbar(x, y, spread, marker="o", capsize=3, label=method)
+    axes.axhline(teacher, color="grey", linewidth=1, label="teacher")
+    axes.set(xlabel="measured latency / teacher's", ylabel="test accuracy, %")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    """Judge every method and write the table, the plot and every figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=30_000, help="training images that finetuning sees")
+    parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; the plot lies beside it")
+    parser.add_argument("overrides", nargs="*", help="further hawada overrides")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.targets, arguments.methods = [0.5], ["hawada", "taylor"]
+        arguments.seeds, arguments.samples = 1, arguments.samples // 10
+    arguments.targets = sorted(set(arguments.targets), reverse=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as root:
+        work = workspace([*options(arguments), *arguments.overrides], Path(root))
+        teacher = work.teacher()
+        whole: dict[str, Any] = {
+            "environment": work.environment() | {"torch_pruning": tp.__version__},
+            "timed_as": work.timed_as,
+            "recipe": RECIPE | {"samples": arguments.samples, "temperature": DISTILLATION.temperature, "batch": 64},
+            "teacher_accuracy": accuracy(work, teacher),
+        }
+        print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
+        records = judged(arguments, work, teacher)
+    whole |= {"records": records, "seconds": time.perf_counter() - start}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
+    plot(records, whole["teacher_accuracy"], arguments.output.with_suffix(".png"))
+    print(f"{whole['seconds'] / 60:.0f} minutes; {json.dumps(whole['environment'])}")
+
+
+if __name__ == "__main__":
+    main()

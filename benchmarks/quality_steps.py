@@ -1,0 +1,74 @@
+"""What each step of the export is worth: accuracy of sliced models before any finetuning, one change at a time.
+
+    python benchmarks/quality_steps.py --data cifar10_jpeg75 --weights resnet20_jpeg75.safetensors \\
+        --output benchmarks/results/quality_steps_resnet20_cpu.json
+
+The machine is measured once; after that widths are chosen by that table, so that all steps are compared at the same
+predicted latency. BatchNorm is recalibrated for all of them. Needs the extra `bench` for what it shares with
+equal_latency.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from equal_latency import CALIBRATION, accuracy, options, workspace
+
+from hawada.core.finetune import recalibrate_batchnorm
+from hawada.stages import front
+
+TRAINED = ["train.epochs=1", "train.steps_per_epoch=100"]  # of gates, at batch 64: 6,400 images
+STEPS: dict[str, list[str]] = {
+    "trained gates": [*TRAINED, "export.quality.worth=gates", "export.quality.compensate=false"],
+    "+ least squares": [*TRAINED, "export.quality.worth=gates"],
+    "+ measured worth": TRAINED,
+    "order by reconstruction, no gates trained": ["export.quality.order=reconstruction"],
+}
+
+
+def step(name: str, overrides: Sequence[str], root: Path) -> list[dict[str, Any]]:
+    """Accuracy at every target with some of the settings."""
+    work = workspace(overrides, root)
+    records = []
+    for point in front.run(work.cfg, work.run)["points"]:
+        model = work.saved_model("front", f"{point['target_ratio']:g}/slim")
+        sliced = accuracy(work, model)
+        recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+        after, ratio = accuracy(work, model), point["measured"]["ratio"]["median"]
+        records.append({"step": name, "target_ratio": point["target_ratio"], "predicted_ratio": ratio})
+        records[-1] |= {"sliced": sliced, "recalibrated": after, "widths": point["widths"]}
+        print(f"{name:45} target {point['target_ratio']:.2f}: {sliced:5.2f} %, recalibrated {after:5.2f} %", flush=True)
+    return records
+
+
+def main() -> None:
+    """Judge every step and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("overrides", nargs="*", help="further hawada overrides")
+    arguments = parser.parse_args()
+    base = [*options(arguments), "export.quality.order=gates", *arguments.overrides]
+    with tempfile.TemporaryDirectory() as root:
+        first = workspace(base, Path(root) / "measured")
+        table = first.run.folder("profile") / "latency_table.json"
+        records = []
+        for index, (name, overrides) in enumerate(STEPS.items()):
+            chosen = [*base, "gpu.timing=table", f"gpu.table={table}", *overrides]
+            records += step(name, chosen, Path(root) / str(index))
+        whole = {"environment": first.environment(), "timed_as": first.timed_as, "records": records}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

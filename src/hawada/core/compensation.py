@@ -1,0 +1,234 @@
+"""Least squares for the weights of layers that lost inputs, so that they say again what the teacher's said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hawada.core.edits import plan_edits
+from hawada.core.finetune import NORMS
+from hawada.core.student import Student
+
+ROWS = 128  # positions of one image that are looked at, at most: neighbours hardly differ
+IMAGES = 8  # that are unfolded at once
+MOST_INPUTS = 16384  # of a layer, kernel included: the square of it is solved
+RIDGE = 1e-3  # of the inputs' mean variance: how hard old weights hold on where there are rows in plenty
+
+
+class _Reached(Exception):
+    """The forward pass came as far as it was wanted."""
+
+
+@torch.no_grad()
+def compensate(
+    student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], batches: Sequence[Any]
+) -> list[str]:
+    """Refit every layer that loses inputs to what the teacher's says on the same data; returns their paths, in order.
+
+    Layer by layer in the order of execution, each on what the layers before it say by now, so that a layer also makes
+    up for what went wrong before it (He et al., Channel pruning for accelerating very deep neural networks, 2017). A
+    pull towards the old weights decides where the data does not. BatchNorm uses the statistics of each batch meanwhile;
+    recalibrate it when the model has been sliced. Layers that share their weights, are called more than once or have
+    more than `MOST_INPUTS` inputs are left alone.
+
+    Args:
+        student: its model's weights change, in the columns of inputs that stay; slice it to `keep` afterwards.
+        teacher: an ungated copy of that model, in eval mode on the same device.
+        keep: kept indices of every gated group.
+        batches: (inputs, …), a few hundred samples in all; gone through for every layer.
+    """
+    removed = plan_edits(teacher, student.groups, keep).removed
+    with student.hard_gated(keep), batch_statistics(student):
+        order = readers(student, teacher, keep, batches[0][0])
+        for path in order:
+            _refit(student, teacher, path, removed[f"{path}.weight"][1], batches)
+    return order
+
+
+@torch.no_grad()
+def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], example: Tensor) -> list[str]:
+    """Paths of the layers that `compensate` would refit, in the order in which the model comes to them."""
+    edits = plan_edits(teacher, student.groups, keep)
+    owners = Counter(id(parameter) for module in student.model.modules() for parameter in module._parameters.values())
+    found: dict[nn.Module, str] = {}
+    for name, dims in edits.removed.items():
+        path, _, tensor = name.rpartition(".")
+        module: Any = student.model.get_submodule(path)
+        gone = any(f"{path}.".startswith(f"{other}.") for other in edits.replaced)
+        if tensor == "weight" and 1 in dims and not gone and is_linear(module) and owners[id(module.weight)] == 1:
+            found[module] = path
+    called: list[str] = []
+    handles = [module.register_forward_hook(lambda module, *_: called.append(found[module])) for module in found]
+    student(example.to(next(student.model.parameters()).device))
+    for handle in handles:
+        handle.remove()
+    return [path for path in called if called.count(path) == 1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is plainly linear in its whole input, by weights of (outputs, inputs, …) of its own."""
+    plain = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, nn.Conv2d))
+    weight = module._parameters.get("weight")  # a computed weight is none
+    return plain and weight is not None and getattr(module, "groups", 1) == 1 and weight[0].numel() <= MOST_INPUTS
+
+
+def _refit(student: Student, teacher: nn.Module, path: str, gone: Tensor, batches: Sequence[Any]) -> None:
+    """Solve for the weights of one layer's inputs that stay, and for its bias if it has one."""
+    module: Any = student.model.get_submodule(path)
+    stays = torch.ones(module.weight.shape[1], dtype=torch.bool)
+    stays[gone] = False
+    index = stays.nonzero().flatten().to(module.weight.device)
+    old = module.weight[:, index].flatten(1).T.double()  # (inputs, outputs)
+    moments = Moments(len(old), old.shape[1], centred=is_centred(student.model, module))
+    for batch in batches:
+        inputs = batch[0].to(module.weight.device)
+        given, _ = seen(student, module, inputs)
+        _, wanted = seen(teacher, teacher.get_submodule(path), inputs)
+        x = input_rows(module, given.index_select(1 if isinstance(module, nn.Conv2d) else -1, index))
+        moments.add(x, output_rows(module, wanted))
+    covariance = moments.covariance()
+    change = torch.linalg.solve(moments.definite(), moments.products_with_outputs() - covariance @ old)
+    new = old + change
+    module.weight[:, index] = new.T.reshape(-1, len(index), *module.weight.shape[2:]).to(module.weight.dtype)
+    if module.bias is not None:
+        module.bias.copy_(moments.mean_out - moments.mean_in @ new)
+
+
+def is_centred(model: nn.Module, module: Any) -> bool:
+    """Whether a shift of a layer's outputs is made up for elsewhere: by its bias, or the BatchNorm behind it."""
+    norms = any(isinstance(other, NORMS) for other in model.modules())
+    return module.bias is not None or (isinstance(module, nn.Conv2d) and norms)
+
+
+class Moments:
+    """Second moments of a layer's inputs x and outputs y, in double precision.
+
+    Args:
+        inputs: length of a row of x.
+        outputs: of y.
+        centred: about their means rather than about 0.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, centred: bool) -> None:
+        self.centred = centred
+        self.squares = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.products = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.sum_in = torch.zeros(inputs, dtype=torch.float64)
+        self.sum_out = torch.zeros(outputs, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows (n, inputs) and (n, outputs)."""
+        self.squares = self.squares.to(x.device) + (x.T @ x).double()
+        self.products = self.products.to(x.device) + (x.T @ y).double()
+        self.sum_in = self.sum_in.to(x.device) + x.double().sum(0)
+        self.sum_out = self.sum_out.to(x.device) + y.double().sum(0)
+        self.count += len(x)
+
+    @property
+    def mean_in(self) -> Tensor:
+        """(inputs,); 0 where nothing is centred."""
+        return self.sum_in * (self.centred / self.count)
+
+    @property
+    def mean_out(self) -> Tensor:
+        """(outputs,), likewise."""
+        return self.sum_out * (self.centred / self.count)
+
+    def covariance(self) -> Tensor:
+        """Of the inputs, (inputs, inputs)."""
+        return self.squares / self.count - torch.outer(self.mean_in, self.mean_in)
+
+    def products_with_outputs(self) -> Tensor:
+        """Covariance of inputs with outputs, (inputs, outputs)."""
+        return self.products / self.count - torch.outer(self.mean_in, self.mean_out)
+
+    def definite(self) -> Tensor:
+        """The covariance with a ridge: the fewer rows there are for each input, the less weights may change."""
+        covariance = self.covariance()
+        ridge = RIDGE + len(covariance) / self.count
+        covariance.diagonal().add_(ridge * covariance.diagonal().mean().clamp_min(1e-12))
+        return covariance
+
+
+def input_rows(module: Any, x: Tensor) -> Tensor:
+    """A layer's input, or some of its channels, as rows that its weights multiply: (rows, inputs).
+
+    Of a convolution `ROWS` positions of each image are looked at, of a linear layer all.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return x.flatten(0, -2).float()
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    rows: list[Tensor] = []
+    for start in range(0, len(x), IMAGES):  # unfolded images are large
+        padded = F.pad(x[start : start + IMAGES], _padding(module), mode=mode)
+        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        chosen = _chosen(len(x), patches.shape[-1])[start : start + IMAGES, None].to(x.device)
+        patches = patches.gather(2, chosen.expand(-1, patches.shape[1], -1))
+        rows.append(patches.transpose(1, 2).flatten(0, 1))  # (images * positions, channels * kernel)
+    return torch.cat(rows).float()
+
+
+def output_rows(module: Any, y: Tensor) -> Tensor:
+    """The rows of a layer's output that belong to those of `input_rows`: (rows, outputs)."""
+    if not isinstance(module, nn.Conv2d):
+        return y.flatten(0, -2).float()
+    flat = y.flatten(2)  # (images, outputs, positions)
+    chosen = _chosen(*flat.shape[::2]).to(y.device)
+    return flat.gather(2, chosen[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2).flatten(0, 1).float()
+
+
+def _padding(module: nn.Conv2d) -> list[int]:
+    """As `F.pad` wants it: left, right, top, bottom."""
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [side for size in reversed(total) for side in (size // 2, size - size // 2)]
+    sizes = (0, 0) if module.padding == "valid" else tuple(int(size) for size in module.padding)
+    return [sizes[1], sizes[1], sizes[0], sizes[0]]
+
+
+def _chosen(images: int, positions: int) -> Tensor:
+    """Which positions of each image are looked at, the same ones every time: (images, at most ROWS)."""
+    if positions <= ROWS:
+        return torch.arange(positions).expand(images, -1)
+    return torch.rand(images, positions, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :ROWS]
+
+
+def seen(model: nn.Module, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a module of a model is given and says; the rest of the forward pass is left out."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        found.append((args[0], output))
+        raise _Reached
+
+    handle = module.register_forward_hook(hook)
+    try:
+        model(inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm by the batch's own statistics, and without remembering them."""
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
+    training = [norm.training for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, was in zip(norms, training, strict=True):
+            norm.track_running_stats = True
+            norm.train(was)

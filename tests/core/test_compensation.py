@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hawada.core.compensation import batch_statistics, compensate
+from hawada.core.export import materialize
+from hawada.core.structure import Cut, GatePoint, Group, keep_all
+from hawada.core.student import Student
+
+
+class Narrowing(nn.Module):
+    """Two convolutions without norms; the second takes strides, dilation and padding."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=1)
+        self.reader = nn.Conv2d(8, 6, 3, **options)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.reader(torch.relu(self.wide(x)))).mean((2, 3)))
+
+
+WIDE = Group(
+    "wide",
+    "channel",
+    8,
+    (GatePoint("reader", side="input"),),
+    cuts=(
+        Cut("wide.weight", 0, follows="out_channels"),
+        Cut("wide.bias", 0),
+        Cut("reader.weight", 1, follows="in_channels"),
+    ),
+)
+
+
+@pytest.fixture
+def batches():
+    images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    return [(part,) for part in images.split(16)]
+
+
+def narrowing(**options):
+    torch.manual_seed(0)
+    return Narrowing(**options).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": (0, 2), "stride": 2},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid", "bias": False},
+        {"padding": 1, "padding_mode": "reflect"},
+    ],
+)
+def test_units_that_others_can_stand_for_are_made_up_for(options, batches):
+    teacher = narrowing(**options)
+    with torch.no_grad():  # the second half is the first, but for its size
+        teacher.wide.weight[4:], teacher.wide.bias[4:] = 2 * teacher.wide.weight[:4], 2 * teacher.wide.bias[:4]
+    student, keep = Student(copy.deepcopy(teacher), [WIDE]), {"wide": (0, 1, 2, 3)}
+    plain = materialize(student.model, [WIDE], keep)
+    assert compensate(student, teacher, keep, batches) == ["reader"]
+    slim = materialize(student.model, [WIDE], keep)
+    x = batches[0][0]
+    with torch.no_grad():
+        wanted = teacher(x)
+        off, before = (slim(x) - wanted).abs().max(), (plain(x) - wanted).abs().max()
+        with student.hard_gated(keep):
+            gated = student(x)
+    assert off < 0.05 * before
+    torch.testing.assert_close(gated, slim(x).detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_linear_layer_is_solved_for_with_its_bias(toy, groups):
+    groups = groups[:2]
+    for block in (toy.first, toy.second):
+        block.norm = nn.Identity()
+    groups = [
+        groups[0],
+        Group(
+            "first.hidden", "channel", 8, groups[1].gated_at, (Cut("first.up.weight", 0), Cut("first.down.weight", 1))
+        ),
+    ]
+    student, kept = Student(copy.deepcopy(toy), groups), [0, 2, 3, 6, 7]
+    keep = {"first.branch": (0,), "first.hidden": tuple(kept)}
+    x = torch.randn(4096, 6, generator=torch.Generator().manual_seed(2))
+    compensate(student, toy, keep, [(part,) for part in x.split(1024)])
+    with torch.no_grad():
+        hidden = torch.relu(toy.first.up(toy.stem(x)))
+        wanted = toy.first.down(hidden)
+        rows = torch.cat([hidden[:, kept], torch.ones(len(x), 1)], dim=1)
+        best = rows @ torch.linalg.lstsq(rows, wanted).solution
+        own = hidden[:, kept] @ student.model.first.down.weight[:, kept].T + student.model.first.down.bias
+    least = (best - wanted).square().mean()
+    assert (own - wanted).square().mean() < 1.02 * least
+    assert (
+        least
+        < 0.7 * (hidden[:, kept] @ toy.first.down.weight[:, kept].T + toy.first.down.bias - wanted).square().mean()
+    )
+
+
+def test_a_layer_makes_up_for_those_before_it(toy, groups, inputs):
+    student = Student(copy.deepcopy(toy), groups)
+    keep = keep_all(groups) | {"first.hidden": (0, 1), "second.hidden": (0, 1, 2, 3)}
+    assert compensate(student, toy, keep, [(inputs,)]) == ["first.down", "second.down"]
+    alone = Student(copy.deepcopy(toy), groups)
+    compensate(alone, toy, keep_all(groups) | {"second.hidden": keep["second.hidden"]}, [(inputs,)])
+    assert not torch.equal(alone.model.second.down.weight, student.model.second.down.weight)
+    torch.testing.assert_close(alone.model.first.down.weight, toy.first.down.weight, rtol=0, atol=0)
+
+
+def test_what_is_removed_with_its_branch_is_not_refitted(toy, groups, inputs):
+    student = Student(copy.deepcopy(toy), groups)
+    keep = keep_all(groups) | {"first.branch": (), "first.hidden": (), "second.hidden": (1, 2)}
+    assert compensate(student, toy, keep, [(inputs,)]) == ["second.down"]
+
+
+def test_weights_that_two_layers_share_are_left_alone(toy, groups, inputs):
+    toy.second.down.weight = toy.first.down.weight
+    student = Student(copy.deepcopy(toy), groups)
+    keep = keep_all(groups) | {"first.hidden": (0, 1)}
+    assert compensate(student, toy, keep, [(inputs,)]) == []
+    assert torch.equal(student.model.first.down.weight, toy.first.down.weight)
+
+
+def test_batch_norms_are_as_before_afterwards(toy, inputs):
+    before = copy.deepcopy(toy.state_dict())
+    with batch_statistics(toy), torch.no_grad():
+        changed = toy(inputs)
+        shifted = toy(inputs + 100.0)
+    assert not torch.allclose(changed, toy(inputs))
+    assert not torch.allclose(shifted, changed)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in toy.state_dict().items())
+    assert not toy.first.norm.training and toy.first.norm.track_running_stats
