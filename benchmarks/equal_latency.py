@@ -7,7 +7,10 @@
 `--data` holds train.npz and test.npz; `--seeds 1 --methods hawada taylor magnitude` takes half an hour on two cores,
 `--quick` a few minutes. Every method is brought to each target by measurement: HawAda by `stage=export`, the others by
 bisection on their own ratio. All that reached a target are then measured together, in interleaved rounds beside the
-teacher. Importance, calibration and the choice of widths see training images only; test accuracy is looked at once.
+teacher. Importance, calibration and the choice of widths see training images only.
+
+The search spaces differ, as those of the tools do: HawAda may also drop whole residual branches; `hawada-width` may
+not.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ import torch_pruning as tp
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from hawada.adapters.base import Shape
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.evaluate import count_macs, count_parameters, score
@@ -41,7 +46,7 @@ from hawada.stages import front, profile, train
 from hawada.stages.workspace import Workspace
 
 matplotlib.use("Agg")
-METHODS = ("hawada", "taylor", "magnitude", "random", "uniform")
+METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
 MULTIPLE = 2  # widths of every method are multiples of this
 STEPS = 7  # bisections of a baseline's ratio
 CALIBRATION = 2048  # training images for importance and BatchNorm
@@ -65,7 +70,6 @@ def options(arguments: argparse.Namespace) -> list[str]:
         "model.adapter.weights=null",
         f"model.path={arguments.weights.resolve()}",
         f"budget.batch={arguments.batch}",
-        f"budget.target_ratio=[{','.join(map(str, arguments.targets))}]",
         f"gpu.multiple.channel=[{MULTIPLE}]",
         f"export.minimum.channel={MULTIPLE}",
         "export.quality.order=reconstruction",
@@ -78,14 +82,19 @@ def options(arguments: argparse.Namespace) -> list[str]:
     ]
 
 
-def workspace(overrides: Sequence[str], root: Path) -> Workspace:
-    """HawAda, profiled, with its gates trained as configured, ready for a front."""
+def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> Workspace:
+    """HawAda, profiled, with its gates trained as configured for the middle target, ready for a front of all."""
     register_resolvers()
+    middle, every = sorted(targets)[len(targets) // 2], ",".join(map(str, targets))
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("config", [*overrides, f"output_dir={root}"])
-    run = Run(root / cfg.name, cfg)
+        one, many = (
+            compose("config", [*overrides, f"output_dir={root}", f"budget.target_ratio={target}"])
+            for target in (middle, f"[{every}]")
+        )
+    run = Run(root / one.name, one)
     profile.run(run.settings("profile"), run)
     train.run(run.settings("train"), run)
+    run = Run(root / one.name, many)
     return Workspace(run.settings("front"), run)
 
 
@@ -181,7 +190,7 @@ def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: in
             return steps
 
         def __iter__(self) -> Any:
-            return (batch for _, batch in zip(range(steps), loader, strict=False))
+            return islice(chain.from_iterable(repeat(loader)), steps)
 
     model = copy.deepcopy(model)
     trainer = Finetuner(**RECIPE)
@@ -207,7 +216,7 @@ def accuracy(work: Workspace, model: nn.Module) -> float:
 
 
 def candidates(
-    arguments: argparse.Namespace, work: Workspace, teacher: nn.Module
+    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module
 ) -> dict[tuple[str, float], nn.Module]:
     """By method and target, what reached it, before finetuning."""
     reference = work.timed(copy.deepcopy(teacher))
@@ -221,8 +230,8 @@ def candidates(
 
     found: dict[tuple[str, float], nn.Module] = {}
     for method in arguments.methods:
-        if method == "hawada":
-            found |= {(method, target): model for target, model in of_hawada(work).items()}
+        if method.startswith("hawada"):
+            found |= {(method, target): model for target, model in of_hawada(hawada[method]).items()}
             continue
         prune = of_uniform(work, teacher) if method == "uniform" else of_torch_pruning(method, work, teacher)
         for target in arguments.targets:
@@ -232,18 +241,24 @@ def candidates(
     return found
 
 
-def judged(arguments: argparse.Namespace, work: Workspace, teacher: nn.Module) -> list[dict[str, Any]]:
-    """One record for each method and target that it reached."""
-    found = candidates(arguments, work, teacher)
-    one = work.adapter.example_inputs(copy.copy(work.shape).__class__(1))
+def judged(
+    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module
+) -> list[dict[str, Any]]:
+    """One record for each method and target."""
+    found = candidates(arguments, work, hawada, teacher)
+    one = work.adapter.example_inputs(Shape(1))
     records = []
     for target in arguments.targets:
         models = {method: model for (method, wanted), model in found.items() if wanted == target}
         ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
-        for method, model in models.items():
-            start = time.perf_counter()
+        for method in arguments.methods:
+            if method not in models:
+                records.append({"method": method, "target_ratio": target, "reached": False})
+                print(f"target {target:.2f}  {method:12} does not reach it", flush=True)
+                continue
+            model, start = models[method], time.perf_counter()
             recalibrated = recalibrate_batchnorm(copy.deepcopy(model), work.data.calibration_loader(128, CALIBRATION))
-            before = {"sliced": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)}
+            before = {"exported": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)}
             after = [
                 accuracy(work, finetuned(work, recalibrated, teacher, arguments.samples, seed))
                 for seed in range(arguments.seeds)
@@ -252,6 +267,7 @@ def judged(arguments: argparse.Namespace, work: Workspace, teacher: nn.Module) -
                 {
                     "method": method,
                     "target_ratio": target,
+                    "reached": True,
                     "ratio": ratios[method],
                     "macs": count_macs(model, one),
                     "parameters": count_parameters(model),
@@ -272,7 +288,7 @@ def line(record: Mapping[str, Any]) -> str:
     return (
         f"target {record['target_ratio']:.2f}  {record['method']:10} measured {ratio['median']:.3f} "
         f"[{ratio['low']:.3f}, {ratio['high']:.3f}]  MACs {record['macs'] / 1e6:5.1f} M  "
-        f"before {before['sliced']:5.2f} %, BatchNorm recalibrated {before['recalibrated']:5.2f} %, "
+        f"exported {before['exported']:5.2f} %, BatchNorm recalibrated {before['recalibrated']:5.2f} %, "
         f"finetuned {record['mean']:5.2f} %{spread}"
     )
 
@@ -283,7 +299,7 @@ def plot(records: Sequence[Mapping[str, Any]], teacher: float, path: Path) -> No
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for method in dict.fromkeys(record["method"] for record in records):
-        own = [record for record in records if record["method"] == method]
+        own = [record for record in records if record["method"] == method and record["reached"]]
         spread = [np.std(record["after"]) for record in own]
         x, y = [record["ratio"]["median"] for record in own], [record["mean"] for record in own]
         axes.errorbar(x, y, spread, marker="o", capsize=3, label=method)
@@ -314,7 +330,12 @@ def main() -> None:
     arguments.targets = sorted(set(arguments.targets), reverse=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
-        work = workspace([*options(arguments), *arguments.overrides], Path(root))
+        overrides = [*options(arguments), *arguments.overrides]
+        work = workspace(overrides, arguments.targets, Path(root))
+        hawada = {"hawada": work}
+        if "hawada-width" in arguments.methods:
+            narrow = [*overrides, "groups.kind=[channel]"]
+            hawada["hawada-width"] = workspace(narrow, arguments.targets, Path(root) / "width")
         teacher = work.teacher()
         whole: dict[str, Any] = {
             "environment": work.environment() | {"torch_pruning": tp.__version__},
@@ -323,7 +344,7 @@ def main() -> None:
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
-        records = judged(arguments, work, teacher)
+        records = judged(arguments, work, hawada, teacher)
     whole |= {"records": records, "seconds": time.perf_counter() - start}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(whole, indent=1) + "\n")

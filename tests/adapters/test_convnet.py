@@ -514,3 +514,10 @@ def test_coupled_axes_are_those_that_torch_pruning_finds(arch):
             entry for entry in ours if entry[0] not in depthwise
         }
         assert depthwise <= {path for path, _ in coupled}
+
+
+@pytest.mark.parametrize(("arch", "mean"), [("mobilenet_v2", 0.485), ("efficientnet_v2_l", 0.5)])
+def test_weights_bring_the_normalisation_that_they_were_trained_with(arch: str, mean: float) -> None:
+    normalisation = ConvNetAdapter(arch=arch, weights="IMAGENET1K_V1").normalisation()
+    assert normalisation is not None and normalisation[0][0] == pytest.approx(mean)
+    assert ConvNetAdapter(arch=arch).normalisation() is None

@@ -136,3 +136,52 @@ def test_batch_norms_are_as_before_afterwards(toy, inputs):
     assert not torch.allclose(shifted, changed)
     assert all(torch.equal(tensor, before[name]) for name, tensor in toy.state_dict().items())
     assert not toy.first.norm.training and toy.first.norm.track_running_stats
+
+
+class Plain(nn.Module):
+    """Two linear layers, the second without a bias; on request it is called twice."""
+
+    def __init__(self, times=1):
+        super().__init__()
+        self.up, self.down, self.times = nn.Linear(6, 12), nn.Linear(12, 6, bias=False), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.down(torch.relu(self.up(x)))
+        return x
+
+
+HIDDEN = Group(
+    "hidden",
+    "ffn",
+    12,
+    (GatePoint("down", side="input", dim=-1),),
+    cuts=(
+        Cut("up.weight", 0, follows="out_features"),
+        Cut("up.bias", 0),
+        Cut("down.weight", 1, follows="in_features"),
+    ),
+)
+
+
+def test_a_layer_without_bias_makes_up_for_the_mean_too():
+    torch.manual_seed(0)
+    teacher, kept = Plain().eval(), list(range(7))
+    x = torch.randn(4096, 6, generator=torch.Generator().manual_seed(2)) + 1.0
+    student = Student(copy.deepcopy(teacher), [HIDDEN])
+    compensate(student, teacher, {"hidden": tuple(kept)}, [(part,) for part in x.split(1024)])
+    fresh = torch.randn(4096, 6, generator=torch.Generator().manual_seed(3)) + 1.0
+    with torch.no_grad():
+        wanted, hidden = teacher(fresh), torch.relu(teacher.up(fresh))[:, kept]
+        least = (hidden @ torch.linalg.lstsq(hidden, wanted).solution - wanted).square().mean()
+        reached = (materialize(student.model, [HIDDEN], {"hidden": kept})(fresh) - wanted).square().mean()
+        before = (materialize(teacher, [HIDDEN], {"hidden": kept})(fresh) - wanted).square().mean()
+    assert reached < 1.05 * least < 0.2 * before
+
+
+def test_a_layer_that_is_called_twice_is_left_alone():
+    torch.manual_seed(0)
+    teacher = Plain(times=2).eval()
+    student = Student(copy.deepcopy(teacher), [HIDDEN])
+    assert compensate(student, teacher, {"hidden": (0, 1, 2)}, [(torch.randn(32, 6),)]) == []
+    assert torch.equal(student.model.down.weight, teacher.down.weight)

@@ -7,7 +7,7 @@ from hawada.core.allocation import Allocation
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.finetune import recalibrate_batchnorm
-from hawada.core.sensitivity import AnswerLoss, measure_sensitivity
+from hawada.core.sensitivity import AnswerLoss, Sensitivity, measure_sensitivity
 from hawada.core.structure import full_widths
 from hawada.core.student import Student
 
@@ -79,3 +79,15 @@ def test_groups_that_must_be_alike_share_a_figure(toy, groups, inputs):
     costs = measure_sensitivity(loss, groups, policy, order).costs
     assert costs["first.hidden"] == costs["second.hidden"] and costs["first.hidden"][4] > 0
     assert costs["first.branch"] != costs["second.branch"]
+
+
+def test_a_layer_is_worth_what_it_costs_and_not_its_branches_once_more(layers):
+    """Dropping a layer costs its own nats, whatever was measured for what is inside it."""
+    costs = {group.name: {group.full_width: 0.0} for group in layers}
+    costs["layers.0"][0], costs["layers.0.ffn"][2] = 0.25, 0.5
+    allocation = Allocation(layers, {}, None, ExportPolicy(), Sensitivity(costs).worth)
+    full = full_widths(layers)
+    assert allocation.worth(full) == 0
+    assert allocation.worth(full | {"layers.0": 0}) == -0.25
+    assert allocation.worth(full | {"layers.0": 0, "layers.0.ffn": 2}) == -0.25
+    assert allocation.worth(full | {"layers.0.ffn": 2}) == -0.5

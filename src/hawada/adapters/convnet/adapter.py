@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
@@ -99,6 +99,12 @@ class ConvNetAdapter(Adapter):
         generator = torch.Generator().manual_seed(0)
         size = (shape.batch, self.channels, self.image_size, self.image_size)
         return (torch.randn(size, generator=generator, device="cpu"),)
+
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        if self.arch is None or self.weights is None:
+            return None
+        transforms: Any = torchvision.models.get_model_weights(self.arch)[self.weights].transforms()
+        return transforms.mean, transforms.std
 
     def _declared(self, model: nn.Module) -> Any:
         found = trace(model, self.example_inputs(Shape(2)))
