@@ -176,7 +176,7 @@ def test_a_layer_without_bias_makes_up_for_the_mean_too():
         least = (hidden @ torch.linalg.lstsq(hidden, wanted).solution - wanted).square().mean()
         reached = (materialize(student.model, [HIDDEN], {"hidden": kept})(fresh) - wanted).square().mean()
         before = (materialize(teacher, [HIDDEN], {"hidden": kept})(fresh) - wanted).square().mean()
-    assert reached < 1.05 * least < 0.2 * before
+    assert reached < 1.05 * least < 0.4 * before
 
 
 def test_a_layer_that_is_called_twice_is_left_alone():
