@@ -56,6 +56,19 @@ DISTILLATION = KDConfig(temperature=4.0)
 Model = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
 
 
+def network_parser(description: str) -> argparse.ArgumentParser:
+    """What benchmarks on these networks are asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a plot lies beside it")
+    parser.add_argument("overrides", nargs="*", help="further hawada overrides, after --")
+    return parser
+
+
 def options(arguments: argparse.Namespace) -> list[str]:
     """HawAda's configuration for the network: no gates are trained, what widths are worth is measured."""
     return [
@@ -311,18 +324,11 @@ def plot(records: Sequence[Mapping[str, Any]], teacher: float, path: Path) -> No
 
 def main() -> None:
     """Judge every method and write the table, the plot and every figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
+    parser = network_parser(str(__doc__))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=30_000, help="training images that finetuning sees")
     parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; the plot lies beside it")
-    parser.add_argument("overrides", nargs="*", help="further hawada overrides")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.targets, arguments.methods = [0.5], ["hawada", "taylor"]

@@ -10,14 +10,13 @@ has seen, except the teacher. Needs the extra `bench` for what it shares with eq
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equal_latency import CALIBRATION, options, workspace
+from equal_latency import CALIBRATION, network_parser, options, workspace
 from torch import nn
 
 from hawada.core.evaluate import score
@@ -65,15 +64,7 @@ def step(name: str, overrides: Sequence[str], targets: Sequence[float], root: Pa
 
 def main() -> None:
     """Judge every step and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("overrides", nargs="*", help="further hawada overrides")
-    arguments = parser.parse_args()
+    arguments = network_parser(str(__doc__)).parse_args()
     base = [*options(arguments), "export.quality.order=gates", *arguments.overrides]
     with tempfile.TemporaryDirectory() as root:
         first = workspace(base, arguments.targets, Path(root) / "measured")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -210,9 +210,8 @@ def seen(model: nn.Module, module: nn.Module, inputs: Tensor) -> tuple[Tensor, T
 
     handle = module.register_forward_hook(hook)
     try:
-        model(inputs)
-    except _Reached:
-        pass
+        with suppress(_Reached):  # raised by the hook above, and by nothing else
+            model(inputs)
     finally:
         handle.remove()
     return found[0]
