@@ -260,16 +260,20 @@ def judged(
     """One record for each method and target."""
     found = candidates(arguments, work, hawada, teacher)
     one = work.adapter.example_inputs(Shape(1))
+    models = {
+        target: {method: model for (method, wanted), model in found.items() if wanted == target}
+        for target in arguments.targets
+    }
+    ratios = {target: together(work, copy.deepcopy(teacher), copy.deepcopy(those)) for target, those in models.items()}
+    print("everything is measured; what follows may share the machine", flush=True)
     records = []
     for target in arguments.targets:
-        models = {method: model for (method, wanted), model in found.items() if wanted == target}
-        ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
         for method in arguments.methods:
-            if method not in models:
+            if method not in models[target]:
                 records.append({"method": method, "target_ratio": target, "reached": False})
                 print(f"target {target:.2f}  {method:12} does not reach it", flush=True)
                 continue
-            model, start = models[method], time.perf_counter()
+            model, start = models[target][method], time.perf_counter()
             recalibrated = recalibrate_batchnorm(copy.deepcopy(model), work.data.calibration_loader(128, CALIBRATION))
             before = {"exported": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)}
             after = [
@@ -281,7 +285,7 @@ def judged(
                     "method": method,
                     "target_ratio": target,
                     "reached": True,
-                    "ratio": ratios[method],
+                    "ratio": ratios[target][method],
                     "macs": count_macs(model, one),
                     "parameters": count_parameters(model),
                     "before": before,

@@ -25,6 +25,7 @@ from hawada.adapters.base import Shape
 from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.device import environment, prepare_cpu
 from hawada.core.distill import Distillation, KDConfig
+from hawada.core.export import ExportPolicy
 from hawada.core.penalties import FloorCeiling
 from hawada.core.profiler import Rounds, bootstrap_median, measure_rounds
 from hawada.core.proxy_cost import LatencyProxy
@@ -39,7 +40,7 @@ def gated_step(adapter: ResNetAdapter, teacher: nn.Module, inputs: Tensor, accel
     """One step of gate training, everything included."""
     groups, sites = adapter.groups(teacher), adapter.sites(teacher)
     clock = SimulatedClock(tflops=1.0, gbps=100.0, launch_us=5.0, tile=8, noise=0.0)
-    table = build_table(teacher, groups, sites, [(1.0, teacher, (inputs[:2],))], clock, points=3)
+    table = build_table(teacher, groups, sites, [(1.0, teacher, (inputs[:2],))], clock, policy=ExportPolicy(), points=3)
     proxy = LatencyProxy(table)
     student = Student(copy.deepcopy(teacher), groups)
     full_ms = float(proxy.predict(full_widths(groups)))
