@@ -91,6 +91,7 @@ RANGES: dict[str, Range] = {
     "measure.min_rounds": Range(2, whole=True),
     "measure.max_rounds": Range(2, whole=True),
     "measure.max_seconds": POSITIVE,
+    "measure.patience_s": NOT_NEGATIVE,
     "kd.temperature": POSITIVE,
     "kd.mse_weight": NOT_NEGATIVE,
     "lambda.init": NOT_NEGATIVE,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# One process for each way, so that neither sees memory that the other left behind. Logits of a chunk are more than glibc
-# is told to keep for later, so what is freed is gone.
+# One process for each way, so that neither sees memory that the other left behind. Logits of a chunk are more than
+# glibc is told to keep for later, so what is freed is gone.
 SCRIPT = """
 import json, resource, sys, threading, time
 import torch

@@ -222,6 +222,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         trust=[target["_target_"]],
         shape=Shape(2),
         rounds=ROUNDS,
+        handover_us=None,
         budget=Budget(None, 0.9, 0.05),
     )
 

@@ -1,9 +1,11 @@
-"""Watches the device while it is timed: throttling, other processes, load. A figure taken then is not to be trusted."""
+"""Watches the device while it is timed: throttling, other processes, load, where a CPU's threads run."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from hawada.core.placement import Placement
 
 Answer = TypeVar("Answer")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -45,6 +49,14 @@ class Monitor(Protocol):
         """Begin anew."""
         ...
 
+    def settle(self, limit_s: float) -> float:
+        """Called before every round: wait until the device is as it should be; returns seconds waited.
+
+        Args:
+            limit_s: the longest wait; once it is 0 or used up, rounds count however the device is.
+        """
+        ...
+
     def check(self) -> str | None:
         """Called after every round: why it does not count, or None."""
         ...
@@ -55,11 +67,13 @@ class Monitor(Protocol):
 
 
 class DeviceMonitor:
-    """NVML between rounds on a GPU; everywhere the load and the throttling of this process's cgroup.
+    """NVML between rounds on a GPU, where threads run on a CPU; everywhere load and the throttling of the cgroup.
 
     Args:
         device: what is timed.
         own_pids: processes besides this one that may use the GPU without being foreign.
+        handover_us: of a CPU's threads when they ran nearest to each other, see `hawada.core.placement`; None: what is
+            seen from now on.
         nvml: the NVML binding; None imports pynvml.
         cgroups: where control groups are mounted.
     """
@@ -69,6 +83,7 @@ class DeviceMonitor:
         device: torch.device,
         *,
         own_pids: Iterable[int] = (),
+        handover_us: float | None = None,
         nvml: ModuleType | Any | None = None,
         cgroups: Path = CGROUPS,
     ) -> None:
@@ -76,19 +91,39 @@ class DeviceMonitor:
         self.own = {os.getpid(), *own_pids}
         self._nvml: Any = None
         self._unseen: dict[str, str] = {}  # what NVML does not tell, and why
+        self.placement: Placement | None = None
         if device.type == "cuda":
             self._open(nvml)
+        elif device.type == "cpu" and torch.get_num_threads() > 1:
+            self.placement = Placement(math.inf if handover_us is None else handover_us)
         self.start()
+
+    @property
+    def handover_us(self) -> float | None:
+        """Of the threads of a CPU when they ran nearest to each other; None where that is not watched."""
+        return None if self.placement is None else self.placement.nearest_us
 
     def start(self) -> None:
         """Begin anew."""
-        self._capped = self._rounds = 0
+        self._capped = self._rounds = self._apart = 0
+        self._impatient = False
         self._foreign: set[int] = set()
         self._throttled = _cgroup_throttling(self.cgroups)
+
+    def settle(self, limit_s: float) -> float:
+        """Wait until a CPU's threads run as near to each other as they can; returns seconds waited."""
+        if self.placement is None or self._impatient:
+            return 0.0
+        start = time.perf_counter()
+        self._impatient = not self.placement.wait(limit_s)
+        return time.perf_counter() - start
 
     def check(self) -> str | None:
         """Why the round that just ended does not count, or None."""
         self._rounds += 1
+        if self.placement is not None and self.placement.apart():
+            self._apart += self._impatient
+            return None if self._impatient else "the threads ran apart"
         if self._nvml is None:
             return None
         reasons = self._ask("throttling", self._clock_reasons, 0)
@@ -101,6 +136,8 @@ class DeviceMonitor:
         notes = [f"{what} went unseen: {why}" for what, why in self._unseen.items()]
         if self._capped:
             notes.append(f"the power cap held the clock down in {self._capped} of {self._rounds} rounds")
+        if self._apart:
+            notes.append(f"the threads ran apart in {self._apart} of {self._rounds} rounds")
         if hasattr(os, "getloadavg"):
             notes.append(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
         (times, seconds), (times_before, seconds_before) = _cgroup_throttling(self.cgroups), self._throttled

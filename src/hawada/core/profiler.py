@@ -56,13 +56,15 @@ class Rounds:
         precision: stop when every ratio's relative half-width is at most this.
         min_rounds: fewest rounds; the precision is looked at then, and whenever their number has doubled.
         max_rounds: most rounds.
-        max_seconds: no further round begins after this once there are `min_rounds`.
+        max_seconds: no further round begins after this once there are `min_rounds`; waiting does not count.
+        patience_s: the longest that is waited for the device to be as it should, see `Monitor.settle`.
     """
 
     precision: float = 0.01
     min_rounds: int = 10
     max_rounds: int = 80
     max_seconds: float = 20.0
+    patience_s: float = 30.0
 
 
 def bootstrap_median(samples: Samples, resamples: int = 1000) -> Interval:
@@ -130,13 +132,15 @@ def measure_rounds(
     checkpoint = rounds.min_rounds
     if monitor is not None:
         monitor.start()
-    start = time.perf_counter()
+    start, waited = time.perf_counter(), 0.0
     while tally.attempts < 2 * rounds.max_rounds:
+        if monitor is not None:
+            waited += monitor.settle(rounds.patience_s - waited)
         row = [0.0] * len(samplers)
         for index in order.permutation(len(samplers)):
             row[index] = samplers[index]()
         tally.add(row, monitor.check() if monitor is not None else None)
-        late = time.perf_counter() - start > rounds.max_seconds
+        late = time.perf_counter() - start - waited > rounds.max_seconds
         if len(tally.kept) == rounds.max_rounds or (late and tally.enough):
             break
         if len(tally.kept) == checkpoint:
@@ -339,14 +343,19 @@ def measure_latency_ms(
 
 
 def relative_medians(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Inputs], clock: Clock, rounds: Rounds, seed: int = 0
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Inputs],
+    clock: Clock,
+    rounds: Rounds,
+    seed: int = 0,
+    monitor: Monitor | None = None,
 ) -> dict[str, float]:
     """Milliseconds of many modules measured together; the first is the baseline to which the others are tied."""
     names = list(models)
     if not names:
         return {}
     samplers = [clock.prepare(models[name], inputs[name]) for name in names]
-    samples = sample_rounds(samplers, rounds, seed, zero_ok=source_of(clock) != "measured")
+    samples = sample_rounds(samplers, rounds, seed, monitor=monitor, zero_ok=source_of(clock) != "measured")
     ratios = np.median(samples / np.maximum(samples[:, [0]], TINY_MS), axis=0)
     baseline = max(float(np.median(samples[:, 0])), TINY_MS)
     return {name: float(ratio) * baseline for name, ratio in zip(names, ratios, strict=True)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hawada.core.export import ExportPolicy, materialize
+from hawada.core.monitor import Monitor
 from hawada.core.profiler import Clock, Inputs, Rounds, relative_medians
 from hawada.core.structure import Group, Site, full_widths, keep_first, widths_of
 
@@ -127,6 +128,7 @@ def build_table(
     policy: ExportPolicy,
     points: int = 9,
     rounds: Rounds | None = None,
+    monitor: Monitor | None = None,
     on_site: Callable[[str], None] | None = None,
 ) -> LatencyTable:
     """Slice a copy of each distinct site to a grid of widths and time it on the arguments it really gets.
@@ -143,6 +145,7 @@ def build_table(
         policy: its rounding decides which widths exist.
         points: grid points per group with many units (fewer when several groups touch a site).
         rounds: how long to measure.
+        monitor: watches the device.
         on_site: called with each site's path when it is done.
     """
     by_name = {group.name: group for group in groups}
@@ -164,7 +167,7 @@ def build_table(
             signature = (repr(module), shapes, grid, read, site.reads_dim, site.reads_per_unit)
             if signature not in measured:
                 measured[signature] = _time_grid(
-                    model, groups, site, grid, arguments[site.module], clock, rounds or Rounds()
+                    model, groups, site, grid, arguments[site.module], clock, rounds or Rounds(), monitor
                 )
             ms = ms + times * measured[signature]
         tables.append(SiteTable(site, grid, ms))
@@ -236,6 +239,7 @@ def _time_grid(
     arguments: Arguments,
     clock: Clock,
     rounds: Rounds,
+    monitor: Monitor | None,
 ) -> NDArray[np.float64]:
     """Milliseconds at every grid point; points that slice to the same module are timed once, a removed one takes 0."""
     full = full_widths(groups)
@@ -255,7 +259,7 @@ def _time_grid(
                     gone = sum(full[name] - remain[name] for name in site.reading) * site.reads_per_unit
                     first = first.narrow(site.reads_dim, 0, first.shape[site.reads_dim] - gone).contiguous()
                 inputs[str(points[widths])] = (first, *others)
-    times = relative_medians(calls, inputs, clock, rounds)
+    times = relative_medians(calls, inputs, clock, rounds, monitor=monitor)
     ms = np.asarray([times.get(str(points[widths]), 0.0) for widths in itertools.product(*grid)])
     return monotone(ms.reshape([len(axis) for axis in grid]))
 

@@ -169,6 +169,7 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Ju
             "seed": work.cfg.seed,
             "threads": torch.get_num_threads(),
             "own_pids": [os.getpid()] if holds_gpu else [],
+            "handover_us": work.handover_us,
             "answer": str(answer.resolve()),
         },
     )
@@ -206,7 +207,8 @@ def main(request: Path) -> None:
         workloads.append(adapter.workload(model.to(device, dtype).eval(), shape))
     given = load_file(asked["inputs"])
     inputs = tuple(given[name].to(device) for name in sorted(given))
-    clock, monitor = build(OmegaConf.create(asked["clock"])), DeviceMonitor(device, own_pids=asked["own_pids"])
+    clock = build(OmegaConf.create(asked["clock"]))
+    monitor = DeviceMonitor(device, own_pids=asked["own_pids"], handover_us=asked["handover_us"])
 
     def measure(baseline: nn.Module, candidate: nn.Module, rounds: Rounds) -> Comparison:
         return compare(baseline, candidate, inputs, clock, rounds=rounds, seed=asked["seed"], monitor=monitor)

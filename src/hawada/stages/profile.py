@@ -60,6 +60,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted_ms, real_ms, strict=True)],
             "models": [{"widths": w, **record} for w, record in zip(widths, measured, strict=True)],
             "timed_as": work.timed_as,
+            "handover_us": work.handover_us,
             "simulated": work.clock.simulated,
             "environment": work.environment(),
         }
@@ -78,6 +79,7 @@ def time_sites(work: Workspace, teacher: nn.Module, clock: Clock, progress: Prog
         policy=work.policy,
         points=work.cfg.profile.points,
         rounds=work.quick_rounds,
+        monitor=work.monitor if clock is work.clock else None,
         on_site=lambda site: progress.step(f"timed {site}"),
     )
 
@@ -126,7 +128,7 @@ def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progr
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
     inputs, rounds = work.inputs(), work.quick_rounds
-    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS))
+    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=work.rounds.patience_s)
     baseline = work.clock.prepare(work.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
         models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]

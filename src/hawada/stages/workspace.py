@@ -41,7 +41,9 @@ TOLERANCE_ELSEWHERE = 0.06
 # How sharply and how long a comparison is measured, likewise.
 ROUNDS = {"cuda": {"precision": 0.005, "max_rounds": 400}}
 ROUNDS_ELSEWHERE = {"precision": 0.006, "max_rounds": 400}
-QUICK = Rounds(precision=0.01, max_rounds=80, max_seconds=8.0)  # where many figures make up for each other's errors
+QUICK = Rounds(
+    precision=0.01, max_rounds=80, max_seconds=8.0, patience_s=3.0
+)  # where many figures make up for each other's errors
 NEW_TOKENS = 32  # that a language model generates before it is saved and after it is loaded again
 
 
@@ -206,7 +208,15 @@ class Workspace:
     @cached_property
     def monitor(self) -> Monitor | None:
         """What watches the device between rounds; nothing does where nothing runs."""
-        return DeviceMonitor(self.device) if source_of(self.clock) == "measured" else None
+        if source_of(self.clock) != "measured":
+            return None
+        profiled = self.run.result("profile") if self.run.is_finished("profile") else {}
+        return DeviceMonitor(self.device, handover_us=profiled.get("handover_us"))
+
+    @property
+    def handover_us(self) -> float | None:
+        """How near to each other the threads of a CPU run at best, see `hawada.core.placement`."""
+        return self.monitor.handover_us if isinstance(self.monitor, DeviceMonitor) else None
 
     @cached_property
     def rounds(self) -> Rounds:
@@ -225,6 +235,7 @@ class Workspace:
             precision=max(rounds.precision, QUICK.precision),
             max_rounds=min(rounds.max_rounds, QUICK.max_rounds),
             max_seconds=min(rounds.max_seconds, QUICK.max_seconds),
+            patience_s=min(rounds.patience_s, QUICK.patience_s),
         )
 
     @property
