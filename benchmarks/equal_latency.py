@@ -254,48 +254,50 @@ def candidates(
     return found
 
 
-def judged(
-    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module
+def measured(
+    arguments: argparse.Namespace, work: Workspace, teacher: nn.Module, found: Mapping[tuple[str, float], nn.Module]
 ) -> list[dict[str, Any]]:
-    """One record for each method and target."""
-    found = candidates(arguments, work, hawada, teacher)
+    """One record for each method and target: what it measures and how good it is before finetuning."""
     one = work.adapter.example_inputs(Shape(1))
-    models = {
-        target: {method: model for (method, wanted), model in found.items() if wanted == target}
-        for target in arguments.targets
-    }
-    ratios = {target: together(work, copy.deepcopy(teacher), copy.deepcopy(those)) for target, those in models.items()}
-    print("everything is measured; what follows may share the machine", flush=True)
-    records = []
+    records: list[dict[str, Any]] = []
     for target in arguments.targets:
+        models = {method: model for (method, wanted), model in found.items() if wanted == target}
+        ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
         for method in arguments.methods:
-            if method not in models[target]:
-                records.append({"method": method, "target_ratio": target, "reached": False})
-                print(f"target {target:.2f}  {method:12} does not reach it", flush=True)
+            records.append({"method": method, "target_ratio": target, "reached": method in models})
+            if method not in models:
                 continue
-            model, start = models[target][method], time.perf_counter()
+            model = models[method]
             recalibrated = recalibrate_batchnorm(copy.deepcopy(model), work.data.calibration_loader(128, CALIBRATION))
-            before = {"exported": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)}
-            after = [
-                accuracy(work, finetuned(work, recalibrated, teacher, arguments.samples, seed))
-                for seed in range(arguments.seeds)
-            ]
-            records.append(
-                {
-                    "method": method,
-                    "target_ratio": target,
-                    "reached": True,
-                    "ratio": ratios[target][method],
-                    "macs": count_macs(model, one),
-                    "parameters": count_parameters(model),
-                    "before": before,
-                    "after": after,
-                    "mean": float(np.mean(after)),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            print(line(records[-1]), flush=True)
+            records[-1] |= {
+                "ratio": ratios[method],
+                "macs": count_macs(model, one),
+                "parameters": count_parameters(model),
+                "before": {"exported": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)},
+                "after": [],
+            }
     return records
+
+
+def finetune_all(
+    arguments: argparse.Namespace,
+    work: Workspace,
+    teacher: nn.Module,
+    found: Mapping[tuple[str, float], nn.Module],
+    records: Sequence[dict[str, Any]],
+    seed: int,
+) -> None:
+    """Add to each record what its model reaches with one seed."""
+    for record in records:
+        if not record["reached"]:
+            continue
+        model = copy.deepcopy(found[record["method"], record["target_ratio"]])
+        recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+        start = time.perf_counter()
+        record["after"].append(accuracy(work, finetuned(work, model, teacher, arguments.samples, seed)))
+        record["mean"] = float(np.mean(record["after"]))
+        record["finetuning_seconds"] = time.perf_counter() - start
+        print(line(record), flush=True)
 
 
 def line(record: Mapping[str, Any]) -> str:
@@ -354,11 +356,15 @@ def main() -> None:
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
-        records = judged(arguments, work, hawada, teacher)
-    whole |= {"records": records, "seconds": time.perf_counter() - start}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
-    plot(records, whole["teacher_accuracy"], arguments.output.with_suffix(".png"))
+        found = candidates(arguments, work, hawada, teacher)
+        whole["records"] = measured(arguments, work, teacher, found)
+        print("everything is measured; what follows may share the machine", flush=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        for seed in range(arguments.seeds):
+            finetune_all(arguments, work, teacher, found, whole["records"], seed)
+            whole["seconds"] = time.perf_counter() - start
+            arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
+    plot(whole["records"], whole["teacher_accuracy"], arguments.output.with_suffix(".png"))
     print(f"{whole['seconds'] / 60:.0f} minutes; {json.dumps(whole['environment'])}")
 
 

@@ -28,7 +28,13 @@ HELD_OUT = 5120  # training images
 TRAINED = ["train.epochs=1", "train.steps_per_epoch=100"]  # of gates, at batch 64: 6,400 images
 STEPS: dict[str, list[str]] = {
     "trained gates": [*TRAINED, "export.quality.worth=gates", "export.quality.compensate=false"],
-    "+ least squares": [*TRAINED, "export.quality.worth=gates"],
+    "hard-concrete gates instead": [
+        *TRAINED,
+        "gate=hard_concrete",
+        "export.quality.worth=gates",
+        "export.quality.compensate=false",
+    ],
+    "trained gates + least squares": [*TRAINED, "export.quality.worth=gates"],
     "+ measured worth": TRAINED,
     "measured worth, no gates trained": [],
     "+ order by reconstruction": ["export.quality.order=reconstruction"],
