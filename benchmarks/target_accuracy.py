@@ -27,9 +27,10 @@ from hydra import compose, initialize_config_dir
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.profiler import Comparison
 from hawada.core.search_export import BudgetSearch, search_export
-from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.core.structure import keep_all, widths_of
 from hawada.run import Run
 from hawada.stages import profile
+from hawada.stages.export import measuring
 from hawada.stages.judge import combine, judge_afresh
 from hawada.stages.tables import load_proxy
 from hawada.stages.workspace import Workspace
@@ -58,24 +59,21 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
     teacher = work.adapter.skeleton()
-    reference = choosing.timed(work.adapter.skeleton())
-
-    def measure(keep: Keep) -> Comparison:
-        return choosing.compare(reference, choosing.timed(work.slim(teacher, keep)))
-
     start = time.perf_counter()
-    search = BudgetSearch(
-        groups=work.groups,
-        saliency=saliency,
-        proxy=load_proxy(choosing, "profile"),
-        policies=choosing.policies,
-        measure=measure,
-        budget=choosing.budget_for(ratio),
-        teacher_ms=run.result("profile")["teacher_ms"],
-        confirmations=choosing.confirmations,
-    )
-    choices = in_window(search, ratio)  # before the search adds to the fit
-    found = search_export(search)
+    with measuring(choosing, teacher, teacher) as measure:
+        search = BudgetSearch(
+            groups=work.groups,
+            saliency=saliency,
+            proxy=load_proxy(choosing, "profile"),
+            policies=choosing.policies,
+            measure=measure,
+            budget=choosing.budget_for(ratio),
+            teacher_ms=run.result("profile")["teacher_ms"],
+            confirmations=choosing.confirmations,
+        )
+        choices = in_window(search, ratio)  # before the search adds to the fit
+        found = search_export(search)
+    seconds = time.perf_counter() - start
     folder = run.root / "judged" / f"{ratio:g}"
     folder.mkdir(parents=True)
     work.save(folder / "teacher", teacher, keep_all(work.groups))
@@ -84,7 +82,7 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
         "target_ratio": ratio,
         "status": found.status,
         "measurements": sum(candidate.times for candidate in found.candidates),
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "in_window": choices,
         "searched_ratio": found.chosen.comparison.ratio.median,
     }

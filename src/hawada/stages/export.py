@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hawada.core.budget import Budget
+from hawada.core.clock import source_of
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import keep_from_gates
 from hawada.core.profiler import Comparison
@@ -21,6 +26,7 @@ from hawada.core.structure import Group, Keep, completed, keep_all, widths_of
 from hawada.core.student import Student
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
+from hawada.stages.judge import measure_afresh
 from hawada.stages.quality import Quality
 from hawada.stages.tables import load_proxy, predicted
 from hawada.stages.workspace import Workspace
@@ -81,20 +87,38 @@ def prove_equivalence(work: Workspace, student: Student, slim: nn.Module, keep: 
     return record
 
 
-def measure_function(
-    work: Workspace, student: Student, teacher: nn.Module, progress: Progress
-) -> Callable[[Keep], Comparison]:
-    """Slices a choice and compares it with the teacher; with timing=table, predicts it."""
-    reference = work.timed(copy.deepcopy(teacher))
+@contextmanager
+def measuring(
+    work: Workspace, model: nn.Module, teacher: nn.Module, on_measured: Callable[[Comparison], None] | None = None
+) -> Iterator[Callable[[Keep], Comparison]]:
+    """A function that slices `model` to a choice and compares it with the teacher; with timing=table, predicts it.
 
-    def measure(keep: Keep) -> Comparison:
-        if work.cfg.gpu.timing == "table":
-            return predicted(work, keep)
-        comparison = work.compare(reference, work.timed(work.slim(student.model, keep)))
-        progress.step(f"measured {comparison.ratio.median:.3f} of the teacher")
-        return comparison
+    On a CPU each comparison has a process of its own, as the verdict will have: in one that has held many models, small
+    ones are some percent slower.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        afresh = source_of(work.clock) == "measured" and work.cfg.gpu.timing != "table" and work.device.type == "cpu"
+        if afresh:
+            work.save(folder / "teacher", teacher, keep_all(work.groups))
+        reference = None if afresh else work.timed(copy.deepcopy(teacher))
 
-    return measure
+        def measure(keep: Keep) -> Comparison:
+            if work.cfg.gpu.timing == "table":
+                return predicted(work, keep)
+            slim = work.slim(model, keep)
+            if afresh:
+                shutil.rmtree(folder / "slim", ignore_errors=True)
+                work.save(folder / "slim", slim, keep)
+                comparison = measure_afresh(work, folder / "teacher", folder / "slim", folder)
+            else:
+                assert reference is not None
+                comparison = work.compare(reference, work.timed(slim))
+            if on_measured is not None:
+                on_measured(comparison)
+            return comparison
+
+        yield measure
 
 
 def make_search(
@@ -127,7 +151,19 @@ def _choose(
     work: Workspace, student: Student, teacher: nn.Module, quality: Quality, progress: Progress
 ) -> tuple[Keep, dict[str, Any]]:
     """Kept indices and what was measured to find them."""
-    measure = measure_function(work, student, teacher, progress)
+    with measuring(work, student.model, teacher, lambda measured: tell(progress, measured)) as measure:
+        return _search(work, student, quality, measure)
+
+
+def tell(progress: Progress, measured: Comparison) -> None:
+    """One measurement is done."""
+    progress.step(f"measured {measured.ratio.median:.3f} of the teacher")
+
+
+def _search(
+    work: Workspace, student: Student, quality: Quality, measure: Callable[[Keep], Comparison]
+) -> tuple[Keep, dict[str, Any]]:
+    """Kept indices for the configured target, or those of the gates where there is none."""
     if not work.budget.has_target:
         keep = completed(keep_from_gates(student.own_gates(), student.groups, work.policy), work.groups)
         comparison = measure(keep)

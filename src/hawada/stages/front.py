@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,7 +12,7 @@ from hawada.core.structure import widths_of
 from hawada.report.front import plot_front, print_front
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
-from hawada.stages.export import described, load_student, make_search, measure_function, prove_equivalence
+from hawada.stages.export import described, load_student, make_search, measuring, prove_equivalence, tell
 from hawada.stages.quality import Quality
 from hawada.stages.tables import load_proxy
 from hawada.stages.workspace import Workspace
@@ -31,9 +32,12 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     with (
         work.writing("front") as folder,
         Progress("front", cfg.export.max_measurements * len(targets)) as progress,
+        ExitStack() as stack,
     ):
         quality = Quality(work, student, teacher, progress)
-        measure = measure_function(work, student, teacher, progress)
+        measure = stack.enter_context(
+            measuring(work, student.model, teacher, lambda measured: tell(progress, measured))
+        )
         for target in targets:
             progress.say(f"target {target:g}")
             search = make_search(work, student, quality, measure, work.budget_for(target), proxy)

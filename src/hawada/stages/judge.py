@@ -27,7 +27,7 @@ from hawada.config import build
 from hawada.core.budget import Budget
 from hawada.core.device import environment, prepare_cpu
 from hawada.core.monitor import DeviceMonitor
-from hawada.core.profiler import Comparison, Interval, Latency, Rounds, compare
+from hawada.core.profiler import Comparison, Interval, Latency, MeasurementError, Rounds, compare
 from hawada.run import write_json
 from hawada.stages.workspace import Workspace
 
@@ -85,7 +85,14 @@ def _combined_latency(parts: Sequence[Latency]) -> Latency:
 
 
 def measure_judgement(
-    measure: Measure, teacher: nn.Module, slim: nn.Module, *, budget: Budget, rounds: Rounds, repeats: int
+    measure: Measure,
+    teacher: nn.Module,
+    slim: nn.Module,
+    *,
+    budget: Budget,
+    rounds: Rounds,
+    repeats: int,
+    once: bool = False,
 ) -> Judgement:
     """Compare teacher and slim model, after the teacher with a copy of itself; what breaks off is kept up to there.
 
@@ -98,26 +105,29 @@ def measure_judgement(
         budget: what is asked for; its tolerance is also how much the teacher may differ from itself.
         rounds: of one comparison.
         repeats: how many comparisons are combined.
+        once: leave out the self-check, and do not measure for longer.
     """
     measured: dict[str, Comparison] = {}
     comparison, failed = None, None
     done: list[Comparison] = []
     try:
-        measured[SELF_CHECK] = measure(teacher, copy.deepcopy(teacher), rounds)
+        if not once:
+            measured[SELF_CHECK] = measure(teacher, copy.deepcopy(teacher), rounds)
         for prefix, how in (("repeat", rounds), ("longer", _longer(rounds))):
             done = []
             for index in range(repeats):
                 done.append(measure(teacher, slim, how))
                 measured[f"{prefix}_{index + 1}"] = done[-1]
             comparison = combine(done)
-            if not budget.has_target or comparison.noisy or budget.verdict(comparison)[0] != "unverified":
+            if once or not budget.has_target or comparison.noisy or budget.verdict(comparison)[0] != "unverified":
                 break
     except RuntimeError as error:  # a device that is lost raises no narrower one on every version and backend
         said = (str(error).strip().splitlines() or ["no reason given"])[0]
         failed = f"measuring broke off ({type(error).__name__}: {said})"
         comparison = comparison or (combine(done) if done else None)
     if comparison is not None:
-        comparison = replace(comparison, noisy=failed or comparison.noisy or _restless(measured[SELF_CHECK], budget))
+        restless = _restless(measured[SELF_CHECK], budget) if SELF_CHECK in measured else None
+        comparison = replace(comparison, noisy=failed or comparison.noisy or restless)
     return Judgement(comparison, failed, measured)
 
 
@@ -138,7 +148,19 @@ def _restless(self_check: Comparison, budget: Budget) -> str | None:
     return f"the same model differs from itself by {off:.1%}, and {budget.tolerance:.1%} is tolerated"
 
 
-def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Judgement:
+def measure_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Comparison:
+    """Compare two saved models once in a new process, without a self-check; arguments as for `judge_afresh`.
+
+    Raises:
+        MeasurementError: when nothing came of it.
+    """
+    judgement = judge_afresh(work, teacher, slim, folder, once=True)
+    if judgement.comparison is None:
+        raise MeasurementError(judgement.failed or "nothing was measured")
+    return judgement.comparison
+
+
+def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path, *, once: bool = False) -> Judgement:
     """Measure two saved models in a new process; whatever happens to it, this one goes on.
 
     Args:
@@ -146,6 +168,7 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Ju
         teacher: folder of the saved baseline.
         slim: folder of the saved candidate.
         folder: for `judgement.json`, with every sample and the environment.
+        once: compare once and leave out the self-check: for a search, whose result is judged afterwards.
     """
     request, inputs, answer = (folder / name for name in ("request.json", "inputs.safetensors", "judgement.json"))
     save_file({f"{index:03d}": x.cpu().contiguous() for index, x in enumerate(work.inputs())}, inputs)
@@ -164,8 +187,9 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Ju
             "dtype": work.cfg.gpu.dtype,
             "clock": clock,
             "rounds": asdict(work.rounds),
-            "budget": asdict(work.budget),
-            "repeats": REPEATS.get(work.device.type, REPEATS_ELSEWHERE),
+            "budget": asdict(work.budget_for(None) if once else work.budget),
+            "repeats": 1 if once else REPEATS.get(work.device.type, REPEATS_ELSEWHERE),
+            "once": once,
             "seed": work.cfg.seed,
             "threads": torch.get_num_threads(),
             "own_pids": [os.getpid()] if holds_gpu else [],
@@ -219,6 +243,7 @@ def main(request: Path) -> None:
         budget=Budget(**asked["budget"]),
         rounds=Rounds(**asked["rounds"]),
         repeats=asked["repeats"],
+        once=asked["once"],
     )
     write_json(Path(asked["answer"]), as_dict(judgement) | {"environment": environment(device)})
 
