@@ -49,7 +49,9 @@ matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
 MULTIPLE = 2  # widths of every method are multiples of this
 STEPS = 7  # bisections of a baseline's ratio
+HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
 CALIBRATION = 2048  # training images for importance and BatchNorm
+BATCH = 64  # of finetuning
 RECIPE: dict[str, Any] = {"epochs": 1, "lr": 4e-3, "weight_decay": 5e-4, "label_weight": 0.1, "warm_up": 0.1}
 DISTILLATION = KDConfig(temperature=4.0)
 
@@ -178,9 +180,12 @@ def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
 
 def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], float]) -> nn.Module | None:
     """The slowest model at or under the target that bisection on the pruning ratio finds; None where there is none."""
-    low, high = 0.0, 0.97
-    best = prune(high)
-    if ratio_of(best) > target:
+    low = 0.0
+    for high in HIGHEST:
+        best = prune(high)
+        if ratio_of(best) <= target:
+            break
+    else:
         return None
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -195,8 +200,8 @@ def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], floa
 def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: int, seed: int) -> nn.Module:
     """The one recipe that all get: so many training images once, distillation and labels."""
     torch.manual_seed(seed)
-    loader = work.data.train_loader(64, seed)
-    steps = samples // 64
+    loader = work.data.train_loader(BATCH, seed)
+    steps = samples // BATCH
 
     class Limited:
         def __len__(self) -> int:
@@ -352,7 +357,7 @@ def main() -> None:
         whole: dict[str, Any] = {
             "environment": work.environment() | {"torch_pruning": tp.__version__},
             "timed_as": work.timed_as,
-            "recipe": RECIPE | {"samples": arguments.samples, "temperature": DISTILLATION.temperature, "batch": 64},
+            "recipe": RECIPE | {"samples": arguments.samples, "temperature": DISTILLATION.temperature, "batch": BATCH},
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
