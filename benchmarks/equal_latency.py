@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -107,15 +108,16 @@ def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) ->
             for target in (middle, f"[{every}]")
         )
     run = Run(root / one.name, one)
-    profile.run(run.settings("profile"), run)
-    train.run(run.settings("train"), run)
+    for name, stage in (("profile", profile), ("train", train)):
+        if not run.check(name):
+            stage.run(run.settings(name), run)
     run = Run(root / one.name, many)
     return Workspace(run.settings("front"), run)
 
 
 def of_hawada(work: Workspace) -> dict[float, nn.Module]:
     """What `stage=export` makes for every target."""
-    points = front.run(work.cfg, work.run)["points"]
+    points = (work.run.result("front") if work.run.check("front") else front.run(work.cfg, work.run))["points"]
     return {
         point["target_ratio"]: work.saved_model("front", f"{point['target_ratio']:g}/slim")
         for point in points
@@ -339,6 +341,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=30_000, help="training images that finetuning sees")
+    parser.add_argument("--root", type=Path, help="folder that keeps HawAda's stages; finished ones are not done again")
     parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -346,7 +349,7 @@ def main() -> None:
         arguments.seeds, arguments.samples = 1, arguments.samples // 10
     arguments.targets = sorted(set(arguments.targets), reverse=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as root:
+    with nullcontext(arguments.root) if arguments.root else tempfile.TemporaryDirectory() as root:
         overrides = [*options(arguments), *arguments.overrides]
         work = workspace(overrides, arguments.targets, Path(root))
         hawada = {"hawada": work}
