@@ -20,7 +20,7 @@ from torch import nn
 from hawada.core.distill import Distillation, KDConfig, Outputs
 
 chunk, output = json.loads(sys.argv[1]), sys.argv[2]
-TOKENS, WIDTH, VOCABULARY = 1024, 64, 32064
+TOKENS, WIDTH, VOCABULARY = 2048, 64, 32064
 generator = torch.Generator().manual_seed(0)
 heads = [nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False) for _ in range(2)]
 for head in heads:
@@ -73,7 +73,7 @@ def test_losses_in_chunks_hold_a_quarter_of_the_memory_at_most(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **GIVEN_BACK})
         assert done.returncode == 0, done.stderr
         held[name], found[name] = json.loads(done.stdout), load_file(output)
-    assert held["plain"] > 2 * 1024 * 32064 * 4  # at least the logits of both were there at once
+    assert held["plain"] > 2 * 2048 * 32064 * 4  # at least the logits of both were there at once
     assert held["chunked"] <= 0.25 * held["plain"]
     plain, chunked = found["plain"], found["chunked"]
     assert torch.allclose(chunked["loss"], plain["loss"], rtol=1e-5)
