@@ -39,19 +39,6 @@ def test_it_learns_from_labels(net, problem, accelerator):
     assert epochs[-1]["label"] < 0.5 * epochs[0]["label"]
 
 
-def test_momentum_means_sgd(net, problem, accelerator):
-    loader, x, y = problem
-    other = copy.deepcopy(net)
-    plain, heavy = Finetuner(6, lr=0.02), Finetuner(6, lr=0.02, momentum=0.9)
-    assert accuracy(heavy.fit(other, loader, accelerator=accelerator), x, y) > 0.8
-    plain.fit(net, loader, accelerator=accelerator)
-    assert not torch.allclose(net[0].weight, other[0].weight)
-    optimizer, _ = heavy._optimizer(net, 10)
-    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[1]["weight_decay"] == 0.0
-    with pytest.raises(ValueError, match="momentum 1 is not at least 0 and below 1"):
-        Finetuner(1, momentum=1)
-
-
 def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
     loader, x, y = problem
     teacher = copy.deepcopy(net)

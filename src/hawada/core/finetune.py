@@ -19,7 +19,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Finetuner:
-    """AdamW, or SGD, with linear warm-up and cosine decay on KD + label_weight * cross-entropy.
+    """AdamW with linear warm-up and cosine decay on KD + label_weight * cross-entropy.
 
     Norms and biases take no weight decay. The last epoch's weights are the result: nothing is selected on test data.
 
@@ -30,7 +30,6 @@ class Finetuner:
         label_weight: factor of the cross-entropy when the data has labels.
         warm_up: fraction of all steps that the learning rate rises.
         clip: largest gradient norm; 0 does not clip.
-        momentum: of SGD with Nesterov's look-ahead, which convolutional nets often take better; None: AdamW.
     """
 
     def __init__(
@@ -41,13 +40,9 @@ class Finetuner:
         label_weight: float = 1.0,
         warm_up: float = 0.1,
         clip: float = 1.0,
-        momentum: float | None = None,
     ) -> None:
         if epochs < 0 or lr <= 0:
             raise ValueError(f"epochs {epochs} must not be negative and lr {lr} must be above 0")
-        if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(f"momentum {momentum} is not at least 0 and below 1; 0.9 is usual, null means AdamW")
-        self.momentum = momentum
         self.epochs, self.lr, self.weight_decay = epochs, lr, weight_decay
         self.label_weight, self.warm_up, self.clip = label_weight, warm_up, clip
 
@@ -108,17 +103,15 @@ class Finetuner:
         return model.eval()
 
     def _optimizer(self, model: nn.Module, total: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimizer, and its learning rate over `total` steps."""
+        """AdamW, and its learning rate over `total` steps."""
         sorted_parameters = parameter_groups(model)
-        decayed = [
-            {"params": sorted_parameters["weights"], "weight_decay": self.weight_decay},
-            {"params": sorted_parameters["norms_and_biases"], "weight_decay": 0.0},
-        ]
-        optimizer: Optimizer
-        if self.momentum is None:
-            optimizer = torch.optim.AdamW(decayed, lr=self.lr)
-        else:
-            optimizer = torch.optim.SGD(decayed, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": sorted_parameters["weights"], "weight_decay": self.weight_decay},
+                {"params": sorted_parameters["norms_and_biases"], "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+        )
         rising = max(1, int(self.warm_up * total))
         schedule = torch.optim.lr_scheduler.SequentialLR(
             optimizer,
