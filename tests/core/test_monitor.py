@@ -134,6 +134,15 @@ def test_what_the_cpu_quota_took_meanwhile_is_noted(folder, text, tmp_path):
     assert not any("quota" in note for note in monitor.finish().notes)
 
 
+def test_a_quota_that_cannot_be_read_is_noted(tmp_path):
+    (tmp_path / "cpu.stat").write_text("something else entirely")
+    monitor = DeviceMonitor(torch.device("cpu"), cgroups=tmp_path)
+    assert monitor.check() is None
+    notes = monitor.finish().notes
+    assert any(note.startswith("the CPU quota went unseen: ") for note in notes)
+    assert not any("stopped this process" in note for note in notes)
+
+
 @pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="the system tells no load")
 def test_the_load_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (3.25, 0.0, 0.0))

@@ -108,7 +108,7 @@ class DeviceMonitor:
         self._capped = self._rounds = self._apart = 0
         self._impatient = False
         self._foreign: set[int] = set()
-        self._throttled = _cgroup_throttling(self.cgroups)
+        self._throttled = self._throttling()
 
     def settle(self, limit_s: float) -> float:
         """Wait until a CPU's threads run as near to each other as they can; returns seconds waited."""
@@ -133,6 +133,7 @@ class DeviceMonitor:
 
     def finish(self) -> Conditions:
         """What was seen since `start`."""
+        (times, seconds), (times_before, seconds_before) = self._throttling(), self._throttled
         notes = [f"{what} went unseen: {why}" for what, why in self._unseen.items()]
         if self._capped:
             notes.append(f"the power cap held the clock down in {self._capped} of {self._rounds} rounds")
@@ -140,7 +141,6 @@ class DeviceMonitor:
             notes.append(f"the threads ran apart in {self._apart} of {self._rounds} rounds")
         if hasattr(os, "getloadavg"):
             notes.append(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
-        (times, seconds), (times_before, seconds_before) = _cgroup_throttling(self.cgroups), self._throttled
         if times > times_before:
             stops, lost_s = times - times_before, seconds - seconds_before
             notes.append(f"the cgroup's CPU quota stopped this process {stops} times for {lost_s:.2f} s")
@@ -148,6 +148,14 @@ class DeviceMonitor:
         if self._foreign:
             noisy = f"other processes compute on the GPU (pid {', '.join(map(str, sorted(self._foreign)))})"
         return Conditions(tuple(notes), noisy)
+
+    def _throttling(self) -> tuple[int, float]:
+        """What the CPU quota did so far; what cannot be read is noted, as measuring goes on without it."""
+        try:
+            return _cgroup_throttling(self.cgroups)
+        except (OSError, ValueError) as error:
+            self._unseen["the CPU quota"] = str(error)
+            return 0, 0.0
 
     def _open(self, nvml: Any) -> None:
         try:
@@ -193,11 +201,8 @@ class DeviceMonitor:
 
 def _cgroup_throttling(root: Path) -> tuple[int, float]:
     """How often and for how many seconds the CPU quota has stopped this process's cgroup; zeros without a quota."""
-    for path in _cpu_stat_files(root):
-        try:
-            pairs = dict(line.split() for line in path.read_text().splitlines())
-        except (OSError, ValueError):
-            continue
+    for path in filter(Path.is_file, _cpu_stat_files(root)):
+        pairs = dict(line.split() for line in path.read_text().splitlines())
         if "nr_throttled" in pairs:
             microseconds = float(pairs.get("throttled_usec", float(pairs.get("throttled_time", 0)) / 1e3))  # v1: ns
             return int(pairs["nr_throttled"]), microseconds / 1e6
@@ -206,12 +211,9 @@ def _cgroup_throttling(root: Path) -> tuple[int, float]:
 
 def _cpu_stat_files(root: Path) -> list[Path]:
     """Where cgroup v2 and v1 keep it: below this process's own group, or in a container at the root."""
-    groups = [("", "")]
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            groups.insert(0, (controllers, group.lstrip("/")))
-    except (OSError, ValueError):
-        pass  # no Linux: there are no control groups
+    groups, own = [("", "")], Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.is_file() else ():  # Linux alone has control groups
+        _, controllers, group = line.split(":", 2)
+        groups.insert(0, (controllers, group.lstrip("/")))
     folders = [root / controllers / group for controllers, group in groups if controllers in ("", "cpu", "cpu,cpuacct")]
     return [folder / "cpu.stat" for folder in (*folders, root / "cpu", root / "cpu,cpuacct")]
