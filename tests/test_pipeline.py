@@ -301,22 +301,22 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
     profiled: Path, recipe: str, no_reload: None
 ) -> None:
     before = times(profiled)
-    outcome = hawada("-m", recipe, f"output_dir={profiled}", "budget.target_ratio=0.8,0.6")
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
     assert outcome.code == 0, outcome.err
-    jobs = {ratio: f"budget.target_ratio={ratio}" for ratio in (0.8, 0.6)}
+    jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
     assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}
     assert {path: when for path, when in times(profiled).items() if path in before} == before  # not done again
     gates = set()
-    for ratio, name in jobs.items():
+    for (ratio, _), name in jobs.items():
         assert folders(profiled / NAME / name) == {"train", "export", "finetune", "evaluate"}
         result = read(profiled / NAME / name / "result.json")
         assert result["target_ratio"] == ratio
         assert 0.8 * ratio < result["latency_ratio"]["median"] <= ratio
         gates.add((profiled / NAME / name / "train" / "gates.safetensors").read_bytes())
-    assert len(gates) == 2  # every job trained its own
-    assert "2 jobs" in outcome.out
+    assert len(gates) == 4  # every job trained its own
+    assert "4 jobs" in outcome.out
     rows = [[cell.strip() for cell in line.split("│")] for line in outcome.out.splitlines() if "│ simulated" in line]
-    assert [row[1:3] for row in rows] == [[str(ratio), "simulated"] for ratio in jobs]
+    assert [row[1:4] for row in rows] == [[str(ratio), str(lr), "simulated"] for ratio, lr in jobs]
 
 
 def test_a_job_that_fails_does_not_stop_the_others(profiled: Path, recipe: str) -> None:
