@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.budget import Budget
 from hawada.core.profiler import Comparison, Interval, Latency, MeasurementError, Rounds, summarize
 from hawada.core.structure import keep_all
-from hawada.stages.judge import SELF_CHECK, Judgement, as_dict, combine, judge_afresh, measure_judgement
+from hawada.stages.judge import SELF_CHECK, Judgement, as_dict, combine, judge_afresh, measure_afresh, measure_judgement
 
 BUDGET = Budget(None, 0.5, 0.05)
 ROUNDS = Rounds(precision=0.01, min_rounds=5, max_rounds=10, max_seconds=1.0)
@@ -224,15 +225,24 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         rounds=ROUNDS,
         handover_us=None,
         budget=Budget(None, 0.9, 0.05),
+        budget_for=lambda ratio: Budget(None, ratio, 0.05),
     )
 
-    def judge(clock: str) -> tuple[Judgement, Path]:
+    def place(clock: str) -> tuple[Any, Path, Path, Path]:
         work.cfg.gpu.clock._target_ = f"outside_clocks.{clock}"
         folder = tmp_path / clock
         folder.mkdir()
-        return judge_afresh(work, tmp_path / "teacher", tmp_path / "slim", folder), folder  # type: ignore[arg-type]
+        return work, tmp_path / "teacher", tmp_path / "slim", folder
 
-    return SimpleNamespace(judge=judge, budget=work.budget)
+    def judge(clock: str) -> tuple[Judgement, Path]:
+        asked = place(clock)
+        return judge_afresh(*asked), asked[-1]
+
+    def measure(clock: str) -> tuple[Comparison, Path]:
+        asked = place(clock)
+        return measure_afresh(*asked), asked[-1]
+
+    return SimpleNamespace(judge=judge, measure=measure, budget=work.budget)
 
 
 def test_saved_models_are_judged_in_a_fresh_process(saved: Any) -> None:
@@ -245,6 +255,24 @@ def test_saved_models_are_judged_in_a_fresh_process(saved: Any) -> None:
     assert record["environment"]["fingerprint"]["device"] == "cpu"
     assert record["measured"]["repeat_1"]["samples_ms"][0] == [teacher, slim]
     assert [path.name for path in folder.iterdir()] == ["judgement.json"]
+
+
+def test_a_search_measures_once_in_a_fresh_process(saved: Any) -> None:
+    comparison, folder = saved.measure("Clock")
+    assert comparison.noisy is None and 0.3 < comparison.ratio.median < 0.9
+    assert list(json.loads((folder / "judgement.json").read_text())["measured"]) == ["repeat_1"]
+
+
+@pytest.mark.parametrize(
+    ("clock", "reason"),
+    [
+        ("Nonsense", "a timing that was not finite or not positive"),
+        ("Killed", "the measuring process ended with exit code 7"),
+    ],
+)
+def test_a_search_cannot_go_on_without_a_measurement(clock: str, reason: str, saved: Any) -> None:
+    with pytest.raises(MeasurementError, match=re.escape(reason)):
+        saved.measure(clock)
 
 
 @pytest.mark.parametrize(

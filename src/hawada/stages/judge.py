@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from hawada.core.device import environment, prepare_cpu
 from hawada.core.monitor import DeviceMonitor
 from hawada.core.profiler import Comparison, Interval, Latency, MeasurementError, Rounds, compare
 from hawada.run import write_json
-from hawada.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from hawada.stages.workspace import Workspace  # much that the measuring process would wait for and not use
 
 REPEATS = {"cuda": 3}
 REPEATS_ELSEWHERE = 1
