@@ -155,7 +155,7 @@ NETS = {
     "efficientnet_b0": (32, {}, {"branch": 9, "channel": 35, "stream": 5}),
     "densenet121": (32, {}, {"channel": 66}),
     "squeezenet1_1": (32, {}, {"channel": 25}),
-    "googlenet": (32, {"arguments": {"aux_logits": False, "init_weights": False}}, {"channel": 57}),
+    "googlenet": (32, {}, {"channel": 57}),
     "shufflenet_v2_x0_5": (32, {}, {"channel": 18}),
     "convnext_tiny": (32, {}, {"branch": 18, "ffn": 18}),
 }
@@ -374,7 +374,7 @@ def test_unusual_networks(name, random_units):
             r"Shuffled: nothing can be pruned: shuffle ChannelShuffle is not understood; ",
         ),
         ({"factory": "mynets.Several"}, r"Several: output returns \{'out': head_2\} and not one tensor, the logits; "),
-        ({"arch": "googlenet", "arguments": {"init_weights": False}}, r"aux1\.conv\.conv: never called in eval mode"),
+        ({"arch": "googlenet", "arguments": {"aux_logits": True}}, r"aux1\.conv\.conv: never called in eval mode"),
         ({"factory": "mynets.Plain", "channels": 1}, r"Plain: the forward pass fails on an input of shape \(2, 1, 32"),
     ],
 )
@@ -521,3 +521,16 @@ def test_weights_bring_the_normalisation_that_they_were_trained_with(arch: str, 
     normalisation = ConvNetAdapter(arch=arch, weights="IMAGENET1K_V1").normalisation()
     assert normalisation is not None and normalisation[0][0] == pytest.approx(mean)
     assert ConvNetAdapter(arch=arch).normalisation() is None
+
+
+@pytest.mark.parametrize(("arch", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_weights_of_nets_with_auxiliary_classifiers_are_read_without_these(arch, size, monkeypatch):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(arch, transform_input=True, init_weights=False)
+    weights = torchvision.models.get_model_weights(arch)
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    adapter = ConvNetAdapter(arch, image_size=size, weights="IMAGENET1K_V1")
+    teacher, (image,) = adapter.teacher(), adapter.example_inputs(Shape(1))
+    assert not any("aux" in name.lower() for name, _ in teacher.named_parameters())
+    assert torch.equal(teacher(image), theirs.eval()(image))  # its channels transformed as they were in training
+    assert len(adapter.groups(teacher)) > 50

@@ -10,15 +10,18 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from hawada.adapters.base import Adapter, Shape
+from hawada.adapters.base import Shape
+from hawada.adapters.block_states import BlockStates
 from hawada.adapters.convnet.declaration import Declaration
 from hawada.adapters.convnet.sites import find_sites
 from hawada.adapters.convnet.trace import trace
 from hawada.adapters.torchvision.weights import Source
 from hawada.core.structure import Group, Site
 
+WITH_AUXILIARIES = ("googlenet", "inception_v3")  # classifiers on the way that only training runs
 
-class ConvNetAdapter(Adapter):
+
+class ConvNetAdapter(BlockStates):
     """Convolutional networks from torchvision or from code of one's own.
 
     What may be removed is read from the graph that torch.fx makes of the forward pass, never from names. Channels
@@ -28,7 +31,8 @@ class ConvNetAdapter(Adapter):
         arch: name of a torchvision model (`mobilenet_v2`), or None with `factory`.
         factory: path of a function or class that returns the model (`mypackage.nets.resnet20`). It is imported and
             called; a saved model that names one loads only with `trust=["mypackage."]`.
-        arguments: keyword arguments of the factory, or of torchvision's builder; plain values.
+        arguments: keyword arguments of the factory, or of torchvision's builder; plain values. GoogLeNet and Inception
+            come without their auxiliary classifiers unless these ask for them.
         num_classes: size of the classifier, handed on under this name; None leaves it to the builder.
         image_size: side of the square input whose latency is optimised, in pixels.
         channels: of the input image.
@@ -115,6 +119,9 @@ class ConvNetAdapter(Adapter):
 
     def _build(self) -> nn.Module:
         arguments = self.arguments | ({} if self.num_classes is None else {"num_classes": self.num_classes})
+        if self.arch in WITH_AUXILIARIES:  # torchvision's weights were trained on inputs that the model transforms
+            plain = {"aux_logits": False, "init_weights": False, "transform_input": self.weights is not None}
+            arguments = plain | arguments
         if self.arch is not None:
             return torchvision.models.get_model(self.arch, weights=None, **arguments)
         assert self.factory is not None

@@ -10,14 +10,15 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hawada.adapters.base import Adapter, Shape
+from hawada.adapters.base import Shape
+from hawada.adapters.block_states import BlockStates
 from hawada.adapters.torchvision.weights import Source
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-class ResNetAdapter(Adapter):
+class ResNetAdapter(BlockStates):
     """He et al., Deep Residual Learning for Image Recognition, 2015, as torchvision builds it.
 
     Args:

@@ -17,6 +17,8 @@ from torchvision.models import WeightsEnum
 
 from hawada.adapters.base import MANIFEST, load_model
 
+# Classifiers of GoogLeNet and Inception that only training runs.
+AUXILIARY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
 # Checkpoints of DenseNets were written with names that torch no longer allows: norm.1 for norm1.
 OLD_NAME = re.compile(r"(?<=\.)(norm|conv)\.(\d)(?=\.(weight|bias|running_mean|running_var|num_batches_tracked)$)")
 
@@ -95,7 +97,7 @@ class Source:
             raise self._unreachable(error) from None
         except RuntimeError as error:
             raise ValueError(f"model.adapter.weights: {error}; set model.adapter.path to a local file") from None
-        return {OLD_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items()}
+        return {OLD_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items() if not AUXILIARY.match(name)}
 
     def _entry(self) -> WeightsEnum:
         """torchvision's entry for the named weights."""
