@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,12 +21,21 @@ from hawada.run import Run
 from hawada.stages import export, front, pretrain, profile, train
 from hawada.stages.workspace import Workspace
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # a network of 16 to 64 channels: reconstruction is quick
 TINY = [
+    "model=convnet",
+    "data=digits",
+    "schedule=digits",
+    "model.adapter.arch=null",
+    "model.adapter.factory=cifar_resnet.CifarResNet",
+    "model.adapter.arguments={depth: 8}",
+    "model.adapter.num_classes=10",
+    "model.adapter.image_size=16",
+    "model.adapter.weights=null",
+    "model.pretrain=true",
     "gpu.timing=simulated",
     "gpu.multiple.channel=[4]",
     "runtime.threads=1",
-    "model.adapter.layers=[1,1,1,1]",
-    "model.adapter.image_size=16",
     "data.image_size=16",
     "data.test_samples=1000",
     "schedule.pretrain=6",
@@ -52,7 +63,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         with initialize_config_dir(conf_dir(), version_base="1.3"):
             return compose("config", [*TINY, f"output_dir={root}", "name=tiny", *overrides])
 
-    with mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True):
+    with (
+        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
+        mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]),
+    ):
         run = Run(root / "tiny", configured())
         for stage in (profile, pretrain, train):
             stage.run(run.settings(stage.__name__.rpartition(".")[2]), run)
@@ -89,18 +103,22 @@ def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
     assert accuracy(work) == before
 
 
-def test_measured_worth_is_kept_with_the_result(trained: Any) -> None:
-    work, result = trained()
+@pytest.mark.parametrize("order", ["gates", "reconstruction"])
+def test_measured_worth_is_kept_with_the_result(order: str, trained: Any) -> None:
+    work, result = trained(f"export.quality.order={order}")
     assert result["status"] == "on_target"
     assert set(result["sensitivity"]) == {group.name for group in work.groups}
     assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
     assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
     assert result["nats"]["refitted"] < result["nats"]["sliced"]
+    measured = accuracy(work)
+    assert measured > accuracy(trained("export.quality.worth=gates")[0]) - 0.02
 
 
 def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
     work, result = trained("budget.target_ratio=[0.8,0.6]")
     assert [point["refitted"] > 0 for point in result["points"]] == [True, True]
+    assert 0 < result["seconds"]["measuring"] < result["seconds"]["all"]
     assert set(result["sensitivity"]) == {group.name for group in work.groups}
     assert accuracy(work, "0.8/slim", "front") >= accuracy(work, "0.6/slim", "front") - 0.02
 

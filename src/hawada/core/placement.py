@@ -1,8 +1,9 @@
 """How near to each other a CPU's threads run.
 
-A hypervisor moves virtual CPUs between cores: now two share a cache, now they do not. Handing work from thread to
-thread then takes another time, and the ratio of a small model to a large one, measured a minute later, is another by up
-to a fifth, while neither load nor clock shows anything. A probe of little but handing over tells the placements apart.
+On a virtual machine handing work from thread to thread takes now one time, now another, for seconds to a minute: most
+likely the host moves virtual CPUs between cores that share a cache and cores that do not. The ratio of a small model to
+a large one is then another too, while neither load nor clock shows anything. A probe of little but handing over tells
+the placements apart.
 """
 
 from __future__ import annotations

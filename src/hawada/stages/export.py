@@ -93,8 +93,7 @@ def measuring(
 ) -> Iterator[Callable[[Keep], Comparison]]:
     """A function that slices `model` to a choice and compares it with the teacher; with timing=table, predicts it.
 
-    On a CPU each comparison has a process of its own, as the verdict will have: in one that has held many models, small
-    ones are some percent slower.
+    On a CPU each comparison has a process of its own, as the verdict will have, so that both are measured alike.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import time
 from typing import Any
 
 from omegaconf import DictConfig
 
+from hawada.core.profiler import Comparison
 from hawada.core.search_export import search_export
-from hawada.core.structure import widths_of
+from hawada.core.structure import Keep, widths_of
 from hawada.report.front import plot_front, print_front
 from hawada.report.progress import Progress
 from hawada.run import Run, write_json
@@ -29,18 +30,24 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     student = load_student(work, teacher)
     proxy = load_proxy(work, "train")
     points: list[dict[str, Any]] = []
+    start, measuring_s = time.perf_counter(), 0.0
     with (
         work.writing("front") as folder,
         Progress("front", cfg.export.max_measurements * len(targets)) as progress,
-        ExitStack() as stack,
+        measuring(work, student.model, teacher, lambda measured: tell(progress, measured)) as measure,
     ):
         quality = Quality(work, student, teacher, progress)
-        measure = stack.enter_context(
-            measuring(work, student.model, teacher, lambda measured: tell(progress, measured))
-        )
+
+        def timed(keep: Keep) -> Comparison:
+            nonlocal measuring_s
+            began = time.perf_counter()
+            comparison = measure(keep)
+            measuring_s += time.perf_counter() - began
+            return comparison
+
         for target in targets:
             progress.say(f"target {target:g}")
-            search = make_search(work, student, quality, measure, work.budget_for(target), proxy)
+            search = make_search(work, student, quality, timed, work.budget_for(target), proxy)
             found = search_export(search, cfg.export.max_measurements)
             point = {"target_ratio": target, "worth": found.chosen.worth, **described(found, work.groups)}
             if found.status != "infeasible":
@@ -63,6 +70,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "summary": f"{reached} of {len(points)} targets reached, see {folder / 'front.png'}",
                 "points": points,
                 **quality.as_dict(),
+                "seconds": {"all": time.perf_counter() - start, "measuring": measuring_s},
                 "teacher_ms": run.result("profile")["teacher_ms"],
                 "timed_as": work.timed_as,
                 "environment": work.environment(),

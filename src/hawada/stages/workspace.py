@@ -41,9 +41,8 @@ TOLERANCE_ELSEWHERE = 0.06
 # How sharply and how long a comparison is measured, likewise.
 ROUNDS = {"cuda": {"precision": 0.005, "max_rounds": 400}}
 ROUNDS_ELSEWHERE = {"precision": 0.006, "max_rounds": 400}
-QUICK = Rounds(
-    precision=0.01, max_rounds=80, max_seconds=8.0, patience_s=3.0
-)  # where many figures make up for each other's errors
+# Where many figures make up for each other's errors.
+QUICK = Rounds(precision=0.01, max_rounds=80, max_seconds=8.0, patience_s=3.0)
 NEW_TOKENS = 32  # that a language model generates before it is saved and after it is loaded again
 
 
