@@ -7,7 +7,8 @@ cell counts when at least three allocations of the table lie in its window; a se
 the search found is judged by the median of three fresh processes, and the cells of one model take turns: a shared
 machine has moods of seconds to minutes, in which the ratio of the same two models differs by 2 to 3 %. Models and
 batches that the output holds already are not judged again. Further overrides go after `--`, e.g. `-- gpu=h100
-runtime=cudagraph`.
+runtime=cudagraph`, or `-- runtime.threads=1` on a virtual machine whose threads now run near each other and now do not:
+there the ratio of the same two models differs by a tenth from one minute to the next.
 """
 
 from __future__ import annotations
