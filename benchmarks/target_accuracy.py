@@ -8,7 +8,7 @@ the search found is judged by the median of three fresh processes, and the cells
 machine has moods of seconds to minutes, in which the ratio of the same two models differs by 2 to 3 %. Models and
 batches that the output holds already are not judged again. Further overrides go after `--`, e.g. `-- gpu=h100
 runtime=cudagraph`, or `-- runtime.threads=1` on a virtual machine whose threads now run near each other and now do not:
-there the ratio of the same two models differs by a tenth from one minute to the next.
+there the ratio of the same two models is another from one minute to the next.
 """
 
 from __future__ import annotations
@@ -150,7 +150,12 @@ def main() -> None:
             print(line(records[-1]), flush=True)
         counted = [record for record in records if record["counts"]]
         summary = {"counted": len(counted), "inside": sum(record["inside"] for record in counted)}
-        whole = {"environment": profiled["environment"], "summary": summary, "cells": records}
+        whole = {
+            "environment": profiled["environment"],
+            "overrides": arguments.overrides,
+            "summary": summary,
+            "cells": records,
+        }
         arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
     whole = json.loads(arguments.output.read_text())
     summary = whole["summary"]
