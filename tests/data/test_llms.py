@@ -3,7 +3,6 @@ import gzip
 import http.server
 import json
 import lzma
-import socket
 import threading
 import time
 from functools import partial
@@ -304,6 +303,7 @@ def test_rows_without_text_are_skipped(tmp_path, make):
     [
         (["a.jsonl", "b_test.jsonl"], [1]),
         (["a.jsonl", "b-valid.jsonl"], [1]),
+        (["a.jsonl", "dev-b.jsonl", "develop.jsonl"], [1]),
         (["train.jsonl", "validation-0.jsonl", "TEST-0.jsonl", "test-1.jsonl"], [2, 3]),
         (["train/0.jsonl", "test/0.jsonl"], [1]),
         (["contest.jsonl", "invalid.jsonl", "testset.jsonl", "testimony.jsonl"], [2]),
@@ -439,19 +439,6 @@ def test_a_path_that_is_not_there_is_named(tmp_path, make, missing):
 def test_a_path_is_needed(tokenizer):
     with pytest.raises(ValueError, match=r"data\.path: no value is given; set data\.path to a local file, folder"):
         llms.text(tokenizer=tokenizer, path=None)
-
-
-@pytest.fixture
-def server():
-    """A server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-@pytest.fixture
-def no_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
 NEITHER = (

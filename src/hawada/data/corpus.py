@@ -10,7 +10,7 @@ import re
 import sysconfig
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
@@ -20,8 +20,9 @@ DOCUMENT_CHARACTERS = 2000
 READERS = {"txt": "from_text", "jsonl": "from_json", "parquet": "from_parquet"}
 SUFFIX = re.compile(r"\.(txt|jsonl|parquet)(\.(gz|bz2|xz|zst))?$")
 WANTED = ".txt, .jsonl (either also .gz, .bz2, .xz or .zst) or .parquet"
+TEXT = f"UTF-8 text: {WANTED}"
 TEST_NAME, VALIDATION_NAME = (
-    re.compile(rf"(?<![a-z]){word}(?![a-z])", re.IGNORECASE) for word in ("test(set)?", "valid(ation)?")
+    re.compile(rf"(?<![a-z])({word})(?![a-z])", re.IGNORECASE) for word in ("test(set)?", "valid(ation)?|dev")
 )
 TITLE = re.compile(r"\s?= (?!= ).+ =\s*")
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -29,6 +30,18 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 Gather = Callable[[Iterable[str]], Iterable[str]]
 # Documents to train on and to test on; None where some of the former are to be held out.
 Splits = tuple[Iterable[str], Iterable[str] | None]
+
+
+def check_count(key: str, value: int | None) -> None:
+    """Raises a `ValueError` for what is no whole number of at least 1; None is none given."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"data.{key}: {value} is not a whole number of at least 1; set data.{key} to one")
+
+
+def check_test_fraction(value: float) -> None:
+    """Raises a `ValueError` for what is not between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"data.test_fraction: {value} is not between 0 and 1; set it to a fraction")
 
 
 def held_out(document: str, fraction: float) -> bool:
@@ -85,15 +98,22 @@ def local_texts(path: str | None, column: str, *, gather: Gather | None = None) 
     return _file_documents(train, column, gather), _file_documents(test, column, gather) if test else None
 
 
-def local_files(path: str | None) -> tuple[list[Path], list[Path]]:
+def local_files(
+    path: str | None, *, suffix: re.Pattern[str] = SUFFIX, wanted: str = WANTED
+) -> tuple[list[Path], list[Path]]:
     """Training and test files.
 
     A file is for testing when its name, or a folder below `path`, has the word test. Where there is none, those with
-    the word valid or validation are; otherwise these are left out. Without either, or with nothing else, every file is
-    for training.
+    the word valid, validation or dev are; otherwise these are left out. Without either, or with nothing else, every
+    file is for training.
+
+    Args:
+        path: a file, a folder or a glob.
+        suffix: what the names of usable files match.
+        wanted: those in words.
 
     Raises:
-        ValueError: when there is no text file at all.
+        ValueError: when there is no usable file at all.
     """
     if path is None:
         raise ValueError("data.path: no value is given; set data.path to a local file, folder or glob of text")
@@ -105,9 +125,9 @@ def local_files(path: str | None) -> tuple[list[Path], list[Path]]:
         names = {file: file.name for file in found}
         if not found:
             raise ValueError(f"data.path: {path} does not exist; set data.path to a local file, folder or glob of text")
-    usable = [file for file in sorted(names) if SUFFIX.search(file.name) and file.is_file()]
+    usable = [file for file in sorted(names) if suffix.search(file.name) and file.is_file()]
     if not usable:
-        raise ValueError(f"data.path: {path} has no {WANTED} file; convert the text to one of them")
+        raise ValueError(f"data.path: {path} has no {wanted} file; convert the text to one of them")
     test = [file for file in usable if TEST_NAME.search(names[file])]
     validation = [file for file in usable if VALIDATION_NAME.search(names[file]) and file not in test]
     train = [file for file in usable if file not in test and file not in validation]
@@ -125,7 +145,7 @@ def _file_documents(files: Iterable[Path], column: str, gather: Gather | None) -
         except StopIteration:  # an empty file
             continue
         except Exception as error:  # whatever the readers of three formats and four compressions raise
-            raise _unreadable(str(file), error) from error
+            raise unreadable(str(file), error) from error
         rows = read_rows(dataset, "text" if kind == "txt" else column, source=str(file))
         chosen = gather or (paragraphs if kind == "txt" else None)
         yield from rows if chosen is None else chosen(rows)
@@ -147,7 +167,7 @@ def read_rows(dataset: Any, column: str, *, source: str) -> Iterator[str]:
         try:
             batch = next(batches, None)
         except Exception as error:  # as above
-            raise _unreadable(source, error) from error
+            raise unreadable(source, error) from error
         if batch is None:
             return
         values = batch.get(column)
@@ -160,7 +180,23 @@ def read_rows(dataset: Any, column: str, *, source: str) -> Iterator[str]:
 
 
 def hub_texts(name: str, configuration: str | None, *, streaming: bool, gather: Gather | None = None) -> Splits:
-    """Documents of the training and the test split of a data set on the hub; without network, from the local cache.
+    """Documents of the training and the test split of a data set on the hub; see `hub_splits`."""
+    splits = hub_splits(name, configuration, ("train", "test"), streaming=streaming)
+    train, test = (read_rows(split, "text", source=name) for split in splits)
+    return (train, test) if gather is None else (gather(train), gather(test))
+
+
+def hub_splits(
+    name: str, configuration: str | None, splits: Sequence[str], *, streaming: bool = False, wanted: str = TEXT
+) -> list[Any]:
+    """Splits of a data set on the hub; without network, from the local cache.
+
+    Args:
+        name: owner/name.
+        configuration: one of the data set's; None: its only one.
+        splits: their names there.
+        streaming: read rows as they are asked for.
+        wanted: which local files serve instead, in words.
 
     Raises:
         ValueError: when it is not in the cache and the hub does not answer within 5 s, or does not have it.
@@ -171,7 +207,7 @@ def hub_texts(name: str, configuration: str | None, *, streaming: bool, gather: 
     try:
         dataset_name = name.partition("/")[2]
         cached = Cache(repo_id=name, dataset_name=dataset_name, config_name=configuration, version="auto", hash="auto")
-        splits = [cached.as_dataset(split=split) for split in ("train", "test")]
+        return [cached.as_dataset(split=split) for split in splits]
     except (ValueError, OSError) as missing:
         if datasets.config.HF_HUB_OFFLINE or not reachable(datasets.config.HF_ENDPOINT):
             raise ValueError(
@@ -179,14 +215,9 @@ def hub_texts(name: str, configuration: str | None, *, streaming: bool, gather: 
                 "connect to the network, or set data.path to local files"
             ) from missing
         try:
-            splits = [
-                datasets.load_dataset(name, configuration, split=split, streaming=streaming)
-                for split in ("train", "test")
-            ]
+            return [datasets.load_dataset(name, configuration, split=split, streaming=streaming) for split in splits]
         except Exception as error:  # whatever a hub raises
-            raise _unreadable(name, error) from error
-    train, test = (read_rows(split, "text", source=name) for split in splits)
-    return (train, test) if gather is None else (gather(train), gather(test))
+            raise unreadable(name, error, wanted) from error
 
 
 def reachable(url: str, timeout_s: float = 5.0) -> bool:
@@ -253,7 +284,8 @@ def docstrings(source: bytes) -> list[str]:
     return [text for text in map(ast.get_docstring, owners) if text]
 
 
-def _unreadable(source: str, error: Exception) -> ValueError:
+def unreadable(source: str, error: Exception, wanted: str = TEXT) -> ValueError:
+    """The error to raise for a file or data set whose reader failed; `wanted` are files that can be read, in words."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    remedy = "install the package zstandard" if "zstd" in reason else f"set data.path to UTF-8 text: {WANTED}"
+    remedy = "install the package zstandard" if "zstd" in reason else f"set data.path to {wanted}"
     return ValueError(f"data.path: {source} cannot be read ({reason}); {remedy}")

@@ -16,6 +16,8 @@ from hawada.data.corpus import (
     Splits,
     articles,
     articles_or_paragraphs,
+    check_count,
+    check_test_fraction,
     held_out,
     hub_texts,
     interpreter_texts,
@@ -112,12 +114,9 @@ class Packing:
     test_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        for key in ("sequence_length", "samples"):
-            value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"data.{key}: {value} is not a whole number of at least 1; set data.{key} to one")
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"data.test_fraction: {self.test_fraction} is not between 0 and 1; set it to a fraction")
+        check_count("sequence_length", self.sequence_length)
+        check_count("samples", self.samples)
+        check_test_fraction(self.test_fraction)
         if self.streaming and self.samples is None:
             raise ValueError(
                 "data.samples: a stream has no length of its own, and none is given; set data.samples to the number of "
@@ -290,8 +289,8 @@ def text(
 
     Args:
         tokenizer: text to ids.
-        path: a file, a folder or a glob. Files whose names have the word test (or else valid, validation) are the test
-            split; without such, some documents are held out.
+        path: a file, a folder or a glob. Files whose names have the word test (or else valid, validation, dev) are the
+            test split; without such, some documents are held out.
         sequence_length: tokens in a sequence.
         samples: train on only the first so many sequences.
         test_fraction: of documents held out, chosen by their content.
