@@ -1,0 +1,58 @@
+"""From the features of a text of any length to a fixed number of latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MeanPooling(nn.Module):
+    """The text in `latents` equal parts, each the mean of its tokens; a token on a border counts in both by its share.
+
+    Args:
+        latents: how many.
+        width: of the features.
+    """
+
+    def __init__(self, latents: int, width: int) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(batch, tokens, width), mask (batch, tokens) True at the beginning of each row -> (batch, latents, width)."""
+        return torch.einsum("bmt,btd->bmd", segments(mask, self.latents).to(features), features)
+
+
+def segments(mask: Tensor, latents: int) -> Tensor:
+    """Share of each token in each part, (batch, latents, tokens); a part's shares sum to 1."""
+    length = mask.sum(1).clamp_min(1).view(-1, 1, 1).float()
+    token = torch.arange(mask.shape[1], device=mask.device).view(1, 1, -1)
+    part = torch.arange(latents, device=mask.device).view(1, -1, 1)
+    low, high = part * length / latents, (part + 1) * length / latents
+    overlap = (torch.minimum(token + 1.0, high) - torch.maximum(token.float(), low)).clamp_min(0)
+    overlap = overlap * mask[:, None]
+    return overlap / overlap.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+class LearnedQueries(nn.Module):
+    """Latents that ask the text for what they hold: Jaegle et al., Perceiver, 2021.
+
+    Args:
+        latents: how many.
+        width: of the features.
+        layers: of attention among the latents, attention to the text and a feed-forward network.
+        heads: of each attention.
+    """
+
+    def __init__(self, latents: int, width: int, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(latents, width) * width**-0.5)
+        layer = nn.TransformerDecoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(batch, tokens, width), mask (batch, tokens) True where there is text -> (batch, latents, width)."""
+        queries = self.queries.expand(len(features), -1, -1)
+        return self.layers(queries, features, memory_key_padding_mask=~mask)

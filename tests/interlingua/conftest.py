@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from hawada.interlingua.adapter import Adapter, PrefixAdapter
+from hawada.interlingua.encoder import ByteFeatures, InterlinguaEncoder
+from hawada.interlingua.llm import LMWrapper, Template
+from hawada.interlingua.messenger import Messenger, Source
+from hawada.interlingua.pooling import LearnedQueries
+from hawada.interlingua.recall import syllable_tokenizer, word_tokenizer
+from hawada.interlingua.tiny_llms import small_causal_lm
+from hawada.interlingua.tokenizers import ByteTokenizer
+
+TEMPLATE = Template(question=" ? {question} ", anchor="")
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+
+
+def small(name, tokenizer, model_type, width=16, **options):
+    """An untrained model of a family; its weights are large enough to tell inputs apart."""
+    torch.manual_seed(0)
+    model = small_causal_lm(model_type, tokenizer.vocabulary, hidden_size=width, max_position_embeddings=128, **SIZES)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)
+    return LMWrapper(name, model, tokenizer, template=TEMPLATE, **options)
+
+
+@pytest.fixture
+def make_llm():
+    return small
+
+
+@pytest.fixture
+def llama():
+    return small("llama", word_tokenizer(), "llama")
+
+
+@pytest.fixture
+def qwen():
+    return small("qwen", syllable_tokenizer(), "qwen2", width=24)
+
+
+@pytest.fixture
+def llms(llama, qwen):
+    return {"llama": llama, "qwen": qwen}
+
+
+@pytest.fixture
+def make_messenger():
+    return messenger
+
+
+def messenger(
+    llms, *, kind="soft", latent_len=3, d_z=8, pooling=LearnedQueries, query_aware=False, limit=64, **options
+):
+    """Bytes to latents to soft tokens or keys and values, untrained."""
+    torch.manual_seed(1)
+    encoder = InterlinguaEncoder(
+        ByteFeatures(16), pooling, tuple(llms), latent_len=latent_len, d_z=d_z, width=16, layers=1, **options
+    )
+    adapters = {}
+    for name, llm in llms.items():
+        adapters[name] = (
+            Adapter(d_z, latent_len, llm.width, llm.embedding_rms, hidden=16)
+            if kind == "soft"
+            else PrefixAdapter(d_z, latent_len, *llm.cache_shape, hidden=16)
+        )
+    return Messenger(encoder, adapters, Source(ByteTokenizer(), limit, query_aware))
