@@ -19,7 +19,7 @@ from hawada.config import conf_dir, register_resolvers, validate
 
 CONF = Path(conf_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
-NESTED_GROUPS = sorted({path.parent.name for path in FILES} - {CONF.name, "recipe", "sweep"})
+NESTED_GROUPS = sorted({path.parent.name for path in FILES} - {CONF.name, "recipe", "sweep", "feature"})
 
 
 def options(group: str) -> list[str]:
@@ -62,7 +62,8 @@ def test_every_model_composes_with_every_gpu_and_stage(model: str, gpu: str, tmp
                 make(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path
             )
             validate(cfg, measures=True)
-            assert (cfg.name, cfg.gpu.name) == (f"{cfg.model.name}-{gpu}", gpu)
+            name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"
+            assert (cfg.name, cfg.gpu.name) == (name, gpu)
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, name) for group in NESTED_GROUPS for name in options(group)])
@@ -71,6 +72,12 @@ def test_every_option_of_every_group_composes(group: str, option: str, tmp_path:
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # every interpolation finds its target
     assert resolved[group], f"{group}={option} composes to nothing"
     validate(cfg, measures=True, reads=resolved)
+
+
+def test_features_of_the_interlingua_add_up() -> None:
+    assert composed("stage=interlingua").interlingua.features == {}
+    chosen = composed("stage=interlingua", f"feature=[{','.join(options('feature'))}]").interlingua.features
+    assert sorted(chosen) == options("feature") and all("_target_" in node for node in chosen.values())
 
 
 def test_the_groups_that_users_choose_from_are_there() -> None:

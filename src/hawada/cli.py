@@ -59,7 +59,7 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
     run.check_writable()
-    if "precheck" in cfg.model and plans:
+    if "precheck" in cfg.model and any("model" in plan.reads for plan in plans):
         build(cfg.model.precheck)
     for name in stages:
         run.check(name)
@@ -71,7 +71,10 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     if stage == "inspect":
         return inspect.run_inspect(run)
     with run.locked():
-        result = pipeline.run_pipeline(run) if stage == "pipeline" else pipeline.run_stage(stages[0], run)
+        if stage == "pipeline":
+            result = pipeline.run_pipeline(run)
+        else:
+            result = [pipeline.run_stage(name, run) for name in stages][-1]
     if "verdict" in result and not sweeping:
         from hawada.report.table import print_result
 

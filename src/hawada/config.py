@@ -128,6 +128,19 @@ RANGES: dict[str, Range] = {
     "finetune.trainer.lr": POSITIVE,
     "finetune.trainer.label_weight": NOT_NEGATIVE,
     "evaluate.batch_size": COUNT,
+    "interlingua.latent_len": COUNT_OR_ZERO,
+    "interlingua.private_len": COUNT_OR_ZERO,
+    "interlingua.d_z": COUNT,
+    "interlingua.samples": COUNT,
+    "interlingua.epochs": COUNT,
+    "interlingua.max_source_tokens": COUNT,
+    "interlingua.max_new_tokens": COUNT,
+    "interlingua.prompt_steps": COUNT_OR_ZERO,
+    "interlingua.save_every": COUNT,
+    "interlingua.test_contexts": COUNT,
+    "interlingua.schedule.steps": COUNT,
+    "interlingua.schedule.contexts": COUNT,
+    "interlingua.schedule.lr": POSITIVE,
 }
 
 # Keys for which null has a meaning.
@@ -141,6 +154,9 @@ NULLABLE = (
     "measure.precision",
     "measure.max_rounds",
     "train.steps_per_epoch",
+    "interlingua.samples",
+    "interlingua.epochs",
+    "interlingua.prompt_steps",
 )
 
 RUNTIMES = ("eager", "cudagraph", "compile")

@@ -32,6 +32,7 @@ _MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
+_INTERLINGUA = ("seed", "runtime.threads", "gpu.device")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
 
@@ -83,8 +84,19 @@ PLANS: dict[str, StagePlan] = {
             reads=(*_MODEL, "gpu.device", *_SHAPE, "export.formats", "export.push_to", "export.push"),
             needs=("train", "export", "finetune", "evaluate"),
         ),
+        StagePlan("interlingua-dry", reads=(*_INTERLINGUA, "llms", "interlingua")),
+        StagePlan("interlingua-llms", reads=(*_INTERLINGUA, "llms")),
+        StagePlan("interlingua", reads=(*_INTERLINGUA, "llms", "data", "interlingua"), needs=("interlingua-llms",)),
+        StagePlan(
+            "interlingua-eval",
+            reads=(*_INTERLINGUA, "llms", "data", "interlingua", "gpu", "runtime.mode", "measure"),
+            needs=("interlingua-llms", "interlingua"),
+            measures=True,
+        ),
     )
 }
+OF_GROUP = {"feature": "interlingua.features"}  # keys that a group's choices fill, where these are not called the same
+INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 
 def planned(stage: str, cfg: DictConfig) -> list[str]:
@@ -93,6 +105,8 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
     Raises:
         ValueError: when several targets are given to another stage.
     """
+    if stage in INTERLINGUA:
+        return [*upstream(stage, cfg), stage] if stage == "interlingua" else [stage]
     many = OmegaConf.is_list(cfg.budget.target_ratio)
     if many and stage == "export":
         return ["front"]
@@ -106,7 +120,7 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
 
 def order(cfg: DictConfig) -> list[str]:
     """The stages of a whole pipeline, in order."""
-    left_out = {"doctor", "front"} | (set() if cfg.model.pretrain else {"pretrain"})
+    left_out = {"doctor", "front", *INTERLINGUA} | (set() if cfg.model.pretrain else {"pretrain"})
     if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
         left_out.add("publish")
     return [name for name in PLANS if name not in left_out]
@@ -115,7 +129,15 @@ def order(cfg: DictConfig) -> list[str]:
 def upstream(name: str, cfg: DictConfig) -> list[str]:
     """Stages that must have finished before `name`, in order."""
     plan = PLANS[name]
+    if name in INTERLINGUA:
+        return [n for n in INTERLINGUA if n in plan.needs and (n != "interlingua-llms" or trains_llms(cfg))]
     return [n for n in order(cfg) if n in plan.needs or (n == "pretrain" and plan.teacher)]
+
+
+def trains_llms(cfg: DictConfig) -> bool:
+    """Whether the interlingua's models are trained here, as those are that come without weights."""
+    nodes = [node for node in cfg.llms.values() if OmegaConf.is_dict(node)]
+    return any("source" in node and node.source is None for node in nodes)
 
 
 def everything_read(name: str, cfg: DictConfig) -> set[str]:

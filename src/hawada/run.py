@@ -7,14 +7,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.plan import PLANS, TARGET, everything_read, upstream
+from hawada.plan import INTERLINGUA, OF_GROUP, PLANS, TARGET, everything_read, upstream
 
 MANIFEST = "manifest.json"
 
@@ -43,7 +43,7 @@ class Run:
         overwrite: bool = False,
     ) -> None:
         self.root, self.cfg, self.overwrite = root, cfg, overwrite
-        self.shared, self.swept = shared or root, tuple(swept)
+        self.shared, self.swept = shared or root, tuple(OF_GROUP.get(key, key) for key in swept)
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
@@ -103,7 +103,8 @@ class Run:
             if not self.is_finished(earlier):
                 raise ValueError(
                     f"stage={stage}: it needs what stage={earlier} writes to {self.folder(earlier)}, "
-                    f"which is not there; run stage={earlier} first, or stage=pipeline for everything"
+                    f"which is not there; run stage={earlier} first"
+                    + ("" if stage in INTERLINGUA else ", or stage=pipeline for everything")
                 )
             different = self.different_keys(earlier)
             if earlier == "train" and PLANS[stage].retargets:
@@ -121,6 +122,17 @@ class Run:
         clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(self.settings(stage)))
+        yield folder
+
+    @contextmanager
+    def resuming(self, stage: str) -> Iterator[Path]:
+        """A stage's folder with what an attempt left there that was broken off with this very configuration."""
+        folder = self.folder(stage)
+        attempt = {"config": self._read_values(stage), "upstream": self._upstream_now(stage)}
+        begun, text = folder / "attempt.json", json.dumps(attempt, indent=1)
+        if (folder / MANIFEST).is_file() or not begun.is_file() or begun.read_text() != text:
+            with self.writing(stage):
+                write_text(begun, text)
         yield folder
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,3 +316,9 @@ class MetricsLog:
         """Append one record."""
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop every other record, such as those that a run wrote after its last checkpoint."""
+        if self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and wanted(json.loads(line))))

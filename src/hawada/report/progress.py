@@ -45,6 +45,10 @@ class Progress:
         shown = "  ".join(f"{name} {value:.3g}" for name, value in figures.items() if value is not None)
         self._bar.update(self._task, advance=1, text=shown if text is None else text)
 
+    def skip(self, steps: int) -> None:
+        """So many steps were done before."""
+        self._bar.update(self._task, advance=steps)
+
     def done(self) -> None:
         """Fill the bar: the work ended before its last step."""
         self._bar.update(self._task, completed=self._bar.tasks[0].total)

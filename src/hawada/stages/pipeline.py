@@ -13,11 +13,12 @@ from hawada.config import check_targets
 from hawada.core.budget import SUCCESS
 from hawada.core.formats import check_formats
 from hawada.core.profiler import Interval
-from hawada.plan import PLANS, order, upstream
+from hawada.plan import INTERLINGUA, PLANS, order, upstream
 from hawada.report.diagnosis import print_diagnosis
 from hawada.report.progress import console
 from hawada.report.table import print_result
 from hawada.run import Run, write_json
+from hawada.stages.interlingua_parts import InterlinguaParts
 from hawada.stages.profile import measure_fastest
 from hawada.stages.workspace import Workspace
 
@@ -33,6 +34,9 @@ def check(stages: list[str], run: Run) -> None:
     """
     for stage in stages:
         check_targets(run.settings(stage))
+    if stages and stages[-1] in INTERLINGUA:
+        InterlinguaParts(run.settings(stages[-1]), run, dry=stages[-1] == "interlingua-dry").check()
+        return
     plans = [PLANS[stage] for stage in stages]
     if "publish" in stages:
         check_formats(run.cfg.export.formats)
@@ -91,7 +95,7 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     elif stage == "train" and (foregone := foregone_result(run)):
         result = foregone
     else:
-        module = importlib.import_module(f"hawada.stages.{stage}")
+        module = importlib.import_module(f"hawada.stages.{stage.replace('-', '_')}")
         result = module.run(run.settings(stage), run)
         console.print(f"[bold]{stage:>9}[/] {escape(result['summary'])}", soft_wrap=True)
     if stage == "doctor":
