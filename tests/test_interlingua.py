@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +39,9 @@ QUICK = (
 )
 
 
-def hawada(*overrides: str) -> subprocess.CompletedProcess[str]:
+def hawada(*overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
     script = "import sys; from hawada.cli import main; sys.argv[0] = 'hawada'; main()"
-    return subprocess.run([sys.executable, "-c", script, *overrides], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script, *overrides], capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,7 @@ def test_the_evaluation_has_every_row_and_what_it_costs(finished: Path) -> None:
         assert model["rows"]["text"]["nll"] == pytest.approx(model["rows"]["oracle embeddings"]["nll"], abs=1e-5)
         assert set(model["prefill"]) >= {"text", "latents", "latents with encoding"}
     assert result["guessing"]["values without keys"] == 0.5 and not result["query_aware"]
+    assert result["answers_shown_to_encoder"] == 1.0
     assert (finished / "run" / "interlingua-eval" / "rows.md").read_text().count("\n") == 2 + 2 * len(rows)
 
 
@@ -108,6 +110,51 @@ def test_models_that_cannot_recall_from_text_are_refused(tmp_path: Path) -> None
     done = hawada("stage=interlingua-llms", f"output_dir={tmp_path}", *QUICK, "llms.training.text_em=0.99")
     assert done.returncode == 1 and "and 99.0% are asked for; raise llms.training.steps" in done.stderr
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+OWN = """
+import torch
+from hawada.interlingua.features import Feature
+
+class First(torch.nn.Module):
+    def __init__(self, latents, width):
+        super().__init__()
+        self.latents = latents
+    def forward(self, features, mask):
+        return features[:, : self.latents]
+
+class Drift(Feature):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+        self.drift = torch.nn.Parameter(torch.ones(()))
+    def losses(self, llm, prefix, examples, step):
+        return {"size": self.weight * self.drift.square()}
+    def metrics(self):
+        return {"drift": self.drift.item()}
+"""
+
+
+def test_pooling_and_features_of_ones_own_take_a_line_of_configuration(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_parts.py").write_text(OWN)
+    shutil.copytree(finished / "run" / "interlingua-llms", tmp_path / "run" / "interlingua-llms")
+    own = (
+        "interlingua.pooling._target_=own_parts.First",
+        "+interlingua.features.own={_target_: own_parts.Drift, weight: 2.0}",
+        "feature=deep_prefix",
+        "interlingua.injection=soft",
+        "interlingua.private_len=1",
+        "interlingua.schedule.steps=5",
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    for stage in ("interlingua", "interlingua-eval"):
+        done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *QUICK, *own, env=environment)
+        assert done.returncode == 0, done.stderr
+    (line,) = map(json.loads, (tmp_path / "run" / "interlingua" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < line["own.drift"] < 1 and line["llama.own.size"] == pytest.approx(line["qwen.own.size"])
+    result = read(tmp_path / "run" / "interlingua-eval" / "result.json")
+    assert result["payload_bytes"]["fp16"] == (1 + 2) * 8 * 2  # a shared latent, and one of each reader's own
+    assert result["models"]["llama"]["rows"]["latents"]["tokens"] == 2 * 2  # soft tokens, and keys beside them
 
 
 def test_no_latents_are_trained_and_evaluated_too(finished: Path, tmp_path: Path) -> None:

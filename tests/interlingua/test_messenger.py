@@ -51,6 +51,13 @@ def test_latents_know_neither_question_nor_answer_unless_they_are_to(llms, make_
     assert torch.equal(aware.latents([example])[0]["qwen"], aware.latents(others[1:])[0]["qwen"])
 
 
+def test_it_is_known_whether_the_encoder_is_shown_an_answer():
+    source = Source(ByteTokenizer(), limit=9)
+    shown, cut = (Asked("the first the last", "which?", (answer,)) for answer in ("first", "last"))
+    assert source.holds_answer(shown) and not source.holds_answer(cut)
+    assert source.holds_answer(Asked("the first the last", "which?", ()))
+
+
 def test_a_long_context_is_cut_and_a_question_never():
     source = Source(ByteTokenizer(), limit=20, query_aware=True)
     ids = source.ids(Asked("a" * 100, "who is it?", ("x",)))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hawada.interlingua.checkpoint import load_checkpoint, save_checkpoint
+from hawada.interlingua.features import Feature
 from hawada.interlingua.objective import Objective
+from hawada.interlingua.prefix import Prefix
 from hawada.interlingua.recall import Recall, word_tokenizer
 from hawada.interlingua.trainer import InterlinguaTrainer, Schedule
 
@@ -62,13 +64,25 @@ def test_nothing_is_changed_when_a_loss_is_not_finite(llms, make_messenger):
     )
 
 
+class Noise(Feature):
+    """Random soft tokens: what follows depends on the generator's state."""
+
+    def prefix(self, name, z, prefix):
+        return Prefix(prefix.soft + 0.1 * torch.randn_like(prefix.soft))
+
+
 def test_going_on_from_a_checkpoint_is_going_on(llms, make_messenger, tmp_path):
-    whole = trainer(llms, make_messenger(llms))
+    def noisy():
+        messenger = make_messenger(llms)
+        messenger.features["noise"] = Noise()
+        return messenger
+
+    whole = trainer(llms, noisy())
     for _ in range(4):
         whole.train_step()
     save_checkpoint(tmp_path / "last", whole.messenger, whole.optimizer, {"step": whole.step})
     losses = [whole.train_step() for _ in range(4)]
-    resumed = trainer(llms, make_messenger(llms))
+    resumed = trainer(llms, noisy())
     torch.nn.init.zeros_(resumed.messenger.encoder.project.weight)
     state = load_checkpoint(tmp_path / "last", resumed.messenger, resumed.optimizer)
     resumed.step = state["step"]

@@ -28,6 +28,8 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"random.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -63,8 +65,10 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
             moments.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         torch.set_rng_state(tensors["random"])
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return state
+        for index, state in _below("random.", tensors).items():
+            torch.cuda.set_rng_state(state, int(index))
+    values: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return values
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,13 +38,23 @@ class Source:
         Raises:
             ValueError: when the question alone is too long.
         """
+        context, question = self._parts(example)
+        return (*context, *question)
+
+    def holds_answer(self, example: Example) -> bool:
+        """Whether an answer can be read in what is left of the context; of a question that has none, yes."""
+        kept = self.tokenizer.decode(self._parts(example)[0])
+        return not example.answers or any(answer in kept for answer in example.answers)
+
+    def _parts(self, example: Example) -> tuple[list[int], list[int]]:
+        """Ids of the context, cut, and of the question, where it is shown."""
         question = self.tokenizer.encode(self.separator + example.question) if self.query_aware else []
         if len(question) >= self.limit:
             raise ValueError(
                 f"interlingua.max_source_tokens: {self.limit} are not enough for a question of {len(question)} tokens "
                 "and a context; set it higher"
             )
-        return (*self.tokenizer.encode(example.context)[: self.limit - len(question)], *question)
+        return self.tokenizer.encode(example.context)[: self.limit - len(question)], question
 
 
 class Messenger(nn.Module):

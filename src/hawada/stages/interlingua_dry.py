@@ -42,7 +42,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "summary": f"{node.latent_len} latents of {node.d_z} for {frozen}; {trainable:,} parameters to train",
                 "trainable": trainable,
                 "models": models,
-                "payload_bytes": payload_bytes(node.latent_len, node.d_z),
+                "payload_bytes": payload_bytes(parts.latents_sent, node.d_z),
             },
         )
 

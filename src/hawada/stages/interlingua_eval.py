@@ -92,7 +92,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 for name, answered in found.items()
             },
             "together": together,
-            "payload_bytes": payload_bytes(node.latent_len, node.d_z),
+            "answers_shown_to_encoder": sum(map(messenger.source.holds_answer, examples)) / len(examples),
+            "payload_bytes": payload_bytes(parts.latents_sent, node.d_z),
             "environment": environment(parts.device),
         }
         said = ", ".join(

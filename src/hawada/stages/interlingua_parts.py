@@ -99,6 +99,12 @@ class InterlinguaParts:
             if value not in allowed:
                 raise ValueError(f"interlingua.{key}: {value!r} is not one of {', '.join(allowed)}; set it to one")
 
+    @property
+    def latents_sent(self) -> int:
+        """For one context, to all readers together: the latents that they share, and each one's own."""
+        node = self.cfg.interlingua
+        return int(node.latent_len + node.private_len * (len(NAMES) - 1))
+
     @cached_property
     def task(self) -> Task:
         """Where examples come from.
