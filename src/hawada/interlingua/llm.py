@@ -296,10 +296,9 @@ def padded_left(rows: Sequence[Sequence[int]], device: torch.device | None = Non
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device | None, *, left: bool) -> tuple[Tensor, Tensor]:
     longest = max((len(row) for row in rows), default=0)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[index, place] = torch.tensor(row, dtype=torch.long)
-        mask[index, place] = True
+    empty = [[0] * (longest - len(row)) for row in rows]
+    filled = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, empty, strict=True)]
+    ids = torch.tensor(filled, dtype=torch.long).view(len(rows), longest)
+    lengths, places = torch.tensor([len(row) for row in rows]).view(-1, 1), torch.arange(longest)
+    mask = places >= longest - lengths if left else places < lengths
     return ids.to(device), mask.to(device)

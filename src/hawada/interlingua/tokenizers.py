@@ -58,6 +58,7 @@ class PieceTokenizer:
         self.pieces = ["<bos>", "<eos>", *dict.fromkeys(pieces)]
         self.ids = {piece: index for index, piece in enumerate(self.pieces)}
         self.longest = max(map(len, self.pieces))
+        self._known: dict[str, list[int]] = {}
 
     @property
     def vocabulary(self) -> int:
@@ -69,7 +70,7 @@ class PieceTokenizer:
         Raises:
             UnknownText: when a word cannot be put together from the pieces.
         """
-        return [index for word in text.split() for index in self._word(word)]
+        return [index for word in text.split() for index in self._known.get(word) or self._word(word)]
 
     def _word(self, word: str) -> list[int]:
         rest, ids = f"▁{word}", []
@@ -79,6 +80,7 @@ class PieceTokenizer:
                 raise UnknownText(f"{word!r}: the tokenizer has no pieces for {rest!r}; use a word of its own list")
             ids.append(self.ids[rest[:length]])
             rest = rest[length:]
+        self._known[word] = ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
