@@ -167,6 +167,56 @@ def test_no_latents_are_trained_and_evaluated_too(finished: Path, tmp_path: Path
         assert model["rows"]["latents"] == model["rows"]["nothing"]
 
 
+SENTENCES = [f"The {color} house stands in {city}." for color in ("red", "blue") for city in ("Paris", "Rome", "Oslo")]
+
+
+def write_checkpoint(folder: Path, model_type: str, width: int) -> None:
+    """A tiny language model with random weights and a tokenizer of bytes, as transformers saves them."""
+    import tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = tokenizers.decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=260, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("own", [("interlingua.query_aware=true",), ("interlingua.injection=soft", "feature=lora")])
+def test_pretrained_models_answer_questions_on_real_texts(tmp_path: Path, own: tuple[str, ...]) -> None:
+    rows = [
+        {"context": f"{text} It is {age} years old.", "question": question, "answers": {"text": [answer]}}
+        for age, text in enumerate(SENTENCES * 2)
+        for question, answer in (("Where is it?", text[:-1].split()[-1]), ("How old is it?", str(age)))
+    ]
+    (tmp_path / "train.json").write_text(json.dumps({"data": rows}))
+    write_checkpoint(tmp_path / "one", "llama", 16)
+    write_checkpoint(tmp_path / "two", "qwen2", 24)
+    overrides = (
+        "data=squad",
+        f"data.path={tmp_path / 'train.json'}",
+        "data.test_fraction=0.3",
+        f"interlingua.llama_id={tmp_path / 'one'}",
+        f"interlingua.qwen_id={tmp_path / 'two'}",
+        "interlingua.epochs=1",
+        *(override for override in QUICK if not override.startswith(("data", "llms", "interlingua.schedule.steps"))),
+        *own,
+    )
+    for stage in ("interlingua", "interlingua-eval"):
+        done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *overrides)
+        assert done.returncode == 0, done.stderr
+    result = read(tmp_path / "run" / "interlingua-eval" / "result.json")
+    assert result["answers_shown_to_encoder"] == 1.0 and result["query_aware"] == ("query_aware" in own[0])
+    for model in result["models"].values():
+        assert model["rows"]["text"]["nll"] == pytest.approx(model["rows"]["oracle embeddings"]["nll"], abs=1e-4)
+        assert model["context_tokens"] > 40 and model["rows"]["head"]["tokens"] == 2
+
+
 REAL = {
     "llama": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
