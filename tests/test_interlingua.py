@@ -34,7 +34,7 @@ QUICK = (
     "interlingua.schedule.steps=40",
     "interlingua.schedule.contexts=4",
     "interlingua.save_every=5",
-    "interlingua.prompt_steps=2",
+    "evaluate.prompt_steps=2",
     "interlingua.test_contexts=8",
 )
 
@@ -104,6 +104,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(finished: Path, tmp_path: Pat
     for name in ("last", "best"):
         own = (folder / name / "tensors.safetensors").read_bytes()
         assert own == (finished / "run" / "interlingua" / name / "tensors.safetensors").read_bytes()
+
+
+def test_a_multirun_shares_the_models_and_an_evaluation_of_it_finds_them(tmp_path: Path) -> None:
+    fixed = (override for override in QUICK if not override.startswith(("interlingua.latent_len", "interlingua.sched")))
+    others = ("interlingua.encoder_type=states", "interlingua.schedule.steps=5", f"output_dir={tmp_path}", *fixed)
+    for stage in ("interlingua", "interlingua-eval"):
+        done = hawada("-m", f"stage={stage}", "interlingua.latent_len=1,2", *others)
+        assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("interlingua-llms/manifest.json"))) == 1
+    for latents in (1, 2):
+        folder = tmp_path / "interlingua" / f"interlingua.latent_len={latents}" / "interlingua-eval"
+        llama = read(folder / "result.json")["models"]["llama"]
+        assert llama["rows"]["latents"]["tokens"] == latents
+        # two facts are four tokens; one layer, keys and values of four heads of width 4, two bytes each
+        assert llama["cache_bytes_saved"] == (4 - latents) * 2 * 4 * 4 * 2
 
 
 def test_models_that_cannot_recall_from_text_are_refused(tmp_path: Path) -> None:
@@ -259,6 +274,11 @@ def test_a_dry_run_of_real_models_needs_no_weights(tmp_path: Path, injection: st
         (("data=recall", "interlingua.injection=hope"), "interlingua.injection: 'hope' is not one of soft, keys"),
         (("data=recall", "interlingua.private_len=5"), "interlingua.private_len: 5 is not between 0 and"),
         (("data=recall", "interlingua.objective.k=0"), "interlingua.objective: k must be at least 1"),
+        (("data=recall", "interlingua.epochs=1"), "interlingua.epochs: data=recall has no end"),
+        (("data=recall", "interlingua.test_contexts=1"), "interlingua.test_contexts: 1 is not"),
+        (("data=recall", "interlingua.encoder.heads=3"), "interlingua.encoder.heads: 3 do not divide"),
+        (("data=recall", "feature=deep_prefix"), "DeepPrefix adds what keys have; set interlingua.injection=soft"),
+        (("data=recall", "llms.training.pairs=1", "data.pairs=1"), "llms.training.pairs: 1 is not between 2 and"),
         (("data=recall", "llms.llama.source=x"), "llms: one model has a source and the other has none"),
         (("data=squad", "interlingua.llama_id=nobody/nothing"), "interlingua.llama_id: nobody/nothing"),
     ],

@@ -128,6 +128,7 @@ RANGES: dict[str, Range] = {
     "finetune.trainer.lr": POSITIVE,
     "finetune.trainer.label_weight": NOT_NEGATIVE,
     "evaluate.batch_size": COUNT,
+    "evaluate.prompt_steps": COUNT_OR_ZERO,
     "interlingua.latent_len": COUNT_OR_ZERO,
     "interlingua.private_len": COUNT_OR_ZERO,
     "interlingua.d_z": COUNT,
@@ -135,9 +136,8 @@ RANGES: dict[str, Range] = {
     "interlingua.epochs": COUNT,
     "interlingua.max_source_tokens": COUNT,
     "interlingua.max_new_tokens": COUNT,
-    "interlingua.prompt_steps": COUNT_OR_ZERO,
     "interlingua.save_every": COUNT,
-    "interlingua.test_contexts": COUNT,
+    "interlingua.test_contexts": Range(2, whole=True),
     "interlingua.schedule.steps": COUNT,
     "interlingua.schedule.contexts": COUNT,
     "interlingua.schedule.lr": POSITIVE,
@@ -156,7 +156,7 @@ NULLABLE = (
     "train.steps_per_epoch",
     "interlingua.samples",
     "interlingua.epochs",
-    "interlingua.prompt_steps",
+    "evaluate.prompt_steps",
 )
 
 RUNTIMES = ("eager", "cudagraph", "compile")

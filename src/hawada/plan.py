@@ -89,7 +89,7 @@ PLANS: dict[str, StagePlan] = {
         StagePlan("interlingua", reads=(*_INTERLINGUA, "llms", "data", "interlingua"), needs=("interlingua-llms",)),
         StagePlan(
             "interlingua-eval",
-            reads=(*_INTERLINGUA, "llms", "data", "interlingua", "gpu", "runtime.mode", "measure"),
+            reads=(*_INTERLINGUA, "llms", "data", "interlingua", "evaluate", "gpu", "runtime.mode", "measure"),
             needs=("interlingua-llms", "interlingua"),
             measures=True,
         ),

@@ -52,6 +52,17 @@ def test_training_lowers_the_loss(llms, make_messenger):
     assert sum(one.backward(examples).values()) < before - 1.0
 
 
+@pytest.mark.parametrize("kind", ["soft", "keys"])
+def test_encoder_and_adapters_stay_in_full_precision_beside_models_in_half(kind, llms, make_messenger):
+    for llm in llms.values():
+        llm.model.bfloat16()
+    messenger = make_messenger(llms, kind=kind)
+    losses = trainer(llms, messenger).train_step()
+    assert losses.keys() >= {"llama.answer_ce", "qwen.kd_hidden"}
+    assert {parameter.dtype for parameter in messenger.parameters()} == {torch.float32}
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients(messenger).items() if "leave" in name)
+
+
 def test_nothing_is_changed_when_a_loss_is_not_finite(llms, make_messenger):
     messenger = make_messenger(llms)
     one = trainer(llms, messenger, Objective())

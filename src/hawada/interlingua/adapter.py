@@ -40,7 +40,8 @@ class Calibration(nn.Module):
         if self.mode != "train_stats":
             return soft * (self.rms if self.mode == "embed_rms" else self.value) / own
         if self.training:
-            seen = own.detach().mean().nan_to_num(float(self.running))
+            seen = own.detach().mean()
+            seen = torch.where(seen.isfinite(), seen, self.running)
             self.running.copy_(torch.where(self.running > 0, 0.99 * self.running + 0.01 * seen, seen))
         return soft * self.rms / self.running.clamp_min(1e-12)
 

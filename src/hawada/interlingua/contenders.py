@@ -37,16 +37,16 @@ class Shown:
 Contender = Callable[[LMWrapper, Sequence[Example]], Shown]
 
 
-def text(limit: int | None = None) -> Contender:
+def text() -> Contender:
     """The plain context, as ids."""
-    return _cut(lambda ids, _: ids[:limit])
+    return _cut(lambda ids, _: ids)
 
 
-def oracle(limit: int | None = None) -> Contender:
+def oracle() -> Contender:
     """The context's own embeddings on the way that soft tokens take; must equal `text`."""
 
     def show(llm: LMWrapper, examples: Sequence[Example]) -> Shown:
-        contexts = context_ids(llm, examples, limit)
+        contexts = context_ids(llm, examples)
         return Shown(llm.text(contexts), llm.prompts(examples), _mean_length(contexts))
 
     return show

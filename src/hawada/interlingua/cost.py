@@ -33,27 +33,33 @@ class Prefill(nn.Module):
             return self.llm.read(self.shown.prefix, self.shown.prompts, self.ends).logits
 
 
-class EncodeAndPrefill(nn.Module):
-    """Likewise with encoding and adapting the contexts before.
+class LatentPrefill(nn.Module):
+    """Likewise from latents: adapted, read, and encoded before where that is asked for.
+
+    Texts are ids already, as they are for `Prefill`.
 
     Args:
         llm: reads.
-        messenger: encodes.
+        messenger: encodes and adapts.
         examples: what is asked.
+        encode: whether encoding is timed too, as a sender and a receiver in one would do it.
     """
 
-    def __init__(self, llm: LMWrapper, messenger: Messenger, examples: Sequence[Example]) -> None:
+    def __init__(self, llm: LMWrapper, messenger: Messenger, examples: Sequence[Example], *, encode: bool) -> None:
         super().__init__()
-        self.llm, self.examples = llm, list(examples)
+        self.llm, self.encode = llm, encode
         self.messengers = (messenger.eval(),)  # no submodule, as the model is none: what moves this moves neither
         self.prompts, self.ends = llm.prompts(examples), [[0]] * len(examples)
+        self.ids, self.mask, self.index = messenger.sources(examples)
+        with torch.inference_mode():
+            self.latents = messenger.encoder(self.ids, self.mask)[llm.name]
 
     @torch.inference_mode()
     def forward(self, _: Tensor) -> Tensor:
         """The logits of the first answer token, (batch, 1, vocabulary)."""
         (messenger,) = self.messengers
-        latents, index = messenger.latents(self.examples)
-        prefix = messenger.prefix(self.llm.name, latents[self.llm.name]).rows(index)
+        latents = messenger.encoder(self.ids, self.mask)[self.llm.name] if self.encode else self.latents
+        prefix = messenger.prefix(self.llm.name, latents).rows(self.index)
         return self.llm.read(prefix, self.prompts, self.ends).logits
 
 

@@ -27,7 +27,8 @@ class Answers:
         texts: greedy answers.
         em: exact match, 0 or 1.
         f1: of words.
-        nll: nats per token of the first right answer with its end.
+        nll: nats per token of the first right answer without its end, as a model that reads text may go past it; of the
+            end where there is no answer.
         top1: whether its first token is the most probable one, 0 or 1.
         top5: whether it is among the five most probable.
         tokens: places in the cache that stand for the context, on average.
@@ -85,9 +86,11 @@ def answer(
 
 
 def _first_and_nll(said: Reading) -> tuple[Values, Values, Values]:
-    """Nats per answer token, and whether the first one is the most probable or among five, per example."""
+    """Nats per answer token without the end, and whether the first is the most probable or among five; per example."""
     logs = said.logits.float().log_softmax(-1)
-    nll = -(logs.gather(-1, said.targets[..., None])[..., 0] * said.mask).sum(1) / said.mask.sum(1)
+    lengths = said.mask.sum(1, keepdim=True)
+    counted = torch.arange(said.mask.shape[1], device=said.mask.device) < (lengths - 1).clamp_min(1)
+    nll = -(logs.gather(-1, said.targets[..., None])[..., 0] * counted).sum(1) / counted.sum(1)
     rank = (logs[:, 0] > logs[:, 0].gather(-1, said.targets[:, :1])).sum(-1)
     nll, rank = nll.cpu().double(), rank.cpu()
     return nll.numpy(), (rank < 1).double().numpy(), (rank < 5).double().numpy()
@@ -138,8 +141,7 @@ def answer_together(
         batch: examples at once.
 
     Returns:
-        Means over examples: `em` and `f1` of the joint answer, `agreement` (all answered the same), `oracle` (any of
-        them was right).
+        Means over examples: `em` and `f1` of the joint answer, `agreement` (all answered the same), `any_right`.
     """
     candidates = [list(dict.fromkeys(texts)) for texts in zip(*(alone[name].texts for name in llms), strict=True)]
     flat = [(index, text) for index, texts in enumerate(candidates) for text in texts if writable(llms, text)]
@@ -163,5 +165,5 @@ def answer_together(
         "em": float(np.mean([exact_match(best[index][1], gold) for index, gold in enumerate(golds)])),
         "f1": float(np.mean([f1(best[index][1], gold) for index, gold in enumerate(golds)])),
         "agreement": float(np.mean([len(texts) == 1 for texts in candidates])),
-        "oracle": float(right.max(0).mean()),
+        "any_right": float(right.max(0).mean()),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 class Feature(nn.Module):
     """Nothing; a feature overrides the hooks that it needs. Its parameters and buffers are trained and saved along."""
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
-        """Called once, before training: parameters whose sizes depend on the models are made here.
+    def check(self, injection: str) -> None:
+        """Called before anything is loaded; `injection` is soft or keys.
 
         Raises:
-            ValueError: when this feature does not go with the rest of the configuration.
+            ValueError: when this feature does not go with it, or a package is missing.
         """
+
+    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
+        """Called once, before training: parameters whose sizes depend on the models are made here."""
 
     def prefix(self, name: str, z: Tensor, prefix: Prefix) -> Prefix:
         """What a model reads, given its latents, (batch, latents, d_z), and what it would read without the feature."""
@@ -54,9 +58,11 @@ class DeepPrefix(Feature):
         self.hidden = hidden
         self.adapters = nn.ModuleDict()
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
-        if any(isinstance(adapter, PrefixAdapter) for adapter in messenger.adapters.values()):
+    def check(self, injection: str) -> None:
+        if injection != "soft":
             raise ValueError("interlingua.features: DeepPrefix adds what keys have; set interlingua.injection=soft")
+
+    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
         encoder = messenger.encoder
         for name, llm in llms.items():
             self.adapters[name] = PrefixAdapter(encoder.d_z, encoder.latent_len, *llm.cache_shape, hidden=self.hidden)
@@ -81,12 +87,14 @@ class LoRA(Feature):
         self.rank, self.alpha, self.targets = rank, alpha, list(targets)
         self.weights = nn.ModuleDict()
 
+    def check(self, injection: str) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("interlingua.features: LoRA needs peft; pip install 'hawada[lora]'")
+
     def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-            from peft.tuners.tuners_utils import BaseTunerLayer
-        except ImportError as error:
-            raise ValueError("interlingua.features: LoRA needs peft; pip install 'hawada[lora]'") from error
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, lora_dropout=0.0)
         for name, llm in llms.items():
             inject_adapter_in_model(config, llm.model)
@@ -136,8 +144,8 @@ class TextAlignment(Feature):
         super().__init__()
         self.weight, self.until = weight, until
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
-        if any(isinstance(adapter, PrefixAdapter) for adapter in messenger.adapters.values()):
+    def check(self, injection: str) -> None:
+        if injection != "soft":
             raise ValueError("interlingua.features: TextAlignment is for soft tokens; set interlingua.injection=soft")
 
     def losses(self, llm: LMWrapper, prefix: Prefix, examples: Sequence[Example], step: int) -> dict[str, Tensor]:

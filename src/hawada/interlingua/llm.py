@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -124,7 +125,7 @@ class LMWrapper:
         """Of its embeddings."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
-    @property
+    @cached_property
     def embedding_rms(self) -> float:
         """Root mean square of its input embeddings; without weights, what the configuration begins with."""
         weight = self.model.get_input_embeddings().weight.detach()

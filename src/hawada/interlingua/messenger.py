@@ -85,10 +85,15 @@ class Messenger(nn.Module):
 
     def latents(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
         """Latents of every different source text, (texts, latent_len, d_z) for each model, and each example's row."""
+        ids, mask, index = self.sources(examples)
+        return self.encoder(ids, mask), index
+
+    def sources(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every different source text's ids and mask, (texts, tokens), and each example's row."""
         rows = [self.source.ids(example) for example in examples]
         different = {ids: place for place, ids in enumerate(dict.fromkeys(rows))}
         ids, mask = padded_right(list(different), self.device)
-        return self.encoder(ids, mask), torch.tensor([different[row] for row in rows], device=self.device)
+        return ids, mask, torch.tensor([different[row] for row in rows], device=self.device)
 
     def prefix(self, name: str, z: Tensor) -> Prefix:
         """What a model reads of its latents, (batch, latent_len, d_z); a row for each of them."""
@@ -118,6 +123,6 @@ class Messenger(nn.Module):
         return sum(means) / len(means)
 
 
-def context_ids(llm: LMWrapper, examples: Sequence[Example], limit: int | None = None) -> list[list[int]]:
-    """Ids of each context as a model reads it as text, cut at its end to `limit` tokens."""
-    return [llm.tokenizer.encode(example.context)[:limit] for example in examples]
+def context_ids(llm: LMWrapper, examples: Sequence[Example]) -> list[list[int]]:
+    """Ids of each context as a model reads it as text."""
+    return [llm.tokenizer.encode(example.context) for example in examples]

@@ -64,16 +64,13 @@ class Objective:
         """Whether the model must also read the text."""
         return self.kd_first_k_weight > 0 or self.kd_answer_weight > 0 or self.kd_hidden_weight > 0
 
-    def losses(
-        self, llm: LMWrapper, prefix: Prefix, examples: Sequence[Example], context_limit: int | None = None
-    ) -> dict[str, Tensor]:
+    def losses(self, llm: LMWrapper, prefix: Prefix, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The weighted terms; scalars whose sum is the loss.
 
         Args:
             llm: reads the prefix.
             prefix: one row for each example.
             examples: what is asked.
-            context_limit: most tokens of a context that the model reads as text.
         """
         prompts, answers = llm.prompts(examples), llm.answers(examples)
         hidden = self.kd_hidden_weight > 0
@@ -85,7 +82,7 @@ class Objective:
         }
         if self.needs_text:
             with torch.no_grad(), llm.as_pretrained():
-                text = llm.read(llm.text(context_ids(llm, examples, context_limit)), prompts, answers, hidden=hidden)
+                text = llm.read(llm.text(context_ids(llm, examples)), prompts, answers, hidden=hidden)
             for name, weight, k in (
                 ("kd_first_k", self.kd_first_k_weight, self.k),
                 ("kd_answer", self.kd_answer_weight, None),

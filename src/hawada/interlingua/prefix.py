@@ -43,10 +43,3 @@ class Prefix:
             None if self.mask is None else chosen(self.mask),
             tuple((chosen(keys), chosen(values)) for keys, values in self.keys_values),
         )
-
-    def followed_by(self, soft: Tensor, mask: Tensor) -> Prefix:
-        """The same with further soft tokens behind."""
-        if self.soft is None:
-            return Prefix(soft, mask, self.keys_values)
-        own = self.mask if self.mask is not None else mask.new_ones(self.soft.shape[:2])
-        return Prefix(torch.cat([self.soft, soft], 1), torch.cat([own, mask], 1), self.keys_values)

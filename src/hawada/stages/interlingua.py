@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hawada.config import build
 from hawada.interlingua.checkpoint import load_checkpoint, save_checkpoint
 from hawada.interlingua.contenders import latent, shuffled
 from hawada.interlingua.evaluate import answer
-from hawada.interlingua.questions import Questions
-from hawada.interlingua.trainer import InterlinguaTrainer, Schedule
+from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run
 from hawada.stages.interlingua_parts import InterlinguaParts
@@ -29,7 +28,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         parts.llms,
         parts.task,
         build(node.objective),
-        schedule_of(parts),
+        parts.schedule,
         sequential=node.sequential_models,
     )
     watched = parts.task.validation(WATCHED)
@@ -72,18 +71,6 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "parameters": sum(p.numel() for p in messenger.parameters()),
             },
         )
-
-
-def schedule_of(parts: InterlinguaParts) -> Schedule:
-    """As configured, or so many epochs of data that have an end."""
-    node = parts.cfg.interlingua
-    schedule: Schedule = build(node.schedule)
-    if node.epochs is None:
-        return schedule
-    if not isinstance(parts.task, Questions):
-        raise ValueError("interlingua.epochs: data=recall has no end; set interlingua.schedule.steps instead")
-    steps = node.epochs * parts.task.steps_per_epoch(schedule.contexts)
-    return build(OmegaConf.merge(node.schedule, {"steps": steps}))
 
 
 def watch(parts: InterlinguaParts, messenger: Any, examples: Any) -> dict[str, float]:

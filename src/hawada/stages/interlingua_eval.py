@@ -26,7 +26,7 @@ from hawada.interlingua.contenders import (
     tail,
     text,
 )
-from hawada.interlingua.cost import EncodeAndPrefill, Prefill, cache_bytes, payload_bytes
+from hawada.interlingua.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
 from hawada.interlingua.evaluate import Answers, answer, answer_together, difference
 from hawada.interlingua.examples import Example
 from hawada.interlingua.llm import LMWrapper
@@ -35,7 +35,6 @@ from hawada.interlingua.recall import Recall
 from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report.progress import Progress
 from hawada.run import Run
-from hawada.stages.interlingua import schedule_of
 from hawada.stages.interlingua_parts import InterlinguaParts
 
 TIMED = 8  # examples of which prefill is timed at once
@@ -53,23 +52,26 @@ COMPARED = (
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write every row's figures, the paired differences, what models answer together, and what all of it costs."""
     parts, node = InterlinguaParts(cfg, run), cfg.interlingua
-    prompt = tuned_prompt(parts)  # first: features change the models
+    prompt = tuned_prompt(parts)
     messenger = parts.new_messenger()
     load_checkpoint(run.folder("interlingua") / "best", messenger, None)
     examples = parts.task.test(node.test_contexts)
     contexts = [example.context for example in examples]
-    rows = contenders(messenger, prompt, examples, node.latent_len, tuned=node.prompt_steps != 0)
+    rows = contenders(messenger, prompt, examples, node.latent_len)
     with run.writing("interlingua-eval") as folder, Progress("evaluate", len(rows) * len(parts.llms)) as progress:
         found: dict[str, dict[str, Answers]] = {name: {} for name in parts.llms}
         for name, llm in parts.llms.items():
             for row, contender in rows.items():
-                found[name][row] = answer(llm, contender, examples, max_new_tokens=node.max_new_tokens)
+                found[name][row] = answer(
+                    llm, contender, examples, batch=cfg.evaluate.batch_size, max_new_tokens=node.max_new_tokens
+                )
                 progress.step(f"{name}: {row}")
         together = answer_together(
             parts.llms,
             {name: rows["latents"] for name in parts.llms},
             {name: answers["latents"] for name, answers in found.items()},
             examples,
+            batch=cfg.evaluate.batch_size,
         )
         result: dict[str, Any] = {
             "query_aware": node.query_aware,
@@ -84,7 +86,9 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                         if row in answered
                     },
                     "context_tokens": answered["text"].tokens,
-                    "cache_bytes_saved": cache_bytes(parts.llms[name], answered["text"].tokens - node.latent_len),
+                    "cache_bytes_saved": cache_bytes(
+                        parts.llms[name], answered["text"].tokens - answered["latents"].tokens
+                    ),
                     "prefill": prefill(
                         parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED], rows
                     ),
@@ -106,12 +110,14 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         return run.finish("interlingua-eval", {"summary": f"exact match, {kind}: {said}", **result})
 
 
-def tuned_prompt(parts: InterlinguaParts) -> Messenger:
-    """One prompt for all texts, trained as the latents are."""
-    node = parts.cfg.interlingua
-    prompt, schedule = parts.new_prompt(), schedule_of(parts)
-    if node.prompt_steps is not None:
-        schedule = replace(schedule, steps=node.prompt_steps)
+def tuned_prompt(parts: InterlinguaParts) -> Messenger | None:
+    """One prompt for all texts, trained as the latents are; none where features train along, which it would lack."""
+    node, steps = parts.cfg.interlingua, parts.cfg.evaluate.prompt_steps
+    if steps == 0 or node.features:
+        return None
+    prompt, schedule = parts.new_prompt(), parts.schedule
+    if steps is not None:
+        schedule = replace(schedule, steps=steps)
     trainer = InterlinguaTrainer(
         prompt, parts.llms, parts.task, build(node.objective), schedule, sequential=node.sequential_models
     )
@@ -128,7 +134,7 @@ def of_different_contexts(examples: Sequence[Example]) -> list[Example]:
 
 
 def contenders(
-    messenger: Messenger, prompt: Messenger, examples: Sequence[Example], latent_len: int, *, tuned: bool
+    messenger: Messenger, prompt: Messenger | None, examples: Sequence[Example], latent_len: int
 ) -> dict[str, Contender]:
     """The rows of the table, by name; a prompt only where it was tuned."""
     return {
@@ -139,7 +145,7 @@ def contenders(
         "latents int4": latent(messenger, quantized(4)),
         "shuffled latents": shuffled(messenger, [example.context for example in examples]),
         "zero latents": latent(messenger, torch.zeros_like),
-        **({"prompt tuning": latent(prompt)} if tuned else {}),
+        **({} if prompt is None else {"prompt tuning": latent(prompt)}),
         "head": head(latent_len),
         "tail": tail(latent_len),
         "random tokens": scattered(latent_len),
@@ -167,13 +173,16 @@ def prefill(
     whole = Prefill(llm, rows["text"](llm, examples))
     found: dict[str, Any] = {"batch": len(examples)}
     for name, candidate in (
-        ("latents", Prefill(llm, rows["latents"](llm, examples))),
-        ("latents with encoding", EncodeAndPrefill(llm, messenger, examples)),
+        ("latents", LatentPrefill(llm, messenger, examples, encode=False)),
+        ("latents with encoding", LatentPrefill(llm, messenger, examples, encode=True)),
     ):
         compared = compare(whole, candidate, inputs, clock, rounds=rounds, seed=cfg.seed, monitor=monitor)
-        found["text"] = compared.baseline.as_dict()
-        found[name] = {"latency_ms": compared.candidate.as_dict(), "ratio": compared.ratio.as_dict()}
-        found["noisy"] = compared.noisy
+        found[name] = {
+            "text_ms": compared.baseline.as_dict(),
+            "latency_ms": compared.candidate.as_dict(),
+            "ratio": compared.ratio.as_dict(),
+            "noisy": compared.noisy,
+        }
     return found
 
 

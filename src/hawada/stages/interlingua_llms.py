@@ -38,7 +38,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 llm.model.save_pretrained(folder / name)
             em = {
                 pairs: float(answer(llm, text(), Recall(pairs, 1).test(TESTED)).em.mean())
-                for pairs in (2, 4, 8, 16, 32)
+                for pairs in sorted({2, 4, 8, 16, training["pairs"]})
                 if pairs <= training["pairs"]
             }
             progress.step(f"{name} is trained")

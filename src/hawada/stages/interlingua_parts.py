@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from hawada.interlingua.features import Feature
 from hawada.interlingua.llm import LMWrapper, Template
 from hawada.interlingua.messenger import Messenger, Source
 from hawada.interlingua.questions import Questions
-from hawada.interlingua.recall import Recall, syllable_tokenizer, word_tokenizer
+from hawada.interlingua.recall import KEYS, Recall, syllable_tokenizer, word_tokenizer
 from hawada.interlingua.tiny_llms import small_causal_lm
 from hawada.interlingua.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from hawada.interlingua.trainer import Schedule
 from hawada.run import Run
 
 NAMES = ("llama", "qwen")
@@ -75,6 +76,11 @@ class InterlinguaParts:
             for name, source in zip(NAMES, sources, strict=True):
                 if source is not None:
                     check_source(source, key=f"interlingua.{name}_id")
+        training = self.cfg.llms.training
+        if training is not None and not 2 <= training.pairs <= len(KEYS):
+            raise ValueError(
+                f"llms.training.pairs: {training.pairs} is not between 2 and the number of keys, {len(KEYS)}; set it so"
+            )
         if "interlingua" not in self.cfg:
             if any(sources):
                 raise ValueError(
@@ -92,8 +98,15 @@ class InterlinguaParts:
                 f"interlingua.private_len: {node.private_len} is not between 0 and interlingua.latent_len="
                 f"{node.latent_len}"
             )
-        for made in (node.objective, node.schedule, *node.features.values()):
-            build(made)
+        build(node.objective)
+        self.schedule  # noqa: B018
+        for feature in node.features.values():
+            build(feature).check(node.injection)
+        if node.encoder.width % node.encoder.heads:
+            raise ValueError(
+                f"interlingua.encoder.heads: {node.encoder.heads} do not divide interlingua.encoder.width="
+                f"{node.encoder.width}; set one of them to fit"
+            )
         for key, allowed in (("encoder_type", ENCODERS), ("injection", INJECTIONS), ("calibration", CALIBRATIONS)):
             value = node[key]
             if value not in allowed:
@@ -132,6 +145,21 @@ class InterlinguaParts:
         if not isinstance(found, QAData):
             return found
         return Questions(found.train, found.test, seed=self.cfg.interlingua.seed)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """As configured, or so many epochs of data that have an end.
+
+        Raises:
+            ValueError: when the data have none.
+        """
+        node = self.cfg.interlingua
+        schedule: Schedule = build(node.schedule)
+        if node.epochs is None:
+            return schedule
+        if not isinstance(self.task, Questions):
+            raise ValueError("interlingua.epochs: data=recall has no end; set interlingua.schedule.steps instead")
+        return replace(schedule, steps=node.epochs * self.task.steps_per_epoch(schedule.contexts))
 
     def template(self, tokenizer: Tokenizer) -> Template:
         """How questions are put.
@@ -181,9 +209,9 @@ class InterlinguaParts:
                 trained = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             return self._wrapped(name, trained, llm.tokenizer)
         folder = fetch(node.source, key=f"interlingua.{name}_id")
-        model = load_checked(AutoModelForCausalLM, folder)
         tokenizer = PretrainedTokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-        return self._wrapped(name, model, tokenizer)
+        self.template(tokenizer)  # may be refused, before weights are loaded
+        return self._wrapped(name, load_checked(AutoModelForCausalLM, folder, dtype=self.cfg.llms.dtype), tokenizer)
 
     def _weightless(self, name: str) -> LMWrapper:
         """A model on the meta device; of a checkpoint, only config.json is read.
@@ -249,7 +277,13 @@ class InterlinguaParts:
 
         def states(ids: Tensor, mask: Tensor) -> Tensor:
             with llm.as_pretrained():
-                out = llm.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+                out = llm.model(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    output_hidden_states=True,
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
             return out.hidden_states[len(out.hidden_states) // 2]
 
         return FrozenFeatures(states, llm.width, width)
@@ -267,7 +301,3 @@ class InterlinguaParts:
                 value=node.fixed_rms,
             )
         return PrefixAdapter(node.d_z, node.latent_len, *llm.cache_shape, hidden=node.adapter.hidden)
-
-    def saved_llm(self, name: str) -> Path:
-        """Where the stage that trains the tiny models leaves one."""
-        return self.run.folder("interlingua-llms") / name
