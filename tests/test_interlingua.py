@@ -76,7 +76,8 @@ def test_the_evaluation_has_every_row_and_what_it_costs(finished: Path) -> None:
     for model in result["models"].values():
         assert set(model["rows"]) == rows
         assert model["rows"]["text"]["nll"] == pytest.approx(model["rows"]["oracle embeddings"]["nll"], abs=1e-5)
-        assert set(model["prefill"]) >= {"text", "latents", "latents with encoding"}
+        assert set(model["prefill"]) == {"batch", "latents", "latents with encoding"}
+        assert set(model["prefill"]["latents"]) == {"text_ms", "latency_ms", "ratio", "noisy"}
     assert result["guessing"]["values without keys"] == 0.5 and not result["query_aware"]
     assert result["answers_shown_to_encoder"] == 1.0
     assert (finished / "run" / "interlingua-eval" / "rows.md").read_text().count("\n") == 2 + 2 * len(rows)
