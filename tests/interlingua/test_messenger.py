@@ -12,7 +12,7 @@ from hawada.interlingua.tokenizers import ByteTokenizer
 EXAMPLES = Recall(3, 2).test(3)
 
 
-def same(one, other):
+def assert_same(one, other):
     if one.soft is not None:
         assert torch.allclose(one.soft, other.soft, atol=1e-5)
     for (keys, values), (others, other_values) in zip(one.keys_values, other.keys_values, strict=True):
@@ -28,7 +28,7 @@ def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_mes
     for row, example in enumerate([*EXAMPLES, longer]):
         alone = messenger.prefixes([example])
         for name in llms:
-            same(together[name].rows(torch.tensor([row])), alone[name])
+            assert_same(together[name].rows(torch.tensor([row])), alone[name])
 
 
 def test_a_context_is_encoded_once_however_often_it_is_asked_about(llms, make_messenger):

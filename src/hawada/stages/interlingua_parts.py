@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -52,9 +51,7 @@ class InterlinguaParts:
     def __init__(self, cfg: DictConfig, run: Run, *, dry: bool = False) -> None:
         self.cfg, self.run, self.dry = cfg, run, dry
         prepare_cpu(cfg.runtime.threads)
-        random.seed(cfg.seed)
-        np.random.seed(cfg.seed)
-        torch.manual_seed(cfg.seed)
+        set_seed(cfg.seed)
 
     @cached_property
     def device(self) -> torch.device:
@@ -87,6 +84,9 @@ class InterlinguaParts:
                     "stage=interlingua-llms: these models come trained; leave the stage out, or set llms=tiny"
                 )
             return
+        runtime = self.cfg.runtime.get("mode", "eager")
+        if runtime != "eager":
+            raise ValueError(f"runtime.mode: prompts are timed eagerly, not by {runtime}; set runtime.mode=eager")
         if "data" in self.cfg:
             self.task  # noqa: B018
         self._check_interlingua()
