@@ -44,12 +44,15 @@ class Run:
     ) -> None:
         self.root, self.cfg, self.overwrite = root, cfg, overwrite
         self.shared, self.swept = shared or root, tuple(OF_GROUP.get(key, key) for key in swept)
+        self._folders: dict[str, Path] = {}
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
-        sources = _sources(self.cfg, everything_read(stage, self.cfg))
-        touched = any(_overlap(key, source) for key in self.swept for source in sources)
-        return (self.root if touched else self.shared) / stage
+        if stage not in self._folders:
+            sources = _sources(self.cfg, everything_read(stage, self.cfg)) if self.swept else ()
+            touched = any(_overlap(key, source) for key in self.swept for source in sources)
+            self._folders[stage] = (self.root if touched else self.shared) / stage
+        return self._folders[stage]
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage's result is there and every file is as the manifest says."""
