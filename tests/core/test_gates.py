@@ -9,6 +9,7 @@ from hawada.core.gates import (
     HardConcreteGate,
     HeadGate,
     SigmoidGate,
+    StraightThroughGate,
     multiply_along,
     parameter_groups,
     project_gates_into_constraints,
@@ -66,6 +67,34 @@ def test_channel_and_head_gates_tell_their_units_apart():
 def test_temperature_sharpens_the_sigmoid():
     gate = SigmoidGate(2, init=1.0, temperature=0.5)
     assert torch.allclose(gate.gate, torch.full((2,), 1 / (1 + math.exp(-2.0))))
+
+
+def test_a_temperature_comes_down_by_the_same_factor_in_equal_parts_of_training():
+    gate = SigmoidGate(1, init=1.0, temperature=0.25, start_temperature=4.0)
+    assert torch.allclose(gate.gate, torch.sigmoid(torch.tensor([4.0])))  # not trained: as it ends
+    found = []
+    for progress in (0.0, 0.5, 1.0):
+        gate.anneal(progress)
+        found.append(gate.temperature)
+    assert found == pytest.approx([4.0, 1.0, 0.25])
+    plain = SigmoidGate(1, temperature=0.5)
+    plain.anneal(0.0)
+    assert plain.temperature == 0.5
+
+
+def test_a_straight_through_gate_multiplies_with_0_or_1_and_learns_as_a_sigmoid():
+    gate = StraightThroughGate(3)
+    with torch.no_grad():
+        gate.theta.copy_(torch.tensor([-1.0, 0.0, 3.0]))
+    x = torch.tensor([2.0, 3.0, 5.0])
+    y = gate(x)
+    assert y.tolist() == [0.0, 3.0, 5.0]
+    y.sum().backward()
+    soft = torch.sigmoid(gate.theta.detach())
+    assert torch.allclose(gate.theta.grad, x * soft * (1 - soft))
+    assert torch.equal(gate.gate, torch.sigmoid(gate.theta))  # what penalties, proxy and export see
+    gate.hard = torch.tensor([1.0, 0.0, 1.0])
+    assert gate(x).tolist() == [2.0, 0.0, 5.0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])

@@ -77,6 +77,15 @@ def test_lambda_is_fixed_without_a_rate_or_a_target(make_trainer, loader, option
     assert float(trainer.predicted_ms()) < before  # the cost still counts
 
 
+def test_gates_are_annealed_epoch_by_epoch(make_trainer, loader):
+    trainer = make_trainer(target_ms=4.0)
+    for gate in trainer.gated.gates:
+        gate.start_temperature, gate.final_temperature = 1.0, 0.25
+    found = []
+    trainer.fit(loader, epochs=2, on_epoch=lambda *_: found.append({g.temperature for g in trainer.gated.gates}))
+    assert found == [{0.5}, {0.25}]
+
+
 @pytest.mark.parametrize("options", [{"lambda_init": -0.1}, {"lambda_lr": -1.0}])
 def test_a_negative_lambda_is_refused(make_trainer, options):
     with pytest.raises(ValueError, match=r"lambda\.init .* and lambda\.lr .* must not be negative"):

@@ -58,15 +58,25 @@ class SigmoidGate(nn.Module):
         shape: any shape; an int means (units,).
         init: initial theta; 4.0 gives g = 0.982.
         temperature: below 1 pushes gates towards 0 and 1.
+        start_temperature: what training begins with, to come down to `temperature` by the end; None: the same
+            throughout.
     """
 
-    def __init__(self, shape: int | Sequence[int], init: float = 4.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        init: float = 4.0,
+        temperature: float = 1.0,
+        start_temperature: float | None = None,
+    ) -> None:
         super().__init__()
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if temperature <= 0:
-            raise ValueError(f"gate.temperature: {temperature} is not above 0; 1.0 is the plain sigmoid")
+        for name, value in (("temperature", temperature), ("start_temperature", start_temperature)):
+            if value is not None and value <= 0:
+                raise ValueError(f"gate.{name}: {value} is not above 0; 1.0 is the plain sigmoid")
         self.theta = nn.Parameter(torch.full(shape, float(init)))
-        self.temperature = float(temperature)
+        self.temperature = self.final_temperature = float(temperature)
+        self.start_temperature = float(temperature if start_temperature is None else start_temperature)
         self.hard: Tensor | None = None  # a 0/1 mask that stands in for the gate while a choice is being checked
 
     @property
@@ -88,8 +98,28 @@ class SigmoidGate(nn.Module):
     def redraw(self) -> None:
         """Called before every forward pass of the model, for gates that draw."""
 
+    def anneal(self, progress: float) -> None:
+        """Set the temperature of this part of training; it comes down by the same factor in equal parts.
+
+        Args:
+            progress: 0 where training begins, 1 at its end, which is also where gates are that are not trained.
+        """
+        self.temperature = self.start_temperature ** (1 - progress) * self.final_temperature**progress
+
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor.to(x.dtype)
+
+
+class StraightThroughGate(SigmoidGate):
+    """A sigmoid gate that multiplies with 0 or 1, whichever is nearer, and learns as if it had multiplied with itself.
+
+    Bengio et al., Estimating or propagating gradients through stochastic neurons for conditional computation, 2013.
+    """
+
+    @property
+    def factor(self) -> Tensor:
+        soft = self.gate
+        return (soft - soft.detach()) + (soft.detach() >= 0.5).to(soft)
 
 
 class HardConcreteGate(SigmoidGate):

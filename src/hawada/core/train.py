@@ -215,6 +215,8 @@ class LagrangeTrainer:
         """
         good, best, waited = self._snapshot(), math.inf, 0
         for epoch in range(epochs):
+            for gate in self.gated.gates:
+                gate.anneal((epoch + 1) / epochs)  # type: ignore[operator]
             try:
                 step = self.train_epoch(loader, on_step, steps_per_epoch)
                 now = self._snapshot()

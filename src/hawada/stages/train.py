@@ -12,6 +12,7 @@ from torch import nn
 
 from hawada.config import build
 from hawada.core.gates import parameter_groups
+from hawada.core.importance import fisher_importance, start_from_importance
 from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
@@ -115,6 +116,7 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
     cfg = work.cfg
     teacher = work.teacher()
     student = Student(copy.deepcopy(teacher), work.gated_groups, work.new_gate)
+    _start(work, student)
     weights = cfg.train.weight_optimizer
     sorted_parameters = parameter_groups(student)
     budget = work.budget
@@ -139,6 +141,15 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
         policy=work.policy,
         accelerator=work.accelerator,
     )
+
+
+def _start(work: Workspace, student: Student) -> None:
+    """Gates of units that matter begin further open, if so configured."""
+    node = work.cfg.train.importance
+    if node.samples:
+        student.to(work.accelerator.device).eval()
+        batches = work.data.calibration_loader(work.cfg.train.batch_size, node.samples)
+        start_from_importance(student, fisher_importance(student, batches, work.adapter.outputs), node.spread)
 
 
 def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
