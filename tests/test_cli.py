@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
+from command import Outcome, hawada
 from hydra.core.global_hydra import GlobalHydra
-
-from hawada import cli
-from hawada.report.progress import console
 
 TINY = (
     "gpu.timing=simulated",
@@ -27,33 +20,6 @@ TINY = (
     "profile.calibration=2",
     "profile.held_out=2",
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left for the user to see."""
-
-    code: int
-    out: str
-    err: str
-
-
-def hawada(*arguments: str) -> Outcome:
-    """Run the command in this process."""
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *arguments]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(console, "_width", 240),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

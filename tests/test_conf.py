@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hawada.config import conf_dir, register_resolvers, validate
 
 CONF = Path(conf_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
+TRIPLE = ("model", "gpu", "stage")
 NESTED_GROUPS = sorted({path.parent.name for path in FILES} - {CONF.name, "recipe", "sweep", "feature"})
 
 
@@ -54,16 +55,34 @@ def give_data_root(cfg: DictConfig, folder: Path) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize(("model", "gpu"), list(product(options("model"), options("gpu"))))
-def test_every_model_composes_with_every_gpu_and_stage(model: str, gpu: str, tmp_path: Path) -> None:
-    with composer() as make:
-        for stage in options("stage"):
-            cfg = give_data_root(
-                make(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path
-            )
-            validate(cfg, measures=True)
-            name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"
-            assert (cfg.name, cfg.gpu.name) == (name, gpu)
+def every_two() -> list[tuple[str, str, str]]:
+    """Triples in which any two choices of different groups meet: a Latin square, as all triples would be far more."""
+    models, gpus, stages = map(options, TRIPLE)
+    gpu_at_stage = [
+        [gpus[(row + column) % len(gpus)] for column in range(len(stages))]
+        for row in range(max(len(models), len(gpus)))
+    ]
+    return sorted(
+        {
+            (models[row % len(models)], gpu, stage)
+            for row, line in enumerate(gpu_at_stage)
+            for gpu, stage in zip(line, stages, strict=True)
+        }
+    )
+
+
+@pytest.mark.parametrize(TRIPLE, every_two())
+def test_every_model_composes_with_every_gpu_and_stage(model: str, gpu: str, stage: str, tmp_path: Path) -> None:
+    cfg = give_data_root(composed(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path)
+    validate(cfg, measures=True)
+    name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"
+    assert (cfg.name, cfg.gpu.name) == (name, gpu)
+
+
+def test_any_two_choices_are_among_those() -> None:
+    for one, other in combinations(range(3), 2):
+        met = {(row[one], row[other]) for row in every_two()}
+        assert met == set(product(options(TRIPLE[one]), options(TRIPLE[other])))
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, name) for group in NESTED_GROUPS for name in options(group)])

@@ -2,63 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-from hydra.core.global_hydra import GlobalHydra
+from command import Outcome, hawada
 from torch import nn
 
-from hawada import cli
 from hawada.core.profiler import Inputs
 from hawada.core.simulated import SimulatedClock
-from hawada.report.progress import console
 
 RESNET = ("model=tiny_resnet", "model.adapter.image_size=16", "budget.batch=16")
 LLAMA = ("model=tiny_llama", "budget.prompt=16", "budget.new_tokens=4", "budget.batch=2")
 QUICK = ("stage=doctor", "name=run", "runtime.threads=1", "doctor.points=8")
 SIMULATED = "gpu.timing=simulated"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left for the user to see."""
-
-    code: int
-    out: str
-    err: str
-
-
-def hawada(*arguments: str) -> Outcome:
-    """Run the command in this process, which keeps its CPUs and threads."""
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *arguments]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
-        mock.patch.object(console, "_width", 240),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    GlobalHydra.instance().clear()
-    torch.set_num_threads(threads)
-    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def doctor(folder: Path, *arguments: str) -> tuple[Outcome, dict[str, Any]]:

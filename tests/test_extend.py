@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
+import command
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 import hawada as package
-from hawada import cli
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -195,25 +192,7 @@ class ScoringAdapter(NetAdapter):
 '''
 
 
-def hawada(*arguments: str) -> tuple[int, str, str]:
-    """Run the command in this process, which keeps its CPUs and threads; returns exit code, stdout and stderr."""
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *TINY, *arguments]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    GlobalHydra.instance().clear()
-    torch.set_num_threads(threads)
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+hawada = partial(command.hawada, *TINY)
 
 
 def run(output_dir: Path, stage: str, *overrides: str) -> dict[str, Any]:

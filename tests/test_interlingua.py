@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command import hawada
 
 QUICK = (
     "data=recall",
@@ -39,17 +39,12 @@ QUICK = (
 )
 
 
-def hawada(*overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    script = "import sys; from hawada.cli import main; sys.argv[0] = 'hawada'; main()"
-    return subprocess.run([sys.executable, "-c", script, *overrides], capture_output=True, text=True, **options)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished stage=interlingua."""
     root = tmp_path_factory.mktemp("interlingua")
     done = hawada("stage=interlingua", f"output_dir={root}", "name=run", *QUICK)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     return root
 
 
@@ -69,7 +64,7 @@ def test_training_says_how_each_model_answers(finished: Path) -> None:
 
 def test_the_evaluation_has_every_row_and_what_it_costs(finished: Path) -> None:
     done = hawada("stage=interlingua-eval", f"output_dir={finished}", "name=run", *QUICK)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     result = read(finished / "run" / "interlingua-eval" / "result.json")
     rows = {"text", "oracle embeddings", "latents", "latents int8", "latents int4", "shuffled latents", "zero latents"}
     rows |= {"prompt tuning", "head", "tail", "random tokens", "nothing"}
@@ -81,6 +76,13 @@ def test_the_evaluation_has_every_row_and_what_it_costs(finished: Path) -> None:
     assert result["guessing"]["values without keys"] == 0.5 and not result["query_aware"]
     assert result["answers_shown_to_encoder"] == 1.0
     assert (finished / "run" / "interlingua-eval" / "rows.md").read_text().count("\n") == 2 + 2 * len(rows)
+
+
+def test_no_other_mode_than_the_eager_one_is_timed(finished: Path, tmp_path: Path) -> None:
+    for stage in ("interlingua-llms", "interlingua"):
+        shutil.copytree(finished / "run" / stage, tmp_path / "run" / stage)
+    done = hawada("stage=interlingua-eval", f"output_dir={tmp_path}", "name=run", *QUICK, "runtime=cudagraph")
+    assert done.code == 2 and "runtime.mode: prompts are timed eagerly, not by cudagraph" in done.err
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(finished: Path, tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(finished: Path, tmp_path: Pat
     process.wait()
     assert not (folder / "manifest.json").exists() and (folder / "last").is_dir()
     done = hawada(*arguments)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(5, 41, 5))
     for name in ("last", "best"):
@@ -112,7 +114,7 @@ def test_a_multirun_shares_the_models_and_an_evaluation_of_it_finds_them(tmp_pat
     others = ("interlingua.encoder_type=states", "interlingua.schedule.steps=5", f"output_dir={tmp_path}", *fixed)
     for stage in ("interlingua", "interlingua-eval"):
         done = hawada("-m", f"stage={stage}", "interlingua.latent_len=1,2", *others)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
     assert len(list(tmp_path.rglob("interlingua-llms/manifest.json"))) == 1
     for latents in (1, 2):
         folder = tmp_path / "interlingua" / f"interlingua.latent_len={latents}" / "interlingua-eval"
@@ -124,7 +126,7 @@ def test_a_multirun_shares_the_models_and_an_evaluation_of_it_finds_them(tmp_pat
 
 def test_models_that_cannot_recall_from_text_are_refused(tmp_path: Path) -> None:
     done = hawada("stage=interlingua-llms", f"output_dir={tmp_path}", *QUICK, "llms.training.text_em=0.99")
-    assert done.returncode == 1 and "and 99.0% are asked for; raise llms.training.steps" in done.stderr
+    assert done.code == 1 and "and 99.0% are asked for; raise llms.training.steps" in done.err
     assert not list(tmp_path.rglob("manifest.json"))
 
 
@@ -151,7 +153,10 @@ class Drift(Feature):
 """
 
 
-def test_pooling_and_features_of_ones_own_take_a_line_of_configuration(finished: Path, tmp_path: Path) -> None:
+def test_pooling_and_features_of_ones_own_take_a_line_of_configuration(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_parts.py").write_text(OWN)
     shutil.copytree(finished / "run" / "interlingua-llms", tmp_path / "run" / "interlingua-llms")
     own = (
@@ -162,10 +167,9 @@ def test_pooling_and_features_of_ones_own_take_a_line_of_configuration(finished:
         "interlingua.private_len=1",
         "interlingua.schedule.steps=5",
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     for stage in ("interlingua", "interlingua-eval"):
-        done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *QUICK, *own, env=environment)
-        assert done.returncode == 0, done.stderr
+        done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *QUICK, *own)
+        assert done.code == 0, done.err
     (line,) = map(json.loads, (tmp_path / "run" / "interlingua" / "metrics.jsonl").read_text().splitlines())
     assert 0 < line["own.drift"] < 1 and line["llama.own.size"] == pytest.approx(line["qwen.own.size"])
     result = read(tmp_path / "run" / "interlingua-eval" / "result.json")
@@ -178,7 +182,7 @@ def test_no_latents_are_trained_and_evaluated_too(finished: Path, tmp_path: Path
     short = (*QUICK, "interlingua.latent_len=0", "interlingua.schedule.steps=5")
     for stage in ("interlingua", "interlingua-eval"):
         done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *short)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
     for model in read(tmp_path / "run" / "interlingua-eval" / "result.json")["models"].values():
         assert model["rows"]["latents"] == model["rows"]["nothing"]
 
@@ -225,7 +229,7 @@ def test_pretrained_models_answer_questions_on_real_texts(tmp_path: Path, own: t
     )
     for stage in ("interlingua", "interlingua-eval"):
         done = hawada(f"stage={stage}", f"output_dir={tmp_path}", "name=run", *overrides)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
     result = read(tmp_path / "run" / "interlingua-eval" / "result.json")
     assert result["answers_shown_to_encoder"] == 1.0 and result["query_aware"] == ("query_aware" in own[0])
     for model in result["models"].values():
@@ -250,7 +254,7 @@ def test_a_dry_run_of_real_models_needs_no_weights(tmp_path: Path, injection: st
     ids = [f"interlingua.{name}_id={tmp_path / name}" for name in REAL]
     sizes = ("interlingua.latent_len=32", "interlingua.d_z=256", f"interlingua.injection={injection}")
     done = hawada("stage=interlingua-dry", "llms=pretrained", f"output_dir={tmp_path}", *ids, *sizes)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     result = read(tmp_path / "interlingua" / "interlingua-dry" / "result.json")
     llama, qwen = result["models"]["llama"], result["models"]["qwen"]
     assert (llama["parameters"], qwen["parameters"]) == (8_030_261_248, 7_615_616_512)
@@ -286,5 +290,5 @@ def test_a_dry_run_of_real_models_needs_no_weights(tmp_path: Path, injection: st
 )
 def test_mistakes_are_told_before_any_work(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     done = hawada("stage=interlingua", f"output_dir={tmp_path}", *overrides)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.code == 2 and message in done.err and len(done.err.splitlines()) == 1
     assert not list(tmp_path.rglob("manifest.json"))

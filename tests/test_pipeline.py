@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
+from command import Outcome, hawada
 from omegaconf import OmegaConf
 
 import hawada as package
-from hawada import cli
 from hawada.core.profiler import Comparison
-from hawada.report.progress import console
 from hawada.run import sha256
 from hawada.stages.judge import Judgement
 from hawada.stages.workspace import Workspace
@@ -45,37 +39,6 @@ TINY = [
     "finetune.recalibration_samples=64",
     "export.quality.samples=64",
 ]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left for the user to see."""
-
-    code: int
-    out: str
-    err: str
-
-
-def hawada(*arguments: str) -> Outcome:
-    """Run the command in this process, which keeps its CPUs and threads."""
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *arguments]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
-        mock.patch.object(console, "_width", 240),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    GlobalHydra.instance().clear()
-    torch.set_num_threads(threads)
-    return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -301,7 +264,8 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
     profiled: Path, recipe: str, no_reload: None
 ) -> None:
     before = times(profiled)
-    outcome = hawada("-m", recipe, f"output_dir={profiled}", "budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
+    swept = ("budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "export.quality.samples=0", *swept)
     assert outcome.code == 0, outcome.err
     jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
     assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}
@@ -330,8 +294,11 @@ def test_a_job_that_fails_does_not_stop_the_others(profiled: Path, recipe: str) 
     assert outcome.out.count("failed") >= 2
 
 
-@pytest.mark.parametrize("sweep", ["latency_target_ms=1.4,1.2", "schedule.train=1,2", "train=gates,two_phase"])
-def test_a_key_that_others_are_derived_from_can_be_swept(sweep: str, profiled: Path, recipe: str) -> None:
+SWEEPS = ["latency_target_ms=1.4,1.2", "schedule.train=1,2", "train=gates,two_phase", "train.importance.samples=0,64"]
+
+
+@pytest.mark.parametrize("sweep", [*SWEEPS, "gate=annealed,straight_through"])
+def test_a_key_that_training_depends_on_can_be_swept(sweep: str, profiled: Path, recipe: str) -> None:
     outcome = hawada("-m", recipe, f"output_dir={profiled}", "stage=train", sweep)
     assert outcome.code == 0, outcome.err
     gates = [path.read_bytes() for path in profiled.rglob("gates.safetensors")]

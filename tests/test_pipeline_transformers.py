@@ -1,21 +1,12 @@
 """The whole pipeline on a ViT and a LLaMA, on a simulated device with far too little data: all but the quality."""
 
-import io
 import json
-import os
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
-from hydra.core.global_hydra import GlobalHydra
+from command import hawada
 from safetensors.torch import load_file
-
-from hawada import cli
 
 QUICK = (
     "gpu.timing=simulated",
@@ -37,33 +28,6 @@ TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stderr: str
-
-
-def hawada(*overrides: str) -> Done:
-    """Run the command in this process, which keeps its CPUs and threads."""
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    err = io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *overrides]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    GlobalHydra.instance().clear()
-    torch.set_num_threads(threads)
-    return Done(int(ended.value.code or 0), err.getvalue())
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose weights train along with the gates, with losses in chunks and hidden states compared."""
@@ -76,7 +40,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     options += ("data.limit_bytes=150000",)
     done = hawada("model=tiny_llama", f"output_dir={root}", "name=run", *QUICK, *TEXT, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     return root / "run"
 
 
@@ -111,12 +75,12 @@ def test_gates_beside_a_checkpoint_are_exported_without_training(llama: Path, tm
     gated = "groups.kind=[kv_head,query_head,ffn]"
     for stage in ("stage=profile", "stage=train", "stage=export"):
         done = hawada("model=llama", *QUICK, *TEXT, *options[:-1], stage, gated)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
     result = json.loads((tmp_path / "run" / "train" / "result.json").read_text())
     assert result["stopped"] == "adopted" and result["epochs"] == 0
     assert (tmp_path / "run" / "export" / "slim" / "model.safetensors").is_file()
     refused = hawada("model=llama", *QUICK, *TEXT, *options[:-1], "stage=train", "overwrite=true")
-    assert refused.returncode == 2 and "gate the same groups" in refused.stderr
+    assert refused.code == 2 and "gate the same groups" in refused.err
 
 
 def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -> None:
@@ -130,7 +94,7 @@ def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -
         "export.quality.samples=64",
     )
     done = hawada("model=tiny_vit", f"output_dir={tmp_path}", "name=run", *QUICK, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["equivalence"]["reload"]["stock"] and result["metric"] == "accuracy"
     parity = json.loads((tmp_path / "run" / "publish" / "result.json").read_text())["formats"]["pt2"]
@@ -153,5 +117,5 @@ def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -
 )
 def test_mistakes_are_told_before_any_work(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     done = hawada(f"output_dir={tmp_path}", *QUICK, *overrides)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.code == 2 and message in done.err and len(done.err.splitlines()) == 1
     assert not list(tmp_path.rglob("manifest.json"))

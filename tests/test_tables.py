@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import command
 import pytest
-import torch
-from hydra.core.global_hydra import GlobalHydra
 
-from hawada import cli
 from hawada.core.finetune import Finetuner
 from hawada.core.train import LagrangeTrainer
-from hawada.report.progress import console
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -41,26 +35,7 @@ TINY = [
 ]
 
 
-def hawada(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the command, run in this process."""
-    threads = torch.get_num_threads()
-    GlobalHydra.instance().clear()
-    cli._jobs.clear()
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["hawada", *TINY, *arguments]),
-        mock.patch.dict(os.environ),
-        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
-        mock.patch.object(console, "_width", 240),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        cli.main()
-    GlobalHydra.instance().clear()
-    torch.set_num_threads(threads)
-    return int(ended.value.code or 0), out.getvalue(), err.getvalue()
+hawada = partial(command.hawada, *TINY)
 
 
 def read(path: Path) -> dict[str, Any]:
