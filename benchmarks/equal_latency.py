@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torch_pruning as tp
+import torch_pruning
+from baselines import CALIBRATION, MULTIPLE, brought_to, of_torch_pruning, of_uniform
 from hydra import compose, initialize_config_dir
+from kept import Kept
 from torch import nn
 
 from hawada.adapters.base import Shape
@@ -41,22 +43,18 @@ from hawada.core.distill import Distillation, KDConfig
 from hawada.core.evaluate import count_macs, count_parameters, score
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 from hawada.core.profiler import bootstrap_median, measure_rounds
-from hawada.core.structure import completed, keep_first, widths_of
+from hawada.data.vision import VisionData
 from hawada.run import Run
 from hawada.stages import front, profile, train
 from hawada.stages.workspace import Workspace
 
 matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
-MULTIPLE = 2  # widths of every method are multiples of this
-STEPS = 7  # bisections of a baseline's ratio
-HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
-CALIBRATION = 2048  # training images for importance and BatchNorm
+LONGEST = 60.0  # seconds that the models of one target are measured together
 BATCH = 64  # of finetuning
 RECIPE: dict[str, Any] = {"epochs": 1, "lr": 4e-3, "weight_decay": 5e-4, "label_weight": 0.1, "warm_up": 0.1}
 DISTILLATION = KDConfig(temperature=4.0)
-
-Model = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
+HIDDEN_WEIGHT = 60.0  # of the difference between what residual blocks put out, the slim model's and the teacher's
 
 
 def network_parser(description: str) -> argparse.ArgumentParser:
@@ -125,84 +123,20 @@ def of_hawada(work: Workspace) -> dict[float, nn.Module]:
     }
 
 
-def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Model:
-    """Torch-Pruning, global, on the channels inside blocks: its graph does not follow padded shortcuts."""
-    inner = {f"{group.name.removesuffix('.conv1')}.conv1" for group in work.groups if group.name.endswith(".conv1")}
-    importances: dict[str, Callable[[], Any]] = {
-        "taylor": tp.importance.GroupTaylorImportance,
-        "magnitude": tp.importance.GroupMagnitudeImportance,
-        "random": tp.importance.RandomImportance,
-    }
-
-    def prune(ratio: float) -> nn.Module:
-        torch.manual_seed(0)
-        model = copy.deepcopy(teacher)
-        if name == "taylor":
-            for images, labels in work.data.calibration_loader(64, CALIBRATION):
-                F.cross_entropy(model(images), labels).backward()
-        ignored = [
-            module
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear) and path not in inner
-        ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pruner = tp.pruner.BasePruner(
-                model,
-                work.check_inputs()[0],
-                importances[name](),
-                global_pruning=True,
-                pruning_ratio=ratio,
-                max_pruning_ratio=0.95,
-                ignored_layers=ignored,
-                round_to=MULTIPLE,
-            )
-            pruner.step()
-        model.zero_grad(set_to_none=True)
-        return model.eval()
-
-    return prune
-
-
-def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
-    """The same fraction of every inner convolution's filters, the largest ones."""
-    sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
-    order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
-
-    def prune(ratio: float) -> nn.Module:
-        widths = widths_of(completed({}, work.groups), work.groups)
-        for group in work.groups:
-            if group.cuts:
-                kept = round((1 - ratio) * group.units / MULTIPLE) * MULTIPLE
-                widths[group.name] = min(max(kept, MULTIPLE), group.units)
-        return work.slim(teacher, keep_first(work.groups, widths, order))
-
-    return prune
-
-
-def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], float]) -> nn.Module | None:
-    """The slowest model at or under the target that bisection on the pruning ratio finds; None where there is none."""
-    low = 0.0
-    for high in HIGHEST:
-        best = prune(high)
-        if ratio_of(best) <= target:
-            break
-    else:
-        return None
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        model = prune(middle)
-        if ratio_of(model) <= target:
-            best, high = model, middle
-        else:
-            low = middle
-    return best
+def recipe() -> dict[str, Any]:
+    """Of finetuning, for the record."""
+    whole = {"temperature": DISTILLATION.temperature, "batch": BATCH, "augmentation": False}
+    return RECIPE | whole | {"hidden_weight": HIDDEN_WEIGHT}
 
 
 def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: int, seed: int) -> nn.Module:
-    """The one recipe that all get: so many training images once, distillation and labels."""
+    """The one recipe that all get: so many training images as they are, distillation of answers and blocks, labels.
+
+    Without augmentation: of less than an epoch nothing is seen twice.
+    """
     torch.manual_seed(seed)
-    loader = work.data.train_loader(BATCH, seed)
+    plain = VisionData(work.data.plain, work.data.plain, work.data.test, classes=work.data.classes)
+    loader = plain.train_loader(BATCH, seed)
     steps = samples // BATCH
 
     class Limited:
@@ -214,16 +148,16 @@ def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: in
 
     model = copy.deepcopy(model)
     trainer = Finetuner(**RECIPE)
-    trainer.fit(
-        model, Limited(), teacher=teacher, distillation=Distillation(DISTILLATION), accelerator=work.accelerator
-    )
+    distillation = Distillation(DISTILLATION, reader=work.adapter.outputs, hidden_weight=HIDDEN_WEIGHT)
+    trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=work.accelerator)
     return model.cpu().eval()
 
 
 def together(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
     """Ratio of each model to the teacher, with its interval, all in the same rounds."""
     samplers = [work.clock.prepare(work.timed(model), work.inputs()) for model in (teacher, *models.values())]
-    samples = measure_rounds(samplers, work.rounds, monitor=work.monitor).samples
+    rounds = replace(work.rounds, max_seconds=LONGEST)
+    samples = measure_rounds(samplers, rounds, monitor=work.monitor).samples
     return {
         name: bootstrap_median(samples[:, index] / samples[:, 0]).as_dict()
         for index, name in enumerate(models, start=1)
@@ -236,7 +170,7 @@ def accuracy(work: Workspace, model: nn.Module) -> float:
 
 
 def candidates(
-    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module
+    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module, kept: Kept
 ) -> dict[tuple[str, float], nn.Module]:
     """By method and target, what reached it, before finetuning."""
     reference = work.timed(copy.deepcopy(teacher))
@@ -255,9 +189,9 @@ def candidates(
             continue
         prune = of_uniform(work, teacher) if method == "uniform" else of_torch_pruning(method, work, teacher)
         for target in arguments.targets:
-            model = brought_to(target, prune, ratio_of)
-            if model is not None:
-                found[method, target] = model
+            pruning = kept.take(f"{method} {target}", lambda: brought_to(target, prune, ratio_of))  # noqa: B023
+            if pruning is not None:
+                found[method, target] = prune(pruning)
     return found
 
 
@@ -286,6 +220,14 @@ def measured(
     return records
 
 
+def fingerprint(model: nn.Module) -> str:
+    """Tells one model's weights from another's."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def finetune_all(
     arguments: argparse.Namespace,
     work: Workspace,
@@ -293,17 +235,23 @@ def finetune_all(
     found: Mapping[tuple[str, float], nn.Module],
     records: Sequence[dict[str, Any]],
     seed: int,
+    kept: Kept,
 ) -> None:
     """Add to each record what its model reaches with one seed."""
     for record in records:
         if not record["reached"]:
             continue
-        model = copy.deepcopy(found[record["method"], record["target_ratio"]])
-        recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
-        start = time.perf_counter()
-        record["after"].append(accuracy(work, finetuned(work, model, teacher, arguments.samples, seed)))
+        method, target = record["method"], record["target_ratio"]
+        samples = arguments.samples - (CALIBRATION if method.startswith("hawada") else 0)  # refit changed weights too
+
+        def result(method: str = method, target: float = target, samples: int = samples) -> float:
+            model = copy.deepcopy(found[method, target])
+            recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+            return accuracy(work, finetuned(work, model, teacher, samples, seed))
+
+        name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe()}"
+        record["after"].append(kept.take(name, result))
         record["mean"] = float(np.mean(record["after"]))
-        record["finetuning_seconds"] = time.perf_counter() - start
         print(line(record), flush=True)
 
 
@@ -340,8 +288,10 @@ def main() -> None:
     parser = network_parser(str(__doc__))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=30_000, help="training images that finetuning sees")
-    parser.add_argument("--root", type=Path, help="folder that keeps HawAda's stages; finished ones are not done again")
+    parser.add_argument(
+        "--samples", type=int, default=30_000, help="training images that change weights; HawAda's refit included"
+    )
+    parser.add_argument("--root", type=Path, help="folder that keeps everything but the last measurement")
     parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -358,18 +308,19 @@ def main() -> None:
             hawada["hawada-width"] = workspace(narrow, arguments.targets, Path(root) / "width")
         teacher = work.teacher()
         whole: dict[str, Any] = {
-            "environment": work.environment() | {"torch_pruning": tp.__version__},
+            "environment": work.environment() | {"torch_pruning": torch_pruning.__version__},
             "timed_as": work.timed_as,
-            "recipe": RECIPE | {"samples": arguments.samples, "temperature": DISTILLATION.temperature, "batch": BATCH},
+            "recipe": recipe() | {"samples": arguments.samples, "refit_samples": CALIBRATION},
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
-        found = candidates(arguments, work, hawada, teacher)
+        kept = Kept(Path(root) / "kept.json")
+        found = candidates(arguments, work, hawada, teacher, kept)
         whole["records"] = measured(arguments, work, teacher, found)
         print("everything is measured; what follows may share the machine", flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
-            finetune_all(arguments, work, teacher, found, whole["records"], seed)
+            finetune_all(arguments, work, teacher, found, whole["records"], seed, kept)
             whole["seconds"] = time.perf_counter() - start
             arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
     plot(whole["records"], whole["teacher_accuracy"], arguments.output.with_suffix(".png"))

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equal_latency import CALIBRATION, network_parser, options, workspace
+from baselines import CALIBRATION
+from equal_latency import network_parser, options, workspace
 from torch import nn
 
 from hawada.core.evaluate import score

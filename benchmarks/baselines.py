@@ -1,0 +1,95 @@
+"""What HawAda is compared with: Torch-Pruning and uniform widths, each brought to a latency by its own ratio."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import nn
+
+from hawada.core.structure import completed, keep_first, widths_of
+from hawada.stages.workspace import Workspace
+
+MULTIPLE = 2  # widths of every method are multiples of this
+STEPS = 7  # bisections of a baseline's ratio
+HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
+CALIBRATION = 2048  # training images for importance and BatchNorm
+
+Model = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
+
+
+def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Model:
+    """Torch-Pruning, global, on the channels inside blocks: its graph does not follow padded shortcuts."""
+    inner = {f"{group.name.removesuffix('.conv1')}.conv1" for group in work.groups if group.name.endswith(".conv1")}
+    importances: dict[str, Callable[[], Any]] = {
+        "taylor": tp.importance.GroupTaylorImportance,
+        "magnitude": tp.importance.GroupMagnitudeImportance,
+        "random": tp.importance.RandomImportance,
+    }
+
+    def prune(ratio: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = copy.deepcopy(teacher)
+        if name == "taylor":
+            for images, labels in work.data.calibration_loader(64, CALIBRATION):
+                F.cross_entropy(model(images), labels).backward()
+        ignored = [
+            module
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear) and path not in inner
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = tp.pruner.BasePruner(
+                model,
+                work.check_inputs()[0],
+                importances[name](),
+                global_pruning=True,
+                pruning_ratio=ratio,
+                max_pruning_ratio=0.95,
+                ignored_layers=ignored,
+                round_to=MULTIPLE,
+            )
+            pruner.step()
+        model.zero_grad(set_to_none=True)
+        return model.eval()
+
+    return prune
+
+
+def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
+    """The same fraction of every inner convolution's filters, the largest ones."""
+    sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
+    order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
+
+    def prune(ratio: float) -> nn.Module:
+        widths = widths_of(completed({}, work.groups), work.groups)
+        for group in work.groups:
+            if group.cuts:
+                kept = round((1 - ratio) * group.units / MULTIPLE) * MULTIPLE
+                widths[group.name] = min(max(kept, MULTIPLE), group.units)
+        return work.slim(teacher, keep_first(work.groups, widths, order))
+
+    return prune
+
+
+def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], float]) -> float | None:
+    """The smallest pruning ratio that bisection finds whose model is at or under the target; None where none is."""
+    low = 0.0
+    for high in HIGHEST:
+        if ratio_of(prune(high)) <= target:
+            break
+    else:
+        return None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if ratio_of(prune(middle)) <= target:
+            high = middle
+        else:
+            low = middle
+    return high
