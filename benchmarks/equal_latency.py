@@ -35,6 +35,7 @@ import torch_pruning
 from baselines import CALIBRATION, MULTIPLE, brought_to, of_torch_pruning, of_uniform
 from hydra import compose, initialize_config_dir
 from kept import Kept
+from teacher import adapted
 from torch import nn
 
 from hawada.adapters.base import Shape
@@ -129,14 +130,23 @@ def recipe() -> dict[str, Any]:
     return RECIPE | whole | {"hidden_weight": HIDDEN_WEIGHT}
 
 
-def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: int, seed: int) -> nn.Module:
-    """The one recipe that all get: so many training images as they are, distillation of answers and blocks, labels.
+def unaugmented(data: VisionData) -> VisionData:
+    """The same, and its training images as they are: of less than an epoch nothing is seen twice."""
+    return VisionData(data.plain, data.plain, data.test, classes=data.classes)
 
-    Without augmentation: of less than an epoch nothing is seen twice.
-    """
+
+def finetuned(
+    work: Workspace,
+    model: nn.Module,
+    teacher: nn.Module,
+    data: VisionData,
+    samples: int,
+    seed: int,
+    hidden_weight: float = HIDDEN_WEIGHT,
+) -> nn.Module:
+    """The one recipe that all get: so many training images, distillation of answers and blocks, labels."""
     torch.manual_seed(seed)
-    plain = VisionData(work.data.plain, work.data.plain, work.data.test, classes=work.data.classes)
-    loader = plain.train_loader(BATCH, seed)
+    loader = data.train_loader(BATCH, seed)
     steps = samples // BATCH
 
     class Limited:
@@ -148,7 +158,7 @@ def finetuned(work: Workspace, model: nn.Module, teacher: nn.Module, samples: in
 
     model = copy.deepcopy(model)
     trainer = Finetuner(**RECIPE)
-    distillation = Distillation(DISTILLATION, reader=work.adapter.outputs, hidden_weight=HIDDEN_WEIGHT)
+    distillation = Distillation(DISTILLATION, reader=work.adapter.outputs, hidden_weight=hidden_weight)
     trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=work.accelerator)
     return model.cpu().eval()
 
@@ -247,7 +257,7 @@ def finetune_all(
         def result(method: str = method, target: float = target, samples: int = samples) -> float:
             model = copy.deepcopy(found[method, target])
             recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
-            return accuracy(work, finetuned(work, model, teacher, samples, seed))
+            return accuracy(work, finetuned(work, model, teacher, unaugmented(work.data), samples, seed))
 
         name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe()}"
         record["after"].append(kept.take(name, result))
@@ -291,6 +301,9 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=30_000, help="training images that change weights; HawAda's refit included"
     )
+    parser.add_argument(
+        "--teacher-epochs", type=int, default=0, help="of the training images, on which the weights are finetuned first"
+    )
     parser.add_argument("--root", type=Path, help="folder that keeps everything but the last measurement")
     parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
     arguments = parser.parse_args()
@@ -300,6 +313,10 @@ def main() -> None:
     arguments.targets = sorted(set(arguments.targets), reverse=True)
     start = time.perf_counter()
     with nullcontext(arguments.root) if arguments.root else tempfile.TemporaryDirectory() as root:
+        if arguments.teacher_epochs:
+            arguments.weights = adapted(
+                arguments.weights, arguments.depth, arguments.data, arguments.teacher_epochs, Path(root)
+            )
         overrides = [*options(arguments), *arguments.overrides]
         work = workspace(overrides, arguments.targets, Path(root))
         hawada = {"hawada": work}
@@ -310,6 +327,8 @@ def main() -> None:
         whole: dict[str, Any] = {
             "environment": work.environment() | {"torch_pruning": torch_pruning.__version__},
             "timed_as": work.timed_as,
+            "depth": arguments.depth,
+            "teacher_epochs": arguments.teacher_epochs,
             "recipe": recipe() | {"samples": arguments.samples, "refit_samples": CALIBRATION},
             "teacher_accuracy": accuracy(work, teacher),
         }

@@ -1,0 +1,33 @@
+"""Published weights made ready for other images than they were trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from cifar_resnet import CifarResNet
+from safetensors.torch import load_file, save_file
+
+from hawada.core.finetune import Finetuner
+from hawada.data.vision import cifar10
+
+
+def adapted(weights: Path, depth: int, data: Path, epochs: int, root: Path) -> Path:
+    """Weights of a CIFAR ResNet, finetuned on labels for some epochs of the training images; made once in `root`.
+
+    Raises:
+        FileNotFoundError: without weights or data.
+    """
+    path = root / f"teacher_{depth}_{epochs}.safetensors"
+    if not path.is_file():
+        torch.manual_seed(0)
+        model = CifarResNet(depth)
+        model.load_state_dict(load_file(weights))
+        accelerator = Accelerator(mixed_precision="bf16")
+        loader = cifar10(str(data)).train_loader(64, seed=0)
+        trainer = Finetuner(epochs, lr=1e-3, weight_decay=5e-4)
+        trainer.fit(model, loader, accelerator=accelerator)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.cpu().state_dict(), path)
+    return path
