@@ -185,7 +185,7 @@ def test_the_runtime_reaches_the_clock_of_every_gpu(mode: str) -> None:
     for gpu in options("gpu"):
         cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "runtime.mixed_precision=bf16")
         assert cfg.gpu.clock.runtime == mode
-        assert cfg.runtime == {"mode": mode, "threads": 1, "mixed_precision": "bf16"}
+        assert cfg.runtime == {"mode": mode, "threads": 1, "mixed_precision": "bf16", "channels_last": False}
 
 
 def test_penalty_keys_reach_the_penalties() -> None:

@@ -38,6 +38,7 @@ TINY = [
     "profile.held_out=2",
     "finetune.recalibration_samples=64",
     "export.quality.samples=64",
+    "export.quality.points=3",
 ]
 
 
@@ -219,8 +220,9 @@ def test_an_interrupted_pipeline_goes_on_where_it_stopped(finished: Finished, tm
 ARTEFACTS = ("train/gates.safetensors", "export/keep.json", "finetune/slim/model.safetensors")
 
 
-def run_to_finetune(output_dir: Path, seed: int) -> Path:
-    for stage in ("profile", "pretrain", "train", "export", "finetune"):
+def run_to(last: str, output_dir: Path, seed: int) -> Path:
+    stages = ("profile", "pretrain", "train", "export", "finetune")
+    for stage in stages[: stages.index(last) + 1]:
         outcome = hawada(*TINY, f"output_dir={output_dir}", f"seed={seed}", f"stage={stage}")
         assert outcome.code == 0, outcome.err
     return output_dir / NAME
@@ -228,15 +230,22 @@ def run_to_finetune(output_dir: Path, seed: int) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only training on the CPU promises to be bit-identical")
 def test_the_same_seed_gives_the_same_bits_stage_by_stage_or_at_once(finished: Finished, tmp_path: Path) -> None:
-    again = run_to_finetune(tmp_path, seed=0)
+    again = run_to("finetune", tmp_path, seed=0)
     for artefact in ARTEFACTS:
         assert (again / artefact).read_bytes() == (finished.root / artefact).read_bytes(), artefact
 
 
 def test_another_seed_gives_another_result(finished: Finished, tmp_path: Path) -> None:
-    other = run_to_finetune(tmp_path, seed=1)
-    for artefact in ("train/gates.safetensors", "finetune/slim/model.safetensors"):
+    other = run_to("train", tmp_path, seed=1)
+    for artefact in ("pretrain/teacher/model.safetensors", "train/gates.safetensors"):
         assert (other / artefact).read_bytes() != (finished.root / artefact).read_bytes(), artefact
+
+
+def test_models_can_be_trained_with_channels_last(profiled: Path) -> None:
+    for stage in ("pretrain", "train", "export", "finetune"):
+        given = (f"output_dir={profiled}", f"stage={stage}", "runtime.channels_last=true", "train.probe_every=1")
+        outcome = hawada(*TINY, *given, "overwrite=true")
+        assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.parametrize("stage", ["pipeline", "train"])

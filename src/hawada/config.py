@@ -176,6 +176,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "budget.phase": ("forward", "prefill", "decode", "generate"),
     "runtime.mode": ("eager", "cudagraph", "compile"),
     "runtime.mixed_precision": ("no", "bf16", "fp16"),
+    "runtime.channels_last": (False, True),
 }
 
 

@@ -29,6 +29,7 @@ class StagePlan:
 
 
 _MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
+_TRAINED = (*_MODEL, "runtime.channels_last")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
@@ -41,10 +42,10 @@ PLANS: dict[str, StagePlan] = {
     for plan in (
         StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True),
         StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
-        StagePlan("pretrain", reads=(*_MODEL, "gpu.device", "data", "distill.chunk", "pretrain")),
+        StagePlan("pretrain", reads=(*_TRAINED, "gpu.device", "data", "distill.chunk", "pretrain")),
         StagePlan(
             "train",
-            reads=(*_MODEL, *_LATENCY, *_TRAINING, "export.threshold"),
+            reads=(*_TRAINED, *_LATENCY, *_TRAINING, "export.threshold"),
             needs=("profile",),
             teacher=True,
             measures=True,
@@ -67,7 +68,7 @@ PLANS: dict[str, StagePlan] = {
         ),
         StagePlan(
             "finetune",
-            reads=(*_MODEL, "gpu.device", "data", "kd", "distill", "finetune"),
+            reads=(*_TRAINED, "gpu.device", "data", "kd", "distill", "finetune"),
             needs=("export",),
             teacher=True,
         ),

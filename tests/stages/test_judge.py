@@ -193,26 +193,36 @@ class Killed(Clock):
 '''
 
 
-@pytest.fixture
-def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that judges a saved teacher and slim model with a clock of an outside package."""
-    spec = {"arch": "basic", "layers": [1, 1, 1, 1], "num_classes": 10, "image_size": 16}
-    adapter = ResNetAdapter(**spec)
+SPEC: dict[str, Any] = {"arch": "basic", "layers": [1, 1, 1, 1], "num_classes": 10, "image_size": 16}
+TARGET = {"_target_": "hawada.adapters.torchvision.resnet.ResNetAdapter"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved teacher and a slim model."""
+    folder = tmp_path_factory.mktemp("models")
+    adapter = ResNetAdapter(**SPEC)
     teacher = adapter.skeleton()
     groups = adapter.groups(teacher)
-    target = {"_target_": "hawada.adapters.torchvision.resnet.ResNetAdapter"}
     keeps: dict[str, dict[str, Sequence[int]]] = {"teacher": {}, "slim": {"layer4.0.conv1": range(64)}}
     for name, changes in keeps.items():
         keep = keep_all(groups) | {group: tuple(kept) for group, kept in changes.items()}
         save_model(
-            tmp_path / name,
+            folder / name,
             adapter.slim(teacher, groups, keep),
             adapter=adapter,
-            adapter_spec={**target, **spec},
+            adapter_spec={**TARGET, **SPEC},
             teacher=teacher,
             groups=groups,
             keep=keep,
         )
+    return folder
+
+
+@pytest.fixture
+def saved(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that judges them with a clock of an outside package."""
+    adapter = ResNetAdapter(**SPEC)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "outside_clocks.py").write_text(CLOCKS)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
@@ -220,7 +230,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         cfg=OmegaConf.create({"gpu": {"clock": {"_target_": ""}, "dtype": "float32"}, "seed": 0}),
         inputs=lambda: adapter.example_inputs(Shape(2)),
         device=torch.device("cpu"),
-        trust=[target["_target_"]],
+        trust=[TARGET["_target_"]],
         shape=Shape(2),
         rounds=ROUNDS,
         handover_us=None,
@@ -232,7 +242,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         work.cfg.gpu.clock._target_ = f"outside_clocks.{clock}"
         folder = tmp_path / clock
         folder.mkdir()
-        return work, tmp_path / "teacher", tmp_path / "slim", folder
+        return work, models / "teacher", models / "slim", folder
 
     def judge(clock: str) -> tuple[Judgement, Path]:
         asked = place(clock)

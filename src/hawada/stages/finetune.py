@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from hawada.config import build
 from hawada.core.finetune import recalibrate_batchnorm
+from hawada.core.memory_format import channels_last
 from hawada.core.structure import Keep
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run
@@ -35,7 +36,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             history.append(losses)
             log.write({"epoch": epoch, **losses})
 
-        with Progress("finetune", trainer.epochs * len(loader)) as progress:
+        with (
+            Progress("finetune", trainer.epochs * len(loader)) as progress,
+            channels_last([slim, teacher], cfg.runtime.channels_last),
+        ):
             trainer.fit(
                 slim,
                 loader,

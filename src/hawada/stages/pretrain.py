@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from hawada.config import build
 from hawada.core.distill import Distillation
 from hawada.core.evaluate import Scores, score
+from hawada.core.memory_format import channels_last
 from hawada.core.structure import keep_all
 from hawada.data.llms import TextData
 from hawada.data.ngram import witten_bell_perplexity
@@ -27,7 +28,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     trainer = build(cfg.pretrain.trainer)
     with work.writing("pretrain") as folder:
         log = MetricsLog(folder / "metrics.jsonl")
-        with Progress("pretrain", trainer.epochs * len(loader)) as progress:
+        with (
+            Progress("pretrain", trainer.epochs * len(loader)) as progress,
+            channels_last([model], cfg.runtime.channels_last),
+        ):
             trainer.fit(
                 model,
                 loader,

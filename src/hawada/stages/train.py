@@ -13,6 +13,7 @@ from torch import nn
 from hawada.config import build
 from hawada.core.gates import parameter_groups
 from hawada.core.importance import fisher_importance, start_from_importance
+from hawada.core.memory_format import channels_last
 from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
@@ -38,7 +39,10 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             history.append(step)
             log.write({"epoch": epoch, **step.as_dict()})
 
-        with Progress("train", cfg.train.epochs * steps) as progress:
+        with (
+            Progress("train", cfg.train.epochs * steps) as progress,
+            channels_last([trainer.gated, trainer.teacher], cfg.runtime.channels_last),
+        ):
             stopped = trainer.fit(
                 loader,
                 epochs=cfg.train.epochs,
@@ -159,6 +163,7 @@ def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> A
     reference = work.timed(copy.deepcopy(teacher))  # before accelerate wraps the teacher's forward
 
     def measure(slim: nn.Module) -> float:
+        slim.to(memory_format=torch.contiguous_format)  # as it would be saved
         return work.compare(reference, work.timed(slim), work.quick_rounds).ratio.median * teacher_ms
 
     return measure
