@@ -20,10 +20,10 @@ STEPS = 7  # bisections of a baseline's ratio
 HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
 CALIBRATION = 2048  # training images for importance and BatchNorm
 
-Model = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
+Pruner = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
 
 
-def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Model:
+def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Pruner:
     """Torch-Pruning, global, on the channels inside blocks: its graph does not follow padded shortcuts."""
     inner = {f"{group.name.removesuffix('.conv1')}.conv1" for group in work.groups if group.name.endswith(".conv1")}
     importances: dict[str, Callable[[], Any]] = {
@@ -62,7 +62,7 @@ def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Model:
     return prune
 
 
-def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
+def of_uniform(work: Workspace, teacher: nn.Module) -> Pruner:
     """The same fraction of every inner convolution's filters, the largest ones."""
     sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
     order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
@@ -78,7 +78,7 @@ def of_uniform(work: Workspace, teacher: nn.Module) -> Model:
     return prune
 
 
-def brought_to(target: float, prune: Model, ratio_of: Callable[[nn.Module], float]) -> float | None:
+def brought_to(target: float, prune: Pruner, ratio_of: Callable[[nn.Module], float]) -> float | None:
     """The smallest pruning ratio that bisection finds whose model is at or under the target; None where none is."""
     low = 0.0
     for high in HIGHEST:

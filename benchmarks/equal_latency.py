@@ -144,7 +144,10 @@ def finetuned(
     seed: int,
     hidden_weight: float = HIDDEN_WEIGHT,
 ) -> nn.Module:
-    """The one recipe that all get: so many training images, distillation of answers and blocks, labels."""
+    """The one recipe that all get: so many training images, distillation of answers and blocks, labels.
+
+    It was chosen on HawAda's models.
+    """
     torch.manual_seed(seed)
     loader = data.train_loader(BATCH, seed)
     steps = samples // BATCH
@@ -199,7 +202,8 @@ def candidates(
             continue
         prune = of_uniform(work, teacher) if method == "uniform" else of_torch_pruning(method, work, teacher)
         for target in arguments.targets:
-            pruning = kept.take(f"{method} {target}", lambda: brought_to(target, prune, ratio_of))  # noqa: B023
+            name = f"{method} {target} of {fingerprint(teacher)}"
+            pruning = kept.take(name, lambda: brought_to(target, prune, ratio_of))  # noqa: B023
             if pruning is not None:
                 found[method, target] = prune(pruning)
     return found

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hawada.run import write_json
+
 
 class Kept:
     """Figures by name in a file, so that a call that finds them there does not take them again.
@@ -23,5 +25,5 @@ class Kept:
         """What the file has under this name, or else what is computed and written there."""
         if name not in self.figures:
             self.figures[name] = figure()
-            self.path.write_text(json.dumps(self.figures, indent=1))
+            write_json(self.path, self.figures)
         return self.figures[name]

@@ -12,6 +12,7 @@ equal_latency.py.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,107 +21,91 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import CALIBRATION
-from equal_latency import HIDDEN_WEIGHT, finetuned, network_parser, options, recipe, workspace
+from equal_latency import HIDDEN_WEIGHT, finetuned, network_parser, options, recipe, unaugmented, workspace
 from torch import nn
 
 from hawada.core.evaluate import score
 from hawada.core.finetune import recalibrate_batchnorm
-from hawada.data.vision import ImageTensors, VisionData
+from hawada.data.vision import cifar10
 from hawada.stages import front
 from hawada.stages.workspace import Workspace
 
 HELD_OUT = 5120  # training images
 TRAINED = ["train.epochs=10", "train.steps_per_epoch=10", "train.patience=0"]  # of gates, at batch 64: 6,400 images
 ALONE = ["export.quality.worth=gates", "export.quality.compensate=false"]  # gates decide everything
-BEST = ["export.quality.order=reconstruction"]
+FISHER = "train.importance.samples=2048"
 STEPS: dict[str, list[str]] = {
     "sigmoid gates, trained": [*TRAINED, *ALONE],
-    "- trained: they begin by Fisher information": ["train.importance.samples=2048", *ALONE],
-    "+ they begin by Fisher information": [*TRAINED, *ALONE, "train.importance.samples=2048"],
-    "+ temperature annealed": [*TRAINED, *ALONE, "gate=annealed"],
-    "straight-through instead": [*TRAINED, *ALONE, "gate=straight_through"],
-    "hard-concrete instead": [*TRAINED, *ALONE, "gate=hard_concrete"],
-    "+ polarization penalty": [*TRAINED, *ALONE, "penalties.polarization=1"],
-    "+ least squares": [*TRAINED, "export.quality.worth=gates"],
-    "+ least squares, measured worth": TRAINED,
-    "no gates trained, least squares, measured worth, order by reconstruction": BEST,
+    "not trained, begun by Fisher information": [FISHER, *ALONE],
+    "begun by Fisher information": [*TRAINED, *ALONE, FISHER],
+    "temperature annealed": [*TRAINED, *ALONE, "gate=annealed"],
+    "both": [*TRAINED, *ALONE, "gate=annealed", FISHER],
+    "straight-through, begun by Fisher information": [
+        *TRAINED,
+        *ALONE,
+        "gate._target_=tried_gates.StraightThroughGate",
+        FISHER,
+    ],
+    "hard-concrete": [*TRAINED, *ALONE, "gate=hard_concrete"],
+    "polarization penalty": [*TRAINED, *ALONE, "penalties.polarization=1"],
+    "sigmoid gates, trained; readers refitted": [*TRAINED, "export.quality.worth=gates"],
+    "sigmoid gates, trained; readers refitted, worths measured": TRAINED,
+    "no gates trained; readers refitted, worths measured, order by reconstruction": [
+        "export.quality.order=reconstruction"
+    ],
 }
-FINETUNING: dict[str, dict[str, Any]] = {  # of what the last step made
-    "distillation of answers, augmented": {"hidden_weight": 0.0, "augmented": True},
-    "+ of blocks": {"augmented": True},
-    "- augmentation": {"hidden_weight": 0.0},
-    "+ of blocks, - augmentation": {},
+FINETUNING: dict[str, tuple[bool, float]] = {  # augmented, weight of blocks; of what the last step made
+    "answers distilled, images augmented": (True, 0.0),
+    "blocks distilled too": (True, HIDDEN_WEIGHT),
+    "images as they are": (False, 0.0),
+    "both": (False, HIDDEN_WEIGHT),
 }
 
 
-class Images:
-    """Of the training images: those that nothing is trained or calibrated on, and the others.
-
-    Attributes:
-        held_out: batches (images, labels).
-        plain: the others, as they are.
-        augmented: the same, augmented.
-    """
-
-    def __init__(self, data: VisionData) -> None:
-        plain: Any = data.plain
-        order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))  # calibration takes the first
-        mine = order[CALIBRATION : CALIBRATION + HELD_OUT]
-        others = torch.cat([order[:CALIBRATION], order[CALIBRATION + HELD_OUT :]])
-        self.held_out = [plain.__getitems__(rows.tolist()) for rows in mine.split(512)]
-        self.plain, self.augmented = self._of(plain, others), self._of(data.train, others)
-
-    @staticmethod
-    def _of(source: Any, rows: torch.Tensor) -> VisionData:
-        """Some of the images, as training data."""
-        chosen = ImageTensors(
-            source.images[rows], source.labels[rows], mean=(0, 0, 0), std=(1, 1, 1), augment=source.augment
-        )
-        chosen.mean, chosen.std = source.mean, source.std
-        return VisionData(chosen, chosen, chosen, classes=10)
-
-    def accuracy(self, work: Workspace, model: nn.Module) -> float:
-        """On what was held out, in percent."""
-        return 100 * score(model, self.held_out, work.adapter.logits).accuracy
+def held_out(data: Path) -> list[Any]:
+    """Batches of the training images that `data.samples` leaves out, without augmentation."""
+    plain: Any = cifar10(str(data)).plain
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))
+    return [plain.__getitems__(rows.tolist()) for rows in order[-HELD_OUT:].split(512)]
 
 
-def sliced(
-    name: str, overrides: Sequence[str], targets: Sequence[float], root: Path, images: Images
-) -> tuple[Workspace, list[dict[str, Any]]]:
-    """Accuracy at every target with some of the settings, before any finetuning."""
-    work = workspace(overrides, targets, root)
-    records = []
-    for point in front.run(work.cfg, work.run)["points"]:
-        records.append(
-            {"step": name, "target_ratio": point["target_ratio"], "reached": point["status"] != "infeasible"}
-        )
-        if not records[-1]["reached"]:
-            continue
-        model = work.saved_model("front", f"{point['target_ratio']:g}/slim")
-        exported = images.accuracy(work, model)
-        recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
-        records[-1] |= {
-            "predicted_ratio": point["measured"]["ratio"]["median"],
-            "exported": exported,
-            "recalibrated": images.accuracy(work, model),
-            "widths": point["widths"],
-        }
-    return work, records
+def accuracy(work: Workspace, model: nn.Module, batches: Sequence[Any]) -> float:
+    """In percent."""
+    return 100 * score(model, batches, work.adapter.logits).accuracy
 
 
-def finetuning(work: Workspace, target: float, samples: int, seeds: int, images: Images) -> list[dict[str, Any]]:
-    """Accuracy after each way of finetuning one exported model."""
-    teacher, model = work.teacher(), work.saved_model("front", f"{target:g}/slim")
-    records = []
-    for name, changes in FINETUNING.items():
-        data = images.augmented if changes.get("augmented") else images.plain
-        weight = changes.get("hidden_weight", HIDDEN_WEIGHT)
-        found = [
-            images.accuracy(work, finetuned(work, model, teacher, data, samples, seed, weight)) for seed in range(seeds)
-        ]
-        records.append({"step": name, "target_ratio": target, "hidden_weight": weight, "finetuned": found})
-        print(f"{name:40} {np.mean(found):5.2f} %  {found}", flush=True)
+def sliced(name: str, work: Workspace, batches: Sequence[Any]) -> list[dict[str, Any]]:
+    """Accuracy at every target before any finetuning."""
+    points = (work.run.result("front") if work.run.check("front") else front.run(work.cfg, work.run))["points"]
+    records: list[dict[str, Any]] = []
+    for point in points:
+        target, reached = point["target_ratio"], point["status"] != "infeasible"
+        records.append({"step": name, "target_ratio": target, "reached": reached})
+        if reached:
+            model = work.saved_model("front", f"{target:g}/slim")
+            exported = accuracy(work, model, batches)
+            recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+            records[-1] |= {
+                "predicted_ratio": point["measured"]["ratio"]["median"],
+                "exported": exported,
+                "recalibrated": accuracy(work, model, batches),
+                "widths": point["widths"],
+            }
     return records
+
+
+def finetuning(
+    name: str, work: Workspace, target: float, samples: int, seeds: int, batches: Sequence[Any]
+) -> dict[str, Any]:
+    """Accuracy after one way of finetuning an exported model."""
+    augmented, weight = FINETUNING[name]
+    teacher, model = work.teacher(), work.saved_model("front", f"{target:g}/slim")
+    recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+    data = work.data if augmented else unaugmented(work.data)
+    found = [
+        accuracy(work, finetuned(work, model, teacher, data, samples, seed, weight), batches) for seed in range(seeds)
+    ]
+    return {"step": name, "target_ratio": target, "augmented": augmented, "hidden_weight": weight, "finetuned": found}
 
 
 def table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> str:
@@ -141,35 +126,44 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=30_000, help="training images of finetuning and refit together")
     parser.add_argument("--root", type=Path, help="folder that keeps the runs; a temporary one if left out")
     arguments = parser.parse_args()
-    base = [*options(arguments), "export.quality.order=gates", *arguments.overrides]
+    base = [*options(arguments), "export.quality.order=gates", f"data.samples={50_000 - HELD_OUT}"]
+    base += arguments.overrides
+    batches = held_out(arguments.data)
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.root or Path(temporary)
         first = workspace(base, arguments.targets, root / "measured")
         latencies = first.run.folder("profile") / "latency_table.json"
-        images, records, rows = Images(first.data), [], {}
         print("everything is measured; what follows may share the machine", flush=True)
-        for index, (name, overrides) in enumerate(STEPS.items()):
-            chosen = [*base, "gpu.timing=table", f"gpu.table={latencies}", *overrides]
-            work, found = sliced(name, chosen, arguments.targets, root / str(index), images)
-            records += found
-            rows[name] = [cell(record) for record in found]
-            print(f"{name:75} {rows[name]}", flush=True)
-        largest = max(arguments.targets)
-        ways = finetuning(work, largest, arguments.samples - CALIBRATION, arguments.seeds, images)
-        whole = {
+        whole: dict[str, Any] = {
             "environment": first.environment(),
             "timed_as": first.timed_as,
             "held_out": HELD_OUT,
-            "teacher_accuracy": images.accuracy(first, first.teacher()),
-            "recipe": recipe() | {"samples": arguments.samples, "refit_samples": CALIBRATION},
-            "records": records,
-            "finetuning": ways,
+            "teacher_accuracy": accuracy(first, first.teacher(), batches),
+            "recipe": {key: value for key, value in recipe().items() if key not in ("augmentation", "hidden_weight")},
+            "samples": arguments.samples,
+            "records": [],
+            "finetuning": [],
         }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
-    print(table(rows, [f"at {record['target_ratio']:g}" for record in found]))
-    means = {way["step"]: [f"{np.mean(way['finetuned']):.2f} ± {np.std(way['finetuned'], ddof=1):.2f}"] for way in ways}
-    print(table(means, [f"at {largest:g}"]))
+
+        def keep(key: str, records: list[dict[str, Any]]) -> None:
+            whole[key] += records
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
+
+        for name, overrides in STEPS.items():
+            chosen = [*base, "gpu.timing=table", f"gpu.table={latencies}", *overrides]
+            work = workspace(chosen, arguments.targets, root / re.sub(r"\W+", "_", name))
+            keep("records", sliced(name, work, batches))
+        for name in FINETUNING:
+            ready = (arguments.samples - CALIBRATION, arguments.seeds, batches)
+            keep("finetuning", [finetuning(name, work, max(arguments.targets), *ready)])
+    rows = {name: [cell(r) for r in whole["records"] if r["step"] == name] for name in STEPS}
+    print(table(rows, [f"at {record['target_ratio']:g}" for record in whole["records"][: len(arguments.targets)]]))
+    ways = {
+        way["step"]: [f"{np.mean(way['finetuned']):.2f} ± {np.std(way['finetuned']):.2f}"]
+        for way in whole["finetuning"]
+    }
+    print(table(ways, [f"at {max(arguments.targets):g}"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -14,12 +15,9 @@ from hawada.data.vision import cifar10
 
 
 def adapted(weights: Path, depth: int, data: Path, epochs: int, root: Path) -> Path:
-    """Weights of a CIFAR ResNet, finetuned on labels for some epochs of the training images; made once in `root`.
-
-    Raises:
-        FileNotFoundError: without weights or data.
-    """
-    path = root / f"teacher_{depth}_{epochs}.safetensors"
+    """Weights of a CIFAR ResNet, finetuned on labels for some epochs of the training images; made once in `root`."""
+    asked = hashlib.blake2b(f"{depth} {data.resolve()} {epochs}".encode() + weights.read_bytes(), digest_size=8)
+    path = root / f"teacher_{asked.hexdigest()}.safetensors"
     if not path.is_file():
         torch.manual_seed(0)
         model = CifarResNet(depth)

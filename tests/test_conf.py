@@ -72,7 +72,7 @@ def every_two() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(TRIPLE, every_two())
-def test_every_model_composes_with_every_gpu_and_stage(model: str, gpu: str, stage: str, tmp_path: Path) -> None:
+def test_any_two_of_model_gpu_and_stage_compose(model: str, gpu: str, stage: str, tmp_path: Path) -> None:
     cfg = give_data_root(composed(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path)
     validate(cfg, measures=True)
     name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"

@@ -14,9 +14,12 @@ import pytest
 import torch
 from command import Outcome, hawada
 from omegaconf import OmegaConf
+from torch import nn
 
 import hawada as package
+from hawada.core.finetune import Finetuner
 from hawada.core.profiler import Comparison
+from hawada.core.train import LagrangeTrainer
 from hawada.run import sha256
 from hawada.stages.judge import Judgement
 from hawada.stages.workspace import Workspace
@@ -241,11 +244,31 @@ def test_another_seed_gives_another_result(finished: Finished, tmp_path: Path) -
         assert (other / artefact).read_bytes() != (finished.root / artefact).read_bytes(), artefact
 
 
-def test_models_can_be_trained_with_channels_last(profiled: Path) -> None:
+def test_models_are_trained_with_channels_last_where_wanted_and_timed_as_saved(
+    profiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts: list[tuple[str, bool]] = []
+
+    def spy(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def spied(self: Any, *arguments: Any, **options: Any) -> Any:
+            models = [self.gated, self.teacher] if owner is LagrangeTrainer else arguments
+            weights = [p for m in models if isinstance(m, nn.Module) for p in m.parameters() if p.dim() == 4]
+            layouts.append((name, all(weight.is_contiguous() for weight in weights)))
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(LagrangeTrainer, "fit")
+    spy(Finetuner, "fit")
+    spy(Workspace, "compare")
     for stage in ("pretrain", "train", "export", "finetune"):
         given = (f"output_dir={profiled}", f"stage={stage}", "runtime.channels_last=true", "train.probe_every=1")
         outcome = hawada(*TINY, *given, "overwrite=true")
         assert outcome.code == 0, outcome.err
+    assert layouts.count(("fit", False)) == 3 and ("fit", True) not in layouts
+    assert ("compare", True) in layouts and ("compare", False) not in layouts
 
 
 @pytest.mark.parametrize("stage", ["pipeline", "train"])
@@ -306,7 +329,7 @@ def test_a_job_that_fails_does_not_stop_the_others(profiled: Path, recipe: str) 
 SWEEPS = ["latency_target_ms=1.4,1.2", "schedule.train=1,2", "train=gates,two_phase", "train.importance.samples=0,64"]
 
 
-@pytest.mark.parametrize("sweep", [*SWEEPS, "gate=annealed,straight_through"])
+@pytest.mark.parametrize("sweep", [*SWEEPS, "gate=sigmoid,annealed"])
 def test_a_key_that_training_depends_on_can_be_swept(sweep: str, profiled: Path, recipe: str) -> None:
     outcome = hawada("-m", recipe, f"output_dir={profiled}", "stage=train", sweep)
     assert outcome.code == 0, outcome.err

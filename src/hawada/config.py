@@ -157,6 +157,7 @@ NULLABLE = (
     "measure.precision",
     "measure.max_rounds",
     "train.steps_per_epoch",
+    "gate.start_temperature",
     "interlingua.samples",
     "interlingua.epochs",
     "evaluate.prompt_steps",

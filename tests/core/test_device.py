@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from hawada.core import device
-from hawada.core.device import check_device, check_runtime, environment, fingerprint, prepare_cpu, resolve_device
+from hawada.core.device import (
+    allowed_cpus,
+    check_device,
+    check_runtime,
+    environment,
+    fingerprint,
+    prepare_cpu,
+    resolve_device,
+)
 
 
 @pytest.fixture
@@ -71,24 +79,24 @@ def test_auto_is_the_best_device_there_is(monkeypatch):
 
 
 @pytest.fixture
-def restore_cpu():
-    threads = torch.get_num_threads()
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    yield
+def cpus(monkeypatch):
+    """The CPUs of a machine with three, which the process may use at first."""
+    threads, pinned = torch.get_num_threads(), [{0, 1, 2}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: pinned[-1], raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, chosen: pinned.append(set(chosen)), raising=False)
+    allowed_cpus.cache_clear()
+    yield pinned
+    allowed_cpus.cache_clear()
     torch.set_num_threads(threads)
-    if allowed:
-        os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.usefixtures("restore_cpu")
-def test_the_cpu_is_set_up_with_as_many_threads_as_asked():
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert prepare_cpu(None) == torch.get_num_threads() == available
+def test_the_cpu_is_set_up_with_as_many_threads_as_asked(cpus):
+    assert prepare_cpu(None) == torch.get_num_threads() == 3
     assert prepare_cpu(1) == torch.get_num_threads() == 1
-    if hasattr(os, "sched_getaffinity"):
-        assert len(os.sched_getaffinity(0)) == 1
-    assert prepare_cpu(None) == available  # what an earlier job pinned itself to does not count
-    with pytest.raises(ValueError, match=r"runtime\.threads: 4096 is more than the \d+ CPUs"):
+    assert cpus[-1] == {0}
+    assert prepare_cpu(None) == 3  # what an earlier job pinned itself to does not count
+    assert cpus[-1] == {0, 1, 2}
+    with pytest.raises(ValueError, match=r"runtime\.threads: 4096 is more than the 3 CPUs"):
         prepare_cpu(4096)
 
 

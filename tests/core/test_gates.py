@@ -9,7 +9,6 @@ from hawada.core.gates import (
     HardConcreteGate,
     HeadGate,
     SigmoidGate,
-    StraightThroughGate,
     multiply_along,
     parameter_groups,
     project_gates_into_constraints,
@@ -82,25 +81,12 @@ def test_a_temperature_comes_down_by_the_same_factor_in_equal_parts_of_training(
     assert plain.temperature == 0.5
 
 
-def test_a_straight_through_gate_multiplies_with_0_or_1_and_learns_as_a_sigmoid():
-    gate = StraightThroughGate(3)
-    with torch.no_grad():
-        gate.theta.copy_(torch.tensor([-1.0, 0.0, 3.0]))
-    x = torch.tensor([2.0, 3.0, 5.0])
-    y = gate(x)
-    assert y.tolist() == [0.0, 3.0, 5.0]
-    y.sum().backward()
-    soft = torch.sigmoid(gate.theta.detach())
-    assert torch.allclose(gate.theta.grad, x * soft * (1 - soft))
-    assert torch.equal(gate.gate, torch.sigmoid(gate.theta))  # what penalties, proxy and export see
-    gate.hard = torch.tensor([1.0, 0.0, 1.0])
-    assert gate(x).tolist() == [2.0, 0.0, 5.0]
-
-
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match=r"gate\.temperature: .* is not above 0; 1\.0 is the plain sigmoid"):
         SigmoidGate(2, temperature=temperature)
+    with pytest.raises(ValueError, match=r"gate\.start_temperature: .* is not above 0"):
+        SigmoidGate(2, start_temperature=temperature)
 
 
 def test_gate_values_are_float32_even_under_autocast():

@@ -53,6 +53,23 @@ def test_tokens_that_do_not_count_have_no_part_in_it(student, inputs):
     assert all(torch.allclose(one[k], v) for k, v in fisher_importance(student, [(others, labels)], by_token).items())
 
 
+def test_logits_may_be_made_a_few_at_a_time(student, inputs):
+    def by_features(model, inputs, *, features, hidden):
+        head, model.model.head = model.model.head, torch.nn.Identity()
+        try:
+            return Outputs(None, model(inputs), head) if features else Outputs(head(model(inputs)))
+        finally:
+            model.model.head = head
+
+    found = []
+    for chunk in (None, 16, 5):
+        torch.manual_seed(0)
+        found.append(fisher_importance(student, [(inputs,)], by_features, chunk))
+    for name, values in found[0].items():
+        assert torch.allclose(found[1][name], values)  # in one piece
+        assert (found[2][name] > 0).any() and found[2][name].shape == values.shape  # other draws
+
+
 def test_units_that_matter_begin_further_open_ranked_within_their_kind(student):
     importance = {
         "first.branch": torch.tensor([3.0]),
@@ -70,3 +87,14 @@ def test_units_that_matter_begin_further_open_ranked_within_their_kind(student):
     assert abs(together.mean().item()) < 1e-5
     order = torch.cat([importance["first.hidden"], importance["second.hidden"]]).argsort()
     assert (together[order].diff() > 0).all()
+
+
+def test_units_that_matter_alike_begin_alike(student):
+    importance = {group.name: torch.zeros(group.units) for group in student.groups}
+    importance["second.hidden"][5] = 1.0
+    before = student.gate_of("first.hidden").theta.detach().clone()
+    start_from_importance(student, importance, spread=1.0)
+    moved = student.gate_of("first.hidden").theta.detach() - before
+    assert moved.unique().numel() == 1 and moved[0] < 0
+    hidden = student.gate_of("second.hidden").theta.detach()
+    assert hidden.argmax() == 5 and hidden[:5].unique().numel() == 1

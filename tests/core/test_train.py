@@ -82,8 +82,12 @@ def test_gates_are_annealed_epoch_by_epoch(make_trainer, loader):
     for gate in trainer.gated.gates:
         gate.start_temperature, gate.final_temperature = 1.0, 0.25
     found = []
-    trainer.fit(loader, epochs=2, on_epoch=lambda *_: found.append({g.temperature for g in trainer.gated.gates}))
-    assert found == [{0.5}, {0.25}]
+
+    def note(*_):
+        found.append({round(gate.temperature, 6) for gate in trainer.gated.gates})
+
+    assert trainer.fit(loader, epochs=3, patience=1, settle=10.0, on_epoch=note) == "finished"  # not settled before
+    assert found == [{1.0}, {0.5}, {0.25}]
 
 
 @pytest.mark.parametrize("options", [{"lambda_init": -0.1}, {"lambda_lr": -1.0}])

@@ -110,18 +110,6 @@ class SigmoidGate(nn.Module):
         return x * self.factor.to(x.dtype)
 
 
-class StraightThroughGate(SigmoidGate):
-    """A sigmoid gate that multiplies with 0 or 1, whichever is nearer, and learns as if it had multiplied with itself.
-
-    Bengio et al., Estimating or propagating gradients through stochastic neurons for conditional computation, 2013.
-    """
-
-    @property
-    def factor(self) -> Tensor:
-        soft = self.gate
-        return (soft - soft.detach()) + (soft.detach() >= 0.5).to(soft)
-
-
 class HardConcreteGate(SigmoidGate):
     """A gate that is drawn anew in every training step and may come out as exactly 0 or exactly 1.
 

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import norm, rankdata
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from hawada.core.distill import IGNORED, Reader, plain_reader
+from hawada.core.distill import IGNORED, Outputs, Reader, plain_reader
 from hawada.core.student import Student
 
 
-def fisher_importance(student: Student, batches: Iterable[Any], reader: Reader = plain_reader) -> dict[str, Tensor]:
+def fisher_importance(
+    student: Student, batches: Iterable[Any], reader: Reader = plain_reader, chunk: int | None = None
+) -> dict[str, Tensor]:
     """By gated group, (units,): nats that a sample's answers are expected to lose when one unit alone goes.
 
     Half the Fisher information of each gate where all gates are 1: squares of the gradients of log-likelihoods (Theis
@@ -24,6 +28,7 @@ def fisher_importance(student: Student, batches: Iterable[Any], reader: Reader =
         student: gated; as before after the call.
         batches: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
         reader: runs the model; an adapter's `outputs`.
+        chunk: make logits from features for so many tokens at a time; None makes them all at once.
     """
     device = next(student.gates.parameters()).device
     masks = [torch.ones(group.units, device=device, requires_grad=True) for group in student.groups]
@@ -33,14 +38,8 @@ def fisher_importance(student: Student, batches: Iterable[Any], reader: Reader =
             student.gate_of(group.name).hard = mask
         for batch in batches:
             inputs, *rest = (tensor.to(device) for tensor in batch)
-            logits = reader(student, inputs, features=False, hidden=False).logits
-            assert logits is not None
-            drawn = torch.distributions.Categorical(logits=logits.detach().float()).sample()
-            if rest and rest[0].shape == drawn.shape:
-                drawn[rest[0] == IGNORED] = IGNORED
-            loss = F.cross_entropy(
-                logits.float().flatten(0, -2), drawn.flatten(), reduction="sum", ignore_index=IGNORED
-            )
+            said = reader(student, inputs, features=chunk is not None, hidden=False)
+            loss = _surprise(said, rest[0] if rest else None, chunk)
             for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
                 total += gradient.square()
             samples += len(inputs)
@@ -50,17 +49,35 @@ def fisher_importance(student: Student, batches: Iterable[Any], reader: Reader =
     return {group.name: total / (2 * samples) for group, total in zip(student.groups, totals, strict=True)}
 
 
+def _surprise(said: Outputs, labels: Tensor | None, chunk: int | None) -> Tensor:
+    """Minus the log-likelihood of answers drawn from what was said, summed over those that count."""
+    rows = said.features if said.logits is None else said.logits
+    assert rows is not None
+    counts = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    if labels is not None and labels.shape == counts.shape:
+        counts = labels != IGNORED
+    rows = rows[counts]
+
+    def piece(part: Tensor) -> Tensor:
+        logits = (part if said.head is None or said.logits is not None else said.head(part)).float()
+        drawn = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).sample()
+        return F.cross_entropy(logits, drawn, reduction="sum")
+
+    parts = rows.split(chunk or max(len(rows), 1))
+    return torch.stack([checkpoint(piece, part, use_reentrant=False) for part in parts]).sum()
+
+
 @torch.no_grad()
 def start_from_importance(student: Student, importance: Mapping[str, Tensor], spread: float) -> None:
     """Move theta up for units that matter and down for others.
 
-    Units are ranked among all of their kind, as figures of unlike structures do not compare, and ranks are spread like
-    a normal distribution: theta moves by `spread` for a unit that is one standard deviation above the middle.
+    Units are ranked among all of their kind, equals alike, as figures of unlike structures do not compare; ranks are
+    spread like a normal distribution: theta moves by `spread` for a unit one standard deviation above the middle.
     """
     for kind in dict.fromkeys(group.kind for group in student.groups):
         names = [group.name for group in student.groups if group.kind == kind]
-        values = torch.cat([importance[name] for name in names])
-        ranks = values.argsort(stable=True).argsort().double()
-        scores = torch.special.ndtri((ranks + 0.5) / len(ranks)).to(values.dtype)
+        values = torch.cat([importance[name] for name in names]).cpu()
+        scores = torch.from_numpy(norm.ppf((rankdata(values.numpy()) - 0.5) / len(values)))
         for name, moved in zip(names, scores.split([len(importance[name]) for name in names]), strict=True):
-            student.gate_of(name).theta.add_(spread * moved)
+            theta = student.gate_of(name).theta
+            theta.add_(spread * moved.to(theta))

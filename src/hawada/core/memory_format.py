@@ -10,19 +10,19 @@ from torch import nn
 
 
 @contextmanager
-def channels_last(models: Sequence[nn.Module | None], wanted: bool = True) -> Iterator[None]:
+def channels_last(models: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
     """Within the block, if so wanted, convolutions compute with channels innermost; after it all is as it was.
 
-    Tensor cores and narrow convolutions on CPUs gain from it, others lose a little; results differ by rounding.
+    Some convolutions are faster that way and some a little slower; results differ by rounding.
 
     Args:
-        models: changed in place; parameters stay the same objects. None is passed over.
+        models: changed in place; parameters stay the same objects.
         wanted: false leaves everything alone.
     """
-    chosen = [model for model in models if model is not None and wanted]
-    for model in chosen:
-        model.to(memory_format=torch.channels_last)
+    chosen = models if wanted else ()
     try:
+        for model in chosen:
+            model.to(memory_format=torch.channels_last)
         yield
     finally:
         for model in chosen:

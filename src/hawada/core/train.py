@@ -199,6 +199,8 @@ class LagrangeTrainer:
     ) -> str:
         """Train until the epochs are over or the gates have settled; returns why it stopped.
 
+        Gates whose temperature comes down do not settle before it is down.
+
         Args:
             loader: see `train_epoch`.
             epochs: the most passes.
@@ -215,8 +217,9 @@ class LagrangeTrainer:
         """
         good, best, waited = self._snapshot(), math.inf, 0
         for epoch in range(epochs):
+            progress = epoch / (epochs - 1) if epochs > 1 else 1.0
             for gate in self.gated.gates:
-                gate.anneal((epoch + 1) / epochs)  # type: ignore[operator]
+                gate.anneal(progress)  # type: ignore[operator]
             try:
                 step = self.train_epoch(loader, on_step, steps_per_epoch)
                 now = self._snapshot()
@@ -233,7 +236,8 @@ class LagrangeTrainer:
             if self.target_ms is None or abs(step.gap) <= settle:
                 improved = step.kd < 0.99 * best
                 best, waited = min(best, step.kd), 0 if improved else waited + 1
-                if patience and waited >= patience:
+                cooled = all(gate.temperature == gate.final_temperature for gate in self.gated.gates)
+                if patience and waited >= patience and cooled:
                     return "settled"
             else:
                 best, waited = math.inf, 0

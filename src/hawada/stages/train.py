@@ -151,9 +151,10 @@ def _start(work: Workspace, student: Student) -> None:
     """Gates of units that matter begin further open, if so configured."""
     node = work.cfg.train.importance
     if node.samples:
-        student.to(work.accelerator.device).eval()
+        student.to(work.accelerator.device).eval().requires_grad_(False)  # the trainer says what trains
         batches = work.data.calibration_loader(work.cfg.train.batch_size, node.samples)
-        start_from_importance(student, fisher_importance(student, batches, work.adapter.outputs), node.spread)
+        importance = fisher_importance(student, batches, work.adapter.outputs, work.cfg.distill.chunk)
+        start_from_importance(student, importance, node.spread)
 
 
 def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
