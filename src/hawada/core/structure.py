@@ -298,6 +298,6 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
         for cut in group.cuts:
             if cut.tensor not in tensors:
                 raise ValueError(f"{group.name}: the model has no parameter or buffer {cut.tensor!r}")
-            size, last = tensors[cut.tensor].shape[cut.dim], int(cut.elements(range(group.units))[-1])
+            size, last = tensors[cut.tensor].shape[cut.dim], max(cut.offsets) + group.units * cut.per_unit - 1
             if last >= size:
                 raise ValueError(f"{group.name}: {cut.tensor} has {size} elements on axis {cut.dim}, not {last + 1}")
