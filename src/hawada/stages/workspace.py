@@ -357,7 +357,7 @@ class Workspace:
             ExportPolicy(
                 threshold,
                 {kind: Rounding(values[min(level, len(values) - 1)]) for kind, values in listed.items()},
-                self.cfg.export.minimum,
+                dict(self.cfg.export.minimum),  # plain: the search asks it thousands of times
                 uniform=self.cfg.export.layout == "uniform",
             )
             for level in range(levels)
