@@ -27,6 +27,7 @@ def test_the_digits_split_is_disjoint_stratified_and_fixed(data):
     assert not fingerprints[0] & fingerprints[1]
     shares = [torch.bincount(part.labels, minlength=10) / len(part) for part in (train, test)]
     assert float((shares[0] - shares[1]).abs().max()) < 0.002
+    assert torch.equal(digits(image_size=16, samples=40).plain.images, train.images[:40])
     again = digits(image_size=16)
     assert torch.equal(again.test.images, test.images) and torch.equal(again.test.labels, test.labels)
 

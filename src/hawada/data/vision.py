@@ -129,16 +129,20 @@ def _view(subset: Subset[Any]) -> ImageTensors:
     return view
 
 
-def digits(image_size: int = 32, test_samples: int = 500) -> VisionData:
+def digits(image_size: int = 32, test_samples: int = 500, samples: int | None = None) -> VisionData:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to (3, image_size, image_size); no download.
 
-    The test split is stratified and always the same.
+    Args:
+        image_size: side of the square images, in pixels.
+        test_samples: how many are the test split, which is stratified and always the same.
+        samples: use only so many training images, the same random ones every time.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     train, test = train_test_split(np.arange(len(labels)), test_size=test_samples, random_state=0, stratify=labels)
+    train = train[:samples]  # already shuffled
     grey = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     large = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
     pixels = (large * 255).round().byte().expand(-1, 3, -1, -1).contiguous()
