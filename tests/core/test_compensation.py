@@ -1,9 +1,11 @@
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
+from hawada.core import compensation
 from hawada.core.compensation import batch_statistics, compensate
 from hawada.core.export import materialize
 from hawada.core.finetune import recalibrate_batchnorm
@@ -124,6 +126,25 @@ def test_a_layer_makes_up_for_those_before_it(toy, groups):
         return float((said[0] - wanted).square().mean())
 
     assert error(student) < error(alone)
+
+
+def test_batches_go_through_together_or_anew_for_every_layer_to_the_same_weights(toy, groups, monkeypatch):
+    inputs = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
+    keep = keep_all(groups) | {"first.hidden": (0, 1), "second.hidden": (0, 1, 2, 3)}
+    passes, weights = [], []
+    for held in (2**32, 0):
+        monkeypatch.setattr(compensation, "HELD", held)
+        student, calls = Student(copy.deepcopy(toy), groups), []
+        student.model.stem.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        before = threading.active_count()
+        assert compensate(student, toy, keep, [(part,) for part in inputs.split(32)]) == ["first.down", "second.down"]
+        assert threading.active_count() == before
+        passes.append(len(calls) - 1)  # one to see in which order layers come
+        weights.append(student.model.state_dict())
+    assert passes == [3, 2 * 3]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+    assert not torch.equal(weights[0]["second.down.weight"], toy.second.down.weight)
 
 
 def test_what_is_removed_with_its_branch_is_not_refitted(toy, groups, inputs):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,16 +14,14 @@ from torch import Tensor, nn
 
 from hawada.core.edits import plan_edits
 from hawada.core.finetune import NORMS
+from hawada.core.stepwise import Stepwise, Stopped, stops
 from hawada.core.student import Student
 
 ROWS = 128  # positions of one image that are looked at, at most: neighbours hardly differ
 IMAGES = 8  # that are unfolded at once
 MOST_INPUTS = 16384  # of a layer, kernel included: the square of it is solved
 RIDGE = 1e-3  # of the inputs' mean variance: how hard old weights hold on where there are rows in plenty
-
-
-class _Reached(Exception):
-    """The forward pass came as far as it was wanted."""
+HELD = 2**32  # bytes of activations that are kept rather than computed again, where the device does not say how much
 
 
 @torch.no_grad()
@@ -37,23 +36,65 @@ def compensate(
     recalibrate it when the model has been sliced. Layers that share their weights, are called more than once or have
     more than `MOST_INPUTS` inputs are left alone.
 
+    All batches go through the models together and wait at each layer until it is refitted. Where so many activations
+    do not fit, every layer is come to from the start, batch by batch, which is the same and takes longer.
+
     Args:
         student: its model's weights change, in the columns of inputs that stay; slice it to `keep` afterwards.
         teacher: an ungated copy of that model, in eval mode on the same device.
         keep: kept indices of every gated group.
-        batches: (inputs, …), a few hundred samples in all; gone through for every layer.
+        batches: (inputs, …), a few hundred samples in all.
     """
     removed = plan_edits(teacher, student.groups, keep).removed
     with student.hard_gated(keep), batch_statistics(student):
         order = readers(student, teacher, keep, batches[0][0])
-        for path in order:
-            _refit(student, teacher, path, removed[f"{path}.weight"][1], batches)
-    return order
+        device = next(student.model.parameters()).device
+        inputs = [batch[0].to(device) for batch in batches]
+        together = 2 * 4 * max(order.values(), default=0) * len(batches) <= _room(device)
+        visits = (
+            _together(student, teacher, list(order), inputs) if together else _anew(student, teacher, order, inputs)
+        )
+        with closing(visits):
+            for path, pairs in visits:
+                _refit(student.model, path, removed[f"{path}.weight"][1], pairs)
+    return list(order)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that activations may take."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else HELD
+
+
+Visits = Generator[tuple[str, Iterator[tuple[Tensor, Tensor]]]]  # path; what it is given and should say, by batch
+
+
+def _together(student: Student, teacher: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor]) -> Visits:
+    """The layers at these paths, in order of execution; each is seen before it runs."""
+    own, originals = ([model.get_submodule(path) for path in paths] for model in (student.model, teacher))
+    passes = [(Stepwise(student, x), Stepwise(teacher, x)) for x in inputs]
+    try:
+        with stops(own, before=True), stops(originals, before=False):
+            for path in paths:
+                yield path, ((mine.step(), original.step()) for mine, original in passes)
+    finally:
+        for one in itertools.chain(*passes):
+            one.close()
+
+
+def _anew(student: Student, teacher: nn.Module, paths: Iterable[str], inputs: Sequence[Tensor]) -> Visits:
+    """The same without holding more than one batch's activations."""
+    for path in paths:
+        own, original = student.model.get_submodule(path), teacher.get_submodule(path)
+        yield path, ((seen(student, own, x)[0], seen(teacher, original, x)[1]) for x in inputs)
 
 
 @torch.no_grad()
-def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], example: Tensor) -> list[str]:
-    """Paths of the layers that `compensate` would refit, in the order in which the model comes to them."""
+def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], example: Tensor) -> dict[str, int]:
+    """Paths of the layers that `compensate` would refit, in the order in which the model comes to them.
+
+    Returns:
+        By path, how many numbers the layer is given for the example.
+    """
     edits = plan_edits(teacher, student.groups, keep)
     owners = Counter(id(parameter) for module in student.model.modules() for parameter in module._parameters.values())
     found: dict[nn.Module, str] = {}
@@ -64,11 +105,17 @@ def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[in
         if tensor == "weight" and 1 in dims and not gone and is_linear(module) and owners[id(module.weight)] == 1:
             found[module] = path
     called: list[str] = []
-    handles = [module.register_forward_hook(lambda module, *_: called.append(found[module])) for module in found]
+    given: dict[str, int] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        called.append(found[module])
+        given[found[module]] = args[0].numel()
+
+    handles = [module.register_forward_hook(hook) for module in found]
     student(example.to(next(student.model.parameters()).device))
     for handle in handles:
         handle.remove()
-    return [path for path in called if called.count(path) == 1]
+    return {path: given[path] for path in called if called.count(path) == 1}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -78,18 +125,22 @@ def is_linear(module: nn.Module) -> bool:
     return plain and weight is not None and getattr(module, "groups", 1) == 1 and weight[0].numel() <= MOST_INPUTS
 
 
-def _refit(student: Student, teacher: nn.Module, path: str, gone: Tensor, batches: Sequence[Any]) -> None:
-    """Solve for the weights of one layer's inputs that stay, and for its bias if it has one."""
-    module: Any = student.model.get_submodule(path)
+def _refit(model: nn.Module, path: str, gone: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Solve for the weights of one layer's inputs that stay, and for its bias if it has one.
+
+    Args:
+        model: the student's.
+        path: of the layer.
+        gone: inputs that do not stay.
+        pairs: what the layer is given and what it should say, by batch.
+    """
+    module: Any = model.get_submodule(path)
     stays = torch.ones(module.weight.shape[1], dtype=torch.bool)
     stays[gone] = False
     index = stays.nonzero().flatten().to(module.weight.device)
     old = module.weight[:, index].flatten(1).T.double()  # (inputs, outputs)
-    moments = Moments(len(old), old.shape[1], centred=is_centred(student.model, module))
-    for batch in batches:
-        inputs = batch[0].to(module.weight.device)
-        given, _ = seen(student, module, inputs)
-        _, wanted = seen(teacher, teacher.get_submodule(path), inputs)
+    moments = Moments(len(old), old.shape[1], centred=is_centred(model, module))
+    for given, wanted in pairs:
         x = input_rows(module, given.index_select(1 if isinstance(module, nn.Conv2d) else -1, index))
         moments.add(x, output_rows(module, wanted))
     covariance = moments.covariance()
@@ -206,11 +257,11 @@ def seen(model: nn.Module, module: nn.Module, inputs: Tensor) -> tuple[Tensor, T
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         found.append((args[0], output))
-        raise _Reached
+        raise Stopped
 
     handle = module.register_forward_hook(hook)
     try:
-        with suppress(_Reached):  # raised by the hook above, and by nothing else
+        with suppress(Stopped):  # raised by the hook above, and by nothing else
             model(inputs)
     finally:
         handle.remove()
