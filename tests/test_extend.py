@@ -25,7 +25,8 @@ TINY = [
     "runtime.threads=1",  # threads that wait for each other stand still on a busy machine
     "model.adapter.image_size=16",
     "data.image_size=16",
-    "data.test_samples=1500",
+    "data.samples=297",
+    "data.test_samples=100",
     "schedule.pretrain=1",
     "schedule.train=1",
     "schedule.finetune=1",
@@ -316,7 +317,9 @@ def test_an_adapter_carries_its_own_model_through_the_whole_pipeline(outside: Mo
     assert slim(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
-def test_an_adapter_says_where_the_logits_are_in_a_models_output(outside: ModuleType, tmp_path: Path) -> None:
+def test_an_adapter_says_where_the_logits_are_in_a_models_output(
+    outside: ModuleType, tmp_path: Path, no_reload: None
+) -> None:
     result = run_adapter(tmp_path, "ScoringAdapter")
     slim = package.load(result["slim"]["path"], trust=["outside_parts."])
     assert slim(torch.randn(2, 3, 16, 16))["scores"].shape == (2, 10)

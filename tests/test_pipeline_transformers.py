@@ -90,7 +90,8 @@ def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -
         "export.formats=[hf,pt2]",
         "budget.batch=8",
         "model.adapter.config.num_hidden_layers=2",
-        "data.test_samples=1400",
+        "data.samples=384",
+        "data.test_samples=100",
         "export.quality.samples=64",
     )
     done = hawada("model=tiny_vit", f"output_dir={tmp_path}", "name=run", *QUICK, *options)

@@ -22,7 +22,8 @@ TINY = [
     "model.adapter.layers=[1,1,1,1]",
     "model.adapter.image_size=16",
     "data.image_size=16",
-    "data.test_samples=1500",
+    "data.samples=297",
+    "data.test_samples=100",
     "schedule.pretrain=1",
     "schedule.train=1",
     "schedule.finetune=1",
@@ -57,7 +58,9 @@ def table(trained: Path) -> Path:
     return trained / NAME / "profile" / "latency_table.json"
 
 
-def test_a_table_from_elsewhere_stands_in_for_the_device_and_proves_nothing(table: Path, tmp_path: Path) -> None:
+def test_a_table_from_elsewhere_stands_in_for_the_device_and_proves_nothing(
+    table: Path, tmp_path: Path, no_reload: None
+) -> None:
     code, out, err = hawada("gpu.timing=table", f"gpu.table={table}", f"output_dir={tmp_path}")
     assert code == 1, err
     result = read(tmp_path / NAME / "result.json")

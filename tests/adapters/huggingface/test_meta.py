@@ -219,7 +219,7 @@ def test_a_table_of_llama_3_2_1b_times_identical_layers_once(phase, stream, dist
         for times, workload, part in adapter.parts(model, shape)
     ]
     table = build_table(
-        model, groups, sites, calls, clock, policy=POLICY, points=3, rounds=Rounds(min_rounds=1, max_rounds=1)
+        model, groups, sites, calls, clock, policy=POLICY, points=2, rounds=Rounds(min_rounds=1, max_rounds=1)
     )
     assert len(table.sites) == len(sites) == (33 if stream else 32)
     assert len(clock.prepared) == len(set(clock.prepared))  # no slice of any layer was timed a second time
