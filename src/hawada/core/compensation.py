@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from hawada.core.stepwise import Stepwise, Stopped, stops
 from hawada.core.student import Student
 
 ROWS = 128  # positions of one image that are looked at, at most: neighbours hardly differ
-IMAGES = 8  # that are unfolded at once
 MOST_INPUTS = 16384  # of a layer, kernel included: the square of it is solved
 RIDGE = 1e-3  # of the inputs' mean variance: how hard old weights hold on where there are rows in plenty
 HELD = 2**32  # bytes of activations that are kept rather than computed again, where the device does not say how much
@@ -216,14 +216,19 @@ def input_rows(module: Any, x: Tensor) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2).float()
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    rows: list[Tensor] = []
-    for start in range(0, len(x), IMAGES):  # unfolded images are large
-        padded = F.pad(x[start : start + IMAGES], _padding(module), mode=mode)
-        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        chosen = _chosen(len(x), patches.shape[-1])[start : start + IMAGES, None].to(x.device)
-        patches = patches.gather(2, chosen.expand(-1, patches.shape[1], -1))
-        rows.append(patches.transpose(1, 2).flatten(0, 1))  # (images * positions, channels * kernel)
-    return torch.cat(rows).float()
+    padded = F.pad(x, _padding(module), mode=mode)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    steps = [step * s for step, s in zip(padded.stride()[2:], stride, strict=True)]
+    within = [step * d for step, d in zip(padded.stride()[2:], dilation, strict=True)]
+    # A view, of which only the chosen patches are copied: (images, channels, height, width, *kernel)
+    patches = padded.as_strided((*padded.shape[:2], *sizes, *kernel), (*padded.stride()[:2], *steps, *within))
+    chosen = _chosen(len(x), sizes[0] * sizes[1]).to(x.device)  # (images, positions)
+    image = torch.arange(len(x), device=x.device)[:, None]
+    return patches[image, :, chosen // sizes[1], chosen % sizes[1]].flatten(2).flatten(0, 1).float()
 
 
 def output_rows(module: Any, y: Tensor) -> Tensor:
@@ -244,6 +249,7 @@ def _padding(module: nn.Conv2d) -> list[int]:
     return [sizes[1], sizes[1], sizes[0], sizes[0]]
 
 
+@lru_cache(maxsize=64)
 def _chosen(images: int, positions: int) -> Tensor:
     """Which positions of each image are looked at, the same ones every time: (images, at most ROWS)."""
     if positions <= ROWS:
