@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from hawada import cli
@@ -36,6 +37,7 @@ def hawada(*arguments: str) -> Outcome:
         mock.patch.dict(os.environ),
         mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
         mock.patch.object(console, "_width", 240),
+        mock.patch.object(Hydra, "get_mode", lambda *_, **__: None),  # composes once more to find no hydra.mode
         redirect_stdout(out),
         redirect_stderr(err),
         pytest.raises(SystemExit) as ended,

@@ -41,7 +41,7 @@ TINY = [
     "profile.held_out=2",
     "finetune.recalibration_samples=64",
     "export.quality.samples=64",
-    "export.quality.points=3",
+    "export.quality.points=2",
 ]
 
 
@@ -334,7 +334,7 @@ def test_fixed_overrides_do_not_stand_in_the_way_of_a_multirun(profiled: Path) -
 
 
 def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, recipe: str, no_reload: None) -> None:
-    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0"]
+    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0", "export.quality.samples=0"]
     outcome = hawada("-m", recipe, f"output_dir={profiled}", *fixed, "lambda.init=0.1,10")
     assert outcome.code == 0, outcome.err
     results = {}
