@@ -132,6 +132,7 @@ def against_brute_force(work: Workspace, saliency: dict[str, torch.Tensor], rati
         by_block = dict(zip(allocation.blocks, widths, strict=True))
         choice = {member: by_block[name] for name, members in allocation.blocks.items() for member in members}
         if not allocation.policy.lacking(choice, work.groups):
+            # What lies inside a branch or layer goes with it; nothing here lies inside anything else that thins.
             choice = {name: width if allocation._stays(name, choice) else 0 for name, width in choice.items()}
             every.append((float(proxy.predict(choice)), allocation.worth(choice)))
     low, high = min(ms for ms, _ in every), max(ms for ms, _ in every)

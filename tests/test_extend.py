@@ -306,7 +306,9 @@ def run_adapter(output_dir: Path, adapter: str) -> dict[str, Any]:
     return json.loads((output_dir / "mine" / "result.json").read_text())
 
 
-def test_an_adapter_carries_its_own_model_through_the_whole_pipeline(outside: ModuleType, tmp_path: Path) -> None:
+def test_an_adapter_carries_its_own_model_through_the_whole_pipeline(
+    outside: ModuleType, tmp_path: Path, no_reload: None
+) -> None:
     result = run_adapter(tmp_path, "NetAdapter")
     assert result["verdict"] == "simulated"
     with pytest.raises(ValueError, match=r"outside_parts\.NetAdapter.*trust=\['outside_parts\.'\]"):
@@ -317,9 +319,7 @@ def test_an_adapter_carries_its_own_model_through_the_whole_pipeline(outside: Mo
     assert slim(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
-def test_an_adapter_says_where_the_logits_are_in_a_models_output(
-    outside: ModuleType, tmp_path: Path, no_reload: None
-) -> None:
+def test_an_adapter_says_where_the_logits_are_in_a_models_output(outside: ModuleType, tmp_path: Path) -> None:
     result = run_adapter(tmp_path, "ScoringAdapter")
     slim = package.load(result["slim"]["path"], trust=["outside_parts."])
     assert slim(torch.randn(2, 3, 16, 16))["scores"].shape == (2, 10)

@@ -112,6 +112,8 @@ def test_a_narrower_stream_goes_all_the_way(tmp_path: Path, no_reload: None) -> 
     assert (done.code, done.err) == (0, "")
     result = read(tmp_path / NAME / "result.json")
     assert result["verdict"] == "simulated" and result["latency_ratio"]["median"] <= 0.6
+    equivalence = result["equivalence"]
+    assert equivalence["max_abs_diff"] <= 1e-4 * equivalence["max_abs_logit"]
     slim = package.load(result["slim"]["path"])
     widths = [slim.bn1.num_features, *(slim.get_submodule(f"layer{stage}.0.bn2").num_features for stage in (2, 3, 4))]
     assert all(width <= full for width, full in zip(widths, (64, 128, 256, 512), strict=True))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hawada.core import compensation
-from hawada.core.compensation import batch_statistics, compensate
+from hawada.core.compensation import batch_statistics, compensate, input_rows, output_rows
 from hawada.core.export import materialize
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.structure import Cut, GatePoint, Group, keep_all
@@ -132,19 +132,34 @@ def test_batches_go_through_together_or_anew_for_every_layer_to_the_same_weights
     inputs = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
     keep = keep_all(groups) | {"first.hidden": (0, 1), "second.hidden": (0, 1, 2, 3)}
     passes, weights = [], []
-    for held in (2**32, 0):
-        monkeypatch.setattr(compensation, "HELD", held)
+    for teams in (compensation.TEAMS, 0):
+        monkeypatch.setattr(compensation, "TEAMS", teams)
         student, calls = Student(copy.deepcopy(toy), groups), []
         student.model.stem.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         before = threading.active_count()
         assert compensate(student, toy, keep, [(part,) for part in inputs.split(32)]) == ["first.down", "second.down"]
         assert threading.active_count() == before
-        passes.append(len(calls) - 1)  # one to see in which order layers come
+        passes.append(len(calls))
         weights.append(student.model.state_dict())
-    assert passes == [3, 2 * 3]
+    assert passes == [2 + 3, 1 + 2 * 3]  # one to see in which order layers come, one to see what they hold
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
     assert not torch.equal(weights[0]["second.down.weight"], toy.second.down.weight)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1, "stride": (2, 1)}, {"padding": "same", "dilation": (1, 2)}, {"padding_mode": "circular"}]
+)
+def test_rows_of_what_goes_in_times_the_weights_are_the_rows_of_what_comes_out(options, layout):
+    torch.manual_seed(0)
+    module = nn.Conv2d(5, 4, 3, **options)
+    x = torch.randn(6, 5, 20, 28).contiguous(memory_format=layout)[1:]
+    with torch.no_grad():
+        said = module(x)
+        rows = input_rows(module, x) @ module.weight.flatten(1).T + module.bias
+    assert said[0, 0].numel() > compensation.ROWS and rows.shape == (5 * compensation.ROWS, 4)
+    torch.testing.assert_close(rows, output_rows(module, said))
 
 
 def test_what_is_removed_with_its_branch_is_not_refitted(toy, groups, inputs):

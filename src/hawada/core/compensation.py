@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hawada.core.student import Student
 ROWS = 128  # positions of one image that are looked at, at most: neighbours hardly differ
 MOST_INPUTS = 16384  # of a layer, kernel included: the square of it is solved
 RIDGE = 1e-3  # of the inputs' mean variance: how hard old weights hold on where there are rows in plenty
-HELD = 2**32  # bytes of activations that are kept rather than computed again, where the device does not say how much
+TEAMS = 256  # threads that passes standing still may have on a CPU: each keeps as many as torch computes with
 
 
 @torch.no_grad()
@@ -36,8 +37,9 @@ def compensate(
     recalibrate it when the model has been sliced. Layers that share their weights, are called more than once or have
     more than `MOST_INPUTS` inputs are left alone.
 
-    All batches go through the models together and wait at each layer until it is refitted. Where so many activations
-    do not fit, every layer is come to from the start, batch by batch, which is the same and takes longer.
+    All batches go through the models together and wait at each layer until it is refitted; the models must keep nothing
+    of a pass on their modules. Where that would take half of the free memory, every layer is come to from the start,
+    batch by batch, which is the same and takes longer.
 
     Args:
         student: its model's weights change, in the columns of inputs that stay; slice it to `keep` afterwards.
@@ -48,21 +50,43 @@ def compensate(
     removed = plan_edits(teacher, student.groups, keep).removed
     with student.hard_gated(keep), batch_statistics(student):
         order = readers(student, teacher, keep, batches[0][0])
-        device = next(student.model.parameters()).device
-        inputs = [batch[0].to(device) for batch in batches]
-        together = 2 * 4 * max(order.values(), default=0) * len(batches) <= _room(device)
-        visits = (
-            _together(student, teacher, list(order), inputs) if together else _anew(student, teacher, order, inputs)
-        )
+        inputs = [batch[0] for batch in batches]
+        together = len(order) > 1 and _fits(student, inputs)
+        visits = (_together if together else _anew)(student, teacher, order, inputs)
         with closing(visits):
             for path, pairs in visits:
                 _refit(student.model, path, removed[f"{path}.weight"][1], pairs)
-    return list(order)
+    return order
 
 
-def _room(device: torch.device) -> int:
-    """Bytes that activations may take."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else HELD
+def _fits(student: Student, inputs: Sequence[Tensor]) -> bool:
+    """Whether passes of all batches through both models may stand still at once."""
+    device, passes = next(student.model.parameters()).device, 2 * len(inputs)
+    x = inputs[0].to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        student(x)
+        held = torch.cuda.max_memory_allocated(device) - before
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before
+        return passes * held <= free // 2
+    few = passes * torch.get_num_threads() <= TEAMS
+    return few and passes * _said(student, x) <= psutil.virtual_memory().available // 2
+
+
+def _said(student: Student, x: Tensor) -> int:
+    """Bytes of all that a model's layers say: more than a pass ever holds at once."""
+    total = 0
+
+    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal total
+        total += output.nbytes if isinstance(output, Tensor) else 0
+
+    handles = [each.register_forward_hook(count) for each in student.modules() if not list(each.children())]
+    student(x)
+    for handle in handles:
+        handle.remove()
+    return total
 
 
 Visits = Generator[tuple[str, Iterator[tuple[Tensor, Tensor]]]]  # path; what it is given and should say, by batch
@@ -70,31 +94,30 @@ Visits = Generator[tuple[str, Iterator[tuple[Tensor, Tensor]]]]  # path; what it
 
 def _together(student: Student, teacher: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor]) -> Visits:
     """The layers at these paths, in order of execution; each is seen before it runs."""
+    device = next(student.model.parameters()).device
     own, originals = ([model.get_submodule(path) for path in paths] for model in (student.model, teacher))
-    passes = [(Stepwise(student, x), Stepwise(teacher, x)) for x in inputs]
-    try:
-        with stops(own, before=True), stops(originals, before=False):
-            for path in paths:
-                yield path, ((mine.step(), original.step()) for mine, original in passes)
-    finally:
-        for one in itertools.chain(*passes):
-            one.close()
+    passes = [(Stepwise(student, x), Stepwise(teacher, x)) for x in (batch.to(device) for batch in inputs)]
+    with stops(own, before=True), stops(originals, before=False):
+        try:
+            for path, mine, its in zip(paths, own, originals, strict=True):
+                yield path, ((here.step(mine), there.step(its)) for here, there in passes)
+        finally:
+            for one in itertools.chain(*passes):
+                one.close()
 
 
-def _anew(student: Student, teacher: nn.Module, paths: Iterable[str], inputs: Sequence[Tensor]) -> Visits:
+def _anew(student: Student, teacher: nn.Module, paths: Sequence[str], inputs: Sequence[Tensor]) -> Visits:
     """The same without holding more than one batch's activations."""
+    device = next(student.model.parameters()).device
     for path in paths:
         own, original = student.model.get_submodule(path), teacher.get_submodule(path)
-        yield path, ((seen(student, own, x)[0], seen(teacher, original, x)[1]) for x in inputs)
+        batches = (batch.to(device) for batch in inputs)
+        yield path, ((seen(student, own, x)[0], seen(teacher, original, x)[1]) for x in batches)
 
 
 @torch.no_grad()
-def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], example: Tensor) -> dict[str, int]:
-    """Paths of the layers that `compensate` would refit, in the order in which the model comes to them.
-
-    Returns:
-        By path, how many numbers the layer is given for the example.
-    """
+def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[int]], example: Tensor) -> list[str]:
+    """Paths of the layers that `compensate` would refit, in the order in which the model comes to them."""
     edits = plan_edits(teacher, student.groups, keep)
     owners = Counter(id(parameter) for module in student.model.modules() for parameter in module._parameters.values())
     found: dict[nn.Module, str] = {}
@@ -105,17 +128,11 @@ def readers(student: Student, teacher: nn.Module, keep: Mapping[str, Sequence[in
         if tensor == "weight" and 1 in dims and not gone and is_linear(module) and owners[id(module.weight)] == 1:
             found[module] = path
     called: list[str] = []
-    given: dict[str, int] = {}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        called.append(found[module])
-        given[found[module]] = args[0].numel()
-
-    handles = [module.register_forward_hook(hook) for module in found]
+    handles = [module.register_forward_hook(lambda module, *_: called.append(found[module])) for module in found]
     student(example.to(next(student.model.parameters()).device))
     for handle in handles:
         handle.remove()
-    return {path: given[path] for path in called if called.count(path) == 1}
+    return [path for path in called if called.count(path) == 1]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -217,18 +234,14 @@ def input_rows(module: Any, x: Tensor) -> Tensor:
         return x.flatten(0, -2).float()
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(x, _padding(module), mode=mode)
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    sizes = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    steps = [step * s for step, s in zip(padded.stride()[2:], stride, strict=True)]
-    within = [step * d for step, d in zip(padded.stride()[2:], dilation, strict=True)]
-    # A view, of which only the chosen patches are copied: (images, channels, height, width, *kernel)
-    patches = padded.as_strided((*padded.shape[:2], *sizes, *kernel), (*padded.stride()[:2], *steps, *within))
-    chosen = _chosen(len(x), sizes[0] * sizes[1]).to(x.device)  # (images, positions)
+    (tall, wide), (down, right) = module.kernel_size, module.dilation
+    patches = padded.unfold(2, down * (tall - 1) + 1, module.stride[0])
+    patches = patches.unfold(3, right * (wide - 1) + 1, module.stride[1])[..., ::down, ::right]
+    # That is a view, of which only the chosen patches are copied: (images, channels, height, width, *kernel).
+    height, width = patches.shape[2:4]
+    chosen = _chosen(len(x), height * width).to(x.device)  # (images, positions)
     image = torch.arange(len(x), device=x.device)[:, None]
-    return patches[image, :, chosen // sizes[1], chosen % sizes[1]].flatten(2).flatten(0, 1).float()
+    return patches[image, :, chosen // width, chosen % width].flatten(2).flatten(0, 1).float()
 
 
 def output_rows(module: Any, y: Tensor) -> Tensor:
@@ -254,7 +267,7 @@ def _chosen(images: int, positions: int) -> Tensor:
     """Which positions of each image are looked at, the same ones every time: (images, at most ROWS)."""
     if positions <= ROWS:
         return torch.arange(positions).expand(images, -1)
-    return torch.rand(images, positions, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :ROWS]
+    return torch.rand(images, positions, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :ROWS].clone()
 
 
 def seen(model: nn.Module, module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ class Stopped(Exception):
 class Stepwise(threading.Thread):
     """A forward pass without gradients that goes from one of certain modules to the next, and waits there.
 
-    A thread, since nothing else leaves a model's `forward` where it is; but it runs while `step` waits for it and at
-    no other time. Use it within `stops`, and `close` it.
+    A thread, since nothing else leaves a model's `forward` where it is; but it runs only while `step` or `close` waits
+    for it. Of the caller's context it has the inputs' device alone: no autocast, no stream. Several passes may go
+    through a model at once if that keeps nothing of a pass on its modules. Use it within `stops`, and `close` it.
 
     Args:
         model: in the mode in which it is to run.
@@ -30,25 +31,28 @@ class Stepwise(threading.Thread):
         super().__init__(daemon=True)
         self._model, self._inputs = model, inputs
         self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
+        self._at: nn.Module | None = None
         self._seen: Tensor | None = None
         self._error: BaseException | None = None
         self._closed = self._over = False
 
-    def step(self) -> Tensor:
-        """Run up to the next module; returns what it is given, or what it says, as `stops` was told.
+    def step(self, module: nn.Module) -> Tensor:
+        """Run up to this module, the next; returns what it is given, or what it says, as `stops` was told.
 
         Raises:
-            RuntimeError: when the pass ends instead. What the model itself raises is passed on.
+            RuntimeError: when the pass comes to another one, or to its end. What the model raises is passed on.
         """
         if self.ident is None:
             self.start()
         if not self._over:
             self._go.release()
             self._stands.acquire()
-        if self._error is not None:
-            raise self._error
-        if self._over or self._seen is None:
-            raise RuntimeError("the forward pass came to its end and to no further module")
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        if self._over or self._seen is None or self._at is not module:
+            came = "its end" if self._over else "another layer"
+            raise RuntimeError(f"the model came to {came}: its layers do not always come in the same order")
         return self._seen
 
     def close(self) -> None:
@@ -62,18 +66,19 @@ class Stepwise(threading.Thread):
         """What the thread does."""
         self._go.acquire()
         try:
-            with torch.no_grad():  # each thread has its own mode
+            device = self._inputs.device
+            with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 self._model(self._inputs)
         except Stopped:
             pass
         except BaseException as error:
             self._error = error  # for whoever waits
-        self._over = True
+        self._seen, self._over = None, True
         self._stands.release()
 
-    def stand(self, seen: Tensor) -> None:
+    def stand(self, module: nn.Module, seen: Tensor) -> None:
         """Within the thread: wait for the next `step`."""
-        self._seen = seen
+        self._at, self._seen = module, seen
         self._stands.release()
         self._go.acquire()
         if self._closed:
@@ -86,13 +91,14 @@ def stops(modules: Sequence[nn.Module], *, before: bool) -> Iterator[None]:
 
     Args:
         modules: in any order.
-        before: stand before they run and show their first argument, else behind them and show their output.
+        before: stand before they run and show their first argument, else behind them and show their output. Hooks that
+            the modules have already, gates for instance, come first.
     """
 
     def stand(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         thread = threading.current_thread()
         if isinstance(thread, Stepwise):
-            thread.stand(args[0] if before else output)
+            thread.stand(module, args[0] if before else output)
 
     register = "register_forward_pre_hook" if before else "register_forward_hook"
     handles = [getattr(module, register)(stand) for module in modules]
