@@ -5,7 +5,7 @@
 
 The machine is measured once; after that widths are chosen by that table, so that all steps are compared at the same
 predicted latency. They are judged on 5,120 training images that nothing else has seen, except the teacher; test images
-have no part in it. Prints two tables. Needs the extra `bench` for what it shares with
+have no part in it. Prints the tables of docs/quality.md. Needs the extra `bench` for what it shares with
 equal_latency.py.
 """
 
