@@ -90,6 +90,18 @@ def test_results_of_another_configuration_are_not_overwritten_unasked(tmp_path: 
     assert make_run(tmp_path).result("profile")["note"] == "attempt 1"
 
 
+def test_results_from_before_there_was_a_key_are_refused_by_its_name(tmp_path: Path, calls: list[str]) -> None:
+    run = make_run(tmp_path)
+    pipeline.run_stage("profile", run)
+    path = run.folder("profile") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["profile.points"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"made with no profile\.points; choose another name=.*overwrite=true"):
+        pipeline.run_stage("profile", make_run(tmp_path))
+    assert calls == ["profile"]
+
+
 def test_overwrite_redoes_a_stage_whose_configuration_changed(tmp_path: Path, calls: list[str]) -> None:
     pipeline.run_stage("profile", make_run(tmp_path))
     redone = pipeline.run_stage("profile", make_run(tmp_path, "profile.points=5", overwrite=True))

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from hawada.plan import INTERLINGUA, OF_GROUP, PLANS, TARGET, everything_read, upstream
 
 MANIFEST = "manifest.json"
+ABSENT = object()  # in place of the value of a key that was not there yet
 
 
 class Run:
@@ -217,10 +218,10 @@ class Run:
         return values
 
     def different_keys(self, stage: str) -> dict[str, Any]:
-        """Keys whose value was another when the stage ran, with that value."""
+        """Keys whose value was another when the stage ran, with that value; `ABSENT` where there was no such key."""
         before = self._manifest(stage)["config"]
         now = json.loads(json.dumps(self._read_values(stage)))
-        return {key: before.get(key) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
+        return {key: before.get(key, ABSENT) for key in sorted({*before, *now}) if before.get(key) != now.get(key)}
 
 
 def _lock(handle: IO[str]) -> bool:
@@ -243,7 +244,7 @@ def _lock(handle: IO[str]) -> bool:
 
 
 def _described(different: Mapping[str, Any]) -> str:
-    items = [f"{key}={value}" for key, value in different.items()]
+    items = [f"no {key}" if value is ABSENT else f"{key}={value}" for key, value in different.items()]
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
