@@ -75,6 +75,7 @@ def every_two() -> list[tuple[str, str, str]]:
 def test_any_two_of_model_gpu_and_stage_compose(model: str, gpu: str, stage: str, tmp_path: Path) -> None:
     cfg = give_data_root(composed(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path)
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # every interpolation finds its target
+    assert all(resolved[group] for group in TRIPLE)
     validate(cfg, measures=True, reads=resolved)
     name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"
     assert (cfg.name, cfg.gpu.name) == (name, gpu)

@@ -106,7 +106,7 @@ INTERVAL = {"median", "low", "high"}
 MODEL = {"latency_ms", "params", "macs", "accuracy", "path"}
 
 
-def test_a_narrower_stream_goes_all_the_way(tmp_path: Path, no_reload: None) -> None:
+def test_a_narrower_stream_goes_all_the_way(tmp_path: Path) -> None:
     """Gates on the streams alone: whatever time is saved is saved there, and the slim model loads."""
     done = hawada(*TINY, "model.adapter.stream=true", "groups.kind=stream", f"output_dir={tmp_path}")
     assert (done.code, done.err) == (0, "")
