@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -52,7 +52,10 @@ class Stepwise(threading.Thread):
             raise error
         if self._over or self._seen is None or self._at is not module:
             came = "its end" if self._over else "another layer"
-            raise RuntimeError(f"the model came to {came}: its layers do not always come in the same order")
+            raise RuntimeError(
+                f"the model came to {came}: its layers do not always come in the same order, and so cannot be refitted "
+                "one after the other; set export.quality.compensate=false"
+            )
         return self._seen
 
     def close(self) -> None:
@@ -67,10 +70,9 @@ class Stepwise(threading.Thread):
         self._go.acquire()
         try:
             device = self._inputs.device
-            with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with suppress(Stopped), torch.no_grad(), here:  # whoever closes a pass wants no more of it
                 self._model(self._inputs)
-        except Stopped:
-            pass
         except BaseException as error:
             self._error = error  # for whoever waits
         self._seen, self._over = None, True
