@@ -119,6 +119,12 @@ def cell(record: Mapping[str, Any]) -> str:
     return f"{record['exported']:.1f} / {record['recalibrated']:.1f}" if record["reached"] else "not reached"
 
 
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Of several seeds; one seed deviates from nothing."""
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
 def main() -> None:
     """Judge every step, write the figures and print the tables."""
     parser = network_parser(str(__doc__))
@@ -159,10 +165,7 @@ def main() -> None:
             keep("finetuning", [finetuning(name, work, max(arguments.targets), *ready)])
     rows = {name: [cell(r) for r in whole["records"] if r["step"] == name] for name in STEPS}
     print(table(rows, [f"at {record['target_ratio']:g}" for record in whole["records"][: len(arguments.targets)]]))
-    ways = {
-        way["step"]: [f"{np.mean(way['finetuned']):.2f} ± {np.std(way['finetuned']):.2f}"]
-        for way in whole["finetuning"]
-    }
+    ways = {way["step"]: [mean_and_deviation(way["finetuned"])] for way in whole["finetuning"]}
     print(table(ways, [f"at {max(arguments.targets):g}"]))
 
 
