@@ -80,6 +80,17 @@ MISTAKES = [
     (["budget.new_tokens=1"], "budget.new_tokens", r"at least 2.*set budget.new_tokens"),
     (["distill.chunk=0"], "distill.chunk", r"at least 1.*set distill.chunk"),
     (["distill.hidden_weight=-1"], "distill.hidden_weight", r"at least 0.*set distill.hidden_weight"),
+    (
+        ["teacher=llama"],
+        "distill.teacher",
+        r"takes text and tiny_resnet image data; choose a teacher that takes the same",
+    ),
+    (["teacher=convnet"], "distill.teacher.weights", r"IMAGENET1K_V2 is not in torch's .* set distill.teacher.path"),
+    (
+        ["teacher=convnet", "distill.teacher.path=/no/such.safetensors"],
+        "distill.teacher.path",
+        r"/no/such.safetensors is neither a .safetensors file nor a folder that a run saved",
+    ),
     (["data=stdlib"], "data: ", r"not image data, which tiny_resnet takes"),
     (["data=cifar10"], "data.root", r"set data.root="),
     (["data=cifar10", "data.root=/no/such/folder"], "data.root", r"/no/such/folder does not exist; set data.root"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import Outcome, hawada
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import nn
 
 import hawada as package
@@ -233,6 +234,25 @@ def test_another_seed_gives_another_result(finished: Finished, tmp_path: Path) -
     other = run_to_finetune(tmp_path, seed=1)
     for artefact in ("train/gates.safetensors", "finetune/slim/model.safetensors"):
         assert (other / artefact).read_bytes() != (finished.root / artefact).read_bytes(), artefact
+
+
+def test_another_teacher_gives_the_answers(finished: Finished, profiled: Path, tmp_path: Path) -> None:
+    """The same model in another place changes nothing; one that knows nothing changes every gate."""
+    folder = finished.root / "pretrain" / "teacher"
+    wrong = package.load(folder).state_dict() | {"fc.weight": torch.zeros(10, 512)}
+    save_file(wrong, tmp_path / "wrong.safetensors")
+    spec = "_target_: hawada.adapters.torchvision.resnet.ResNetAdapter, arch: basic, layers: [1, 1, 1, 1]"
+    gates = []
+    for path in (folder, tmp_path / "wrong.safetensors"):
+        teacher = f"distill.teacher={{{spec}, num_classes: 10, image_size: 16, path: {path}}}"
+        done = hawada(*TINY, f"output_dir={profiled}", "stage=train", "overwrite=true", teacher)
+        assert (done.code, done.err) == (0, "")
+        gates.append((profiled / NAME / "train" / "gates.safetensors").read_bytes())
+    same = (finished.root / "train" / "gates.safetensors").read_bytes()
+    assert gates[0] == same and gates[1] != same
+    fewer = f"distill.teacher={{{spec}, num_classes: 7, image_size: 16, path: {folder}}}"
+    refused = hawada(*TINY, f"output_dir={profiled}", "stage=train", "overwrite=true", fewer)
+    assert refused.code == 2 and "distill.teacher: it knows 7 classes and tiny_resnet 10; choose one" in refused.err
 
 
 def test_models_are_trained_with_channels_last_where_wanted_and_timed_as_saved(

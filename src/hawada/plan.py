@@ -96,7 +96,8 @@ PLANS: dict[str, StagePlan] = {
         ),
     )
 }
-OF_GROUP = {"feature": "interlingua.features"}  # keys that a group's choices fill, where these are not called the same
+# Keys that a group's choices fill, where these are not called the same.
+OF_GROUP = {"feature": "interlingua.features", "teacher": "distill.teacher"}
 INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 

@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hawada.core.answer_cache import AnswerCache
 from hawada.core.distill import (
     IGNORED,
     Alignment,
     Distillation,
     KDConfig,
+    OtherTeacher,
     Outputs,
     hidden_mse,
     kd_loss,
@@ -236,3 +238,51 @@ def test_a_model_without_hidden_states_is_named_with_the_remedy(speakers):
     said, wanted = (Outputs(model.head(model.body[tokens])) for model in (student, teacher))
     with pytest.raises(ValueError, match=r"hidden_weight: this model shows no hidden states; set it to 0"):
         distillation.losses(said, wanted, None)
+
+
+class Counting(nn.Module):
+    """Logits from its own layer; counts the samples that it was shown."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer, self.shown = nn.Linear(4, 3), 0
+
+    def forward(self, x):
+        self.shown += len(x)
+        return self.layer(x)
+
+
+def shows_states(model, inputs, *, features=False, hidden=False):
+    return Outputs(model(inputs), hidden=(inputs * 2,) if hidden else ())
+
+
+def test_another_teacher_gives_the_answers_and_the_teacher_the_states():
+    teacher, other, x = Counting(0), Counting(1), torch.randn(5, 4)
+    alone = Distillation(KDConfig(), reader=shows_states, other=OtherTeacher(other))
+    wanted = alone.wanted(teacher, x)
+    assert torch.equal(wanted.logits, other(x)) and wanted.hidden == () and teacher.shown == 0
+    both = Distillation(KDConfig(), reader=shows_states, hidden_weight=1.0, other=OtherTeacher(other))
+    wanted = both.wanted(teacher, x)
+    assert torch.equal(wanted.logits, other(x)) and torch.equal(wanted.hidden[0], x * 2) and teacher.shown == 5
+    assert not wanted.logits.requires_grad
+
+
+def test_answers_are_remembered_by_number_alone():
+    teacher, x, numbers = Counting(0), torch.randn(5, 4), torch.arange(5)
+    distillation = Distillation(KDConfig(), cache=AnswerCache(5))
+    for _ in range(3):
+        assert torch.equal(distillation.wanted(teacher, x, numbers).logits, teacher.layer(x))
+    assert teacher.shown == 5
+    distillation.wanted(teacher, x)
+    assert teacher.shown == 10
+
+
+def test_states_are_not_remembered_but_another_teachers_answers_are():
+    teacher, other, x, numbers = Counting(0), Counting(1), torch.randn(5, 4), torch.arange(5)
+    distillation = Distillation(
+        KDConfig(), reader=shows_states, hidden_weight=1.0, other=OtherTeacher(other), cache=AnswerCache(5)
+    )
+    for _ in range(3):
+        assert torch.equal(distillation.wanted(teacher, x, numbers).hidden[0], x * 2)
+    assert (teacher.shown, other.shown) == (15, 5)

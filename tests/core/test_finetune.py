@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hawada.core.answer_cache import AnswerCache
 from hawada.core.distill import Distillation, KDConfig, Outputs
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 
@@ -60,6 +61,22 @@ def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
     assert set(records[0]) == {"kd"} and len(records) == 20 * len(loader)
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_remembered_answers_teach_the_same(net, problem, accelerator):
+    loader, x, _ = problem
+    numbered = [(x, y, torch.arange(16) + 16 * index) for index, (x, y) in enumerate(loader)]
+    teacher, shown = copy.deepcopy(net).eval(), []
+    teacher.register_forward_hook(lambda module, args, output: shown.append(len(output)))
+    students = []
+    for batches, cache in ((loader, None), (numbered, AnswerCache(len(x)))):
+        torch.manual_seed(1)
+        students.append(nn.Linear(6, 3))
+        distillation = Distillation(KDConfig(1.0), cache=cache)
+        shown.clear()
+        Finetuner(3).fit(students[-1], batches, teacher=teacher, distillation=distillation, accelerator=accelerator)
+        assert sum(shown) == len(x) * (3 if cache is None else 1)
+    assert torch.equal(students[0].weight, students[1].weight)
 
 
 def test_labels_are_weighted_against_the_teacher(net, problem, accelerator):

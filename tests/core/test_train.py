@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from hawada.core.answer_cache import AnswerCache
 from hawada.core.distill import IGNORED, Distillation, KDConfig, mse_reg
 from hawada.core.export import ExportPolicy, materialize
 from hawada.core.penalties import L1
@@ -75,6 +76,25 @@ def test_lambda_is_fixed_without_a_rate_or_a_target(make_trainer, loader, option
     step = trainer.train_epoch(loader)
     assert step.lambda_ == trainer.lambda_ == 0.7
     assert float(trainer.predicted_ms()) < before  # the cost still counts
+
+
+def test_gates_learn_the_same_from_remembered_answers(make_trainer, inputs):
+    batches = [(part, torch.zeros(len(part)), numbers) for part, numbers in halves(inputs)]
+    thetas = []
+    for cache in (None, AnswerCache(len(inputs))):
+        trainer, shown = make_trainer(distillation=Distillation(KDConfig(1.0), cache=cache)), []
+        handle = trainer.teacher.register_forward_hook(
+            lambda module, args, output, shown=shown: shown.append(len(output))
+        )
+        trainer.fit(batches, epochs=3)
+        handle.remove()
+        assert sum(shown) == len(inputs) * (3 if cache is None else 1)
+        thetas.append([gate.theta.detach().clone() for gate in trainer.gated.gates])
+    assert all(torch.equal(one, other) for one, other in zip(*thetas, strict=True))
+
+
+def halves(inputs):
+    return zip(inputs.split(len(inputs) // 2), torch.arange(len(inputs)).split(len(inputs) // 2), strict=True)
 
 
 def test_gates_are_annealed_epoch_by_epoch(make_trainer, loader):

@@ -108,6 +108,57 @@ def test_half_of_the_images_are_mirrored():
     assert torch.equal(flipped[~mirrored], images[~mirrored])
 
 
+def test_a_shift_is_a_window_of_the_padded_image():
+    images = torch.randn(20, 3, 6, 6)
+    torch.manual_seed(0)
+    shifted = RandomShift(2, flip=True)(images)
+    torch.manual_seed(0)
+    corners, mirrored = torch.randint(0, 5, (20, 2)).tolist(), torch.rand(20) < 0.5
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    for index, (y, x) in enumerate(corners):
+        window = padded[index, :, y : y + 6, x : x + 6]
+        assert torch.equal(shifted[index], window.flip(-1) if mirrored[index] else window)
+
+
+def test_images_that_are_the_same_in_every_epoch_come_with_their_numbers():
+    data = digits(image_size=16, samples=40, augment=False)
+    assert data.repeats and not digits(image_size=16, samples=40).repeats
+    loader = data.train_loader(16, seed=0)
+    for _ in range(2):
+        images, labels, numbers = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert sorted(numbers.tolist()) == list(range(40)) and numbers.tolist() != list(range(40))
+        expected = data.plain.__getitems__(numbers.tolist())
+        assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
+    assert len(next(iter(data.calibration_loader(4, 8)))) == 2
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_few_images_are_kept_on_the_device(limit):
+    data = digits(image_size=16, samples=40)
+    placed = data.resident(torch.device("meta"), **({} if limit is None else {"limit_bytes": limit}))
+    assert (placed is data) == (limit is not None)
+    device = "cpu" if limit else "meta"
+    assert {part.images.device.type for part in (placed.train, placed.plain, placed.test)} == {device}
+    assert placed.train.images is placed.plain.images and placed.train.augment is not None  # held once
+    assert placed.classes == 10 and not placed.repeats
+    assert digits(image_size=16, augment=False).resident(torch.device("meta")).repeats
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_a_gpu_are_the_same():
+    data = digits(image_size=16, samples=40)
+    placed = data.resident(torch.device("cuda"))
+    for seed in range(2):
+        batches = []
+        for each in (data, placed):
+            torch.manual_seed(seed)
+            batches.append(next(iter(each.train_loader(16, seed))))
+        (images, labels), (there, their_labels) = batches
+        assert there.device.type == their_labels.device.type == "cuda"
+        assert torch.allclose(images, there.cpu(), atol=1e-6) and torch.equal(labels, their_labels.cpu())
+
+
 def random_images(count, seed):
     random = np.random.default_rng(seed)
     return random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), random.integers(0, 10, count)
@@ -212,6 +263,14 @@ def test_imagenet_from_folders(folder):
         assert torch.allclose(images[labels == label], ((level - MEAN) / STD).expand(2, 3, 32, 32), atol=1e-5)
     images, labels = next(iter(data.train_loader(8, seed=0)))
     assert images.shape == (8, 3, 32, 32) and sorted(labels.tolist()) == [0] * 4 + [1] * 4
+
+
+def test_imagenet_without_augmentation_shows_centres_and_numbers(folder):
+    data = imagenet(str(folder), image_size=32, workers=0, augment=False)
+    images, labels, numbers = next(iter(data.train_loader(8, seed=0)))
+    assert data.repeats and images.shape == (8, 3, 32, 32) and sorted(numbers.tolist()) == list(range(8))
+    assert labels.tolist() == [data.plain[number][1] for number in numbers.tolist()]
+    assert data.resident(torch.device("meta")) is data  # files are not
 
 
 def test_some_images_of_imagenet_are_the_same_ones_every_time(folder):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hawada.core.answer_cache import AnswerCache
 
 IGNORED = -100  # a label that does not count: padding, or the end of a text
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -83,6 +85,19 @@ def plain_reader(model: nn.Module, inputs: Tensor, *, features: bool = False, hi
 
 
 @dataclass(frozen=True)
+class OtherTeacher:
+    """A frozen model of another architecture, whose answers the student is to give instead of the original's.
+
+    Attributes:
+        model: in eval mode, where the student trains; it takes the same inputs and knows the same classes.
+        reader: runs it; its adapter's `outputs`.
+    """
+
+    model: nn.Module
+    reader: Reader = plain_reader
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Which of the teacher's hidden states and units the student still has.
 
@@ -136,6 +151,8 @@ class Distillation:
         hidden_weight: factor of `hidden_mse`; 0 leaves hidden states alone.
         alignment: of the student's hidden states with the teacher's.
         label_weight: factor of the cross-entropy with the labels.
+        other: gives the answers in the teacher's place; hidden states are compared with the teacher's all the same.
+        cache: of the answers, for data whose inputs are the same in every epoch; of one teacher, so not to be shared.
     """
 
     def __init__(
@@ -147,13 +164,44 @@ class Distillation:
         hidden_weight: float = 0.0,
         alignment: Alignment | None = None,
         label_weight: float = 0.0,
+        other: OtherTeacher | None = None,
+        cache: AnswerCache | None = None,
     ) -> None:
         self.loss, self.reader, self.chunk = loss, reader, chunk
         self.hidden_weight, self.alignment, self.label_weight = hidden_weight, alignment, label_weight
+        self.other, self.cache = other, cache
 
     def read(self, model: nn.Module, inputs: Tensor) -> Outputs:
         """What a model says, in the form that the losses need."""
         return self.reader(model, inputs, features=self.chunk is not None, hidden=self.hidden_weight > 0)
+
+    @torch.no_grad()
+    def wanted(self, teacher: nn.Module, inputs: Tensor, numbers: Tensor | None = None) -> Outputs:
+        """What the student is to say about a batch, in the form that the losses need.
+
+        Args:
+            teacher: frozen, in eval mode.
+            inputs: (batch, …).
+            numbers: of the samples in the data set, (batch,), where it gives them; see `cache`.
+        """
+        shown = self.read(teacher, inputs) if self.hidden_weight > 0 else None
+        if shown is not None and self.other is None:
+            return shown
+        model, reader = (teacher, self.reader) if self.other is None else (self.other.model, self.other.reader)
+
+        def ask(inputs: Tensor) -> Outputs:
+            return reader(model, inputs, features=self.chunk is not None, hidden=False)
+
+        def logits(inputs: Tensor) -> Tensor:
+            said = ask(inputs).logits
+            assert said is not None  # there is no chunk
+            return said
+
+        if self.cache is None or numbers is None or self.chunk is not None:
+            answers = ask(inputs)
+        else:
+            answers = Outputs(self.cache.take(inputs, numbers, logits))
+        return answers if shown is None else replace(answers, hidden=shown.hidden)
 
     def losses(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms: `kd` and `hidden` with a teacher, `label` with labels; scalars whose sum is the loss.

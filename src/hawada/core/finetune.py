@@ -61,7 +61,8 @@ class Finetuner:
 
         Args:
             model: every parameter trains, BatchNorm statistics included.
-            loader: sized; yields (inputs, labels) or (inputs,).
+            loader: sized; yields (inputs,), (inputs, labels) or (inputs, labels, numbers): by the samples' numbers,
+                (batch,), the teacher's answers are remembered where the distillation has a cache.
             teacher: frozen; None trains from labels alone.
             distillation: how models are run and what is compared; its label weight gives way to this trainer's.
             accelerator: device placement and mixed precision.
@@ -133,13 +134,11 @@ class Finetuner:
     ) -> dict[str, Tensor]:
         """The weighted terms: `kd` with a teacher, `label` when the batch has labels."""
         inputs, *rest = (tensor.to(accelerator.device) for tensor in batch)
+        labels, numbers = (*rest, None, None)[:2]
         with accelerator.autocast():
             said = distillation.read(model, inputs)
-            wanted = None
-            if teacher is not None:
-                with torch.no_grad():
-                    wanted = distillation.read(teacher, inputs)
-            losses = distillation.losses(said, wanted, rest[0] if rest else None)
+            wanted = None if teacher is None else distillation.wanted(teacher, inputs, numbers)
+            losses = distillation.losses(said, wanted, labels)
         if not losses:
             raise ValueError("there is nothing to learn from: no teacher, and no labels or label_weight=0")
         return losses

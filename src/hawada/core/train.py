@@ -159,8 +159,9 @@ class LagrangeTrainer:
         """One pass over the data, or its first `max_steps` batches; returns means over its steps (and the last lambda).
 
         Args:
-            loader: yields (inputs,) or (inputs, labels), inputs of shape (batch, …). Labels only tell which tokens
-                count.
+            loader: yields (inputs,), (inputs, labels) or (inputs, labels, numbers), inputs of shape (batch, …). Labels
+                only tell which tokens count; by the samples' numbers, (batch,), answers are remembered where the
+                distillation has a cache.
             on_step: called after every step, for live display.
             max_steps: at most so many steps.
 
@@ -170,7 +171,8 @@ class LagrangeTrainer:
         steps: list[Step] = []
         for batch in islice(loader, max_steps):
             inputs, *rest = (tensor.to(self.accelerator.device) for tensor in batch)
-            steps.append(self._step(inputs, rest[0] if rest else None))
+            labels, numbers = (*rest, None, None)[:2]
+            steps.append(self._step(inputs, labels, numbers))
             if on_step is not None:
                 on_step(steps[-1])
         if not steps:
@@ -243,10 +245,10 @@ class LagrangeTrainer:
                 best, waited = math.inf, 0
         return "finished"
 
-    def _step(self, inputs: Tensor, labels: Tensor | None) -> Step:
+    def _step(self, inputs: Tensor, labels: Tensor | None, numbers: Tensor | None) -> Step:
         """Weights on KD if they train, then gates on KD, penalties and the latency gap, then lambda."""
-        with torch.no_grad(), self.accelerator.autocast():
-            said = self.distillation.read(self.teacher, inputs)
+        with self.accelerator.autocast():
+            said = self.distillation.wanted(self.teacher, inputs, numbers)
         if self.weight_optimizer is not None:
             self._descend(self._distill(inputs, labels, said), self.weight_optimizer)
         kd = self._distill(inputs, labels, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIDENT_BYTES = 2**30  # images of one data set that are kept on the device where models train
 Batch = tuple[Tensor, Tensor]
 
 
@@ -49,9 +51,16 @@ class ImageTensors(Dataset[Batch]):
         return images[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        index = torch.as_tensor(indices)
+        index = torch.as_tensor(indices, device=self.images.device)
         images = (self.images[index].float() / 255 - self.mean) / self.std  # (B, 3, H, W)
         return (self.augment(images) if self.augment else images), self.labels[index]
+
+    def with_tensors(self, images: Tensor, labels: Tensor) -> ImageTensors:
+        """Other images, or the same elsewhere, treated alike."""
+        other = copy.copy(self)
+        other.images, other.labels = images, labels
+        other.mean, other.std = self.mean.to(images.device), self.std.to(images.device)
+        return other
 
 
 class RandomShift:
@@ -61,16 +70,40 @@ class RandomShift:
         self.pixels, self.flip = pixels, flip
 
     def __call__(self, images: Tensor) -> Tensor:
-        size, pad = images.shape[-1], self.pixels
-        padded = F.pad(images, (pad, pad, pad, pad))
-        corners = torch.randint(0, 2 * pad + 1, (len(images), 2)).tolist()
-        shifted = torch.stack(
-            [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, corners, strict=True)]
-        )
+        count, channels, size, _ = images.shape
+        pad, device = self.pixels, images.device
+        corners = torch.randint(0, 2 * pad + 1, (count, 2)).to(device)  # drawn alike on every device
+        rows, columns = (corner[:, None] + torch.arange(size, device=device) for corner in corners.T)  # (B, size)
         if self.flip:
-            mirrored = torch.rand(len(images)) < 0.5
-            shifted[mirrored] = shifted[mirrored].flip(-1)
-        return shifted
+            mirrored = (torch.rand(count) < 0.5).to(device)
+            columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
+        padded = F.pad(images, (pad, pad, pad, pad))
+        shifted = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, padded.shape[-1]))
+        return shifted.gather(3, columns[:, None, None, :].expand(-1, channels, size, -1))
+
+
+class Numbered(Dataset[Any]):
+    """Samples, each with its number.
+
+    Args:
+        samples: (image, label) by number, and if `whole`, whole batches of them.
+        whole: whether batches are fetched at once.
+    """
+
+    def __init__(self, samples: Any, whole: bool) -> None:
+        self.samples, self.whole = samples, whole
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self.samples[index], index)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        if not self.whole:
+            return [self[index] for index in indices]
+        images, labels = self.samples.__getitems__(indices)
+        return images, labels, torch.as_tensor(indices)
 
 
 class VisionData:
@@ -80,11 +113,14 @@ class VisionData:
     images.
 
     Args:
-        train: augmented training images.
-        plain: the same without augmentation.
+        train: training images, augmented or not.
+        plain: the same without augmentation; the same object where `train` has none.
         test: test images.
         classes: how many different labels there are.
         workers: loader processes.
+
+    Attributes:
+        repeats: whether a training image is the same in every epoch, so that answers to it can be remembered.
     """
 
     metric = "accuracy"
@@ -93,15 +129,34 @@ class VisionData:
         self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], *, classes: int, workers: int = 0
     ) -> None:
         self.train, self.plain, self.test, self.classes, self.workers = train, plain, test, classes, workers
+        self.repeats = train is plain
 
     def train_loader(self, batch_size: int, seed: int) -> DataLoader[Any]:
-        """Shuffled, in an order that depends on the seed alone; yields (images, labels).
+        """Shuffled, in an order that depends on the seed alone.
 
-        A single image left over is dropped: BatchNorm cannot train on it.
+        Yields (images, labels), and where images repeat, their numbers too. A single image left over is dropped:
+        BatchNorm cannot train on it.
         """
         generator = torch.Generator().manual_seed(seed)
         alone = len(self.train) % batch_size == 1  # type: ignore[arg-type]
-        return self._loader(self.train, batch_size, shuffle=True, generator=generator, drop_last=alone)
+        images = Numbered(self.train, _whole(self.train)) if self.repeats else self.train
+        return self._loader(images, batch_size, shuffle=True, generator=generator, drop_last=alone)
+
+    def resident(self, device: torch.device, limit_bytes: int = RESIDENT_BYTES) -> VisionData:
+        """The same with all images on the device, where they are tensors and take no more than this; else as it is."""
+        parts = [self.train, self.plain, self.test]
+        tensors = {id(x): x for part in parts if isinstance(part, ImageTensors) for x in (part.images, part.labels)}
+        few = sum(tensor.nbytes for tensor in tensors.values()) <= limit_bytes
+        if not few or not all(isinstance(part, ImageTensors) for part in parts):
+            return self
+        moved = {key: tensor.to(device) for key, tensor in tensors.items()}  # what parts share they go on sharing
+        placed = {
+            id(part): part.with_tensors(moved[id(part.images)], moved[id(part.labels)])
+            for part in parts
+            if isinstance(part, ImageTensors)
+        }
+        train, plain, test = (placed[id(part)] for part in parts)
+        return VisionData(train, plain, test, classes=self.classes)
 
     def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Any]:
         """The same random `samples` training images every time, without augmentation."""
@@ -114,28 +169,28 @@ class VisionData:
         return self._loader(self.test, batch_size)
 
     def _loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
-        whole = isinstance(dataset.dataset if isinstance(dataset, Subset) else dataset, ImageTensors)
-        if isinstance(dataset, Subset) and whole:
-            dataset = _view(dataset)
-        collate = (lambda batch: batch) if whole else None
+        if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageTensors):  # whole batches of it
+            source, chosen = dataset.dataset, dataset.indices
+            dataset = source.with_tensors(source.images[chosen], source.labels[chosen])
+        collate = (lambda batch: batch) if _whole(dataset) else None
         return DataLoader(dataset, batch_size, num_workers=self.workers, collate_fn=collate, **options)
 
 
-def _view(subset: Subset[Any]) -> ImageTensors:
-    """The chosen images as a data set of their own, so that they are fetched in whole batches."""
-    source: Any = subset.dataset
-    view = ImageTensors(source.images[subset.indices], source.labels[subset.indices], mean=(0, 0, 0), std=(1, 1, 1))
-    view.mean, view.std = source.mean, source.std
-    return view
+def _whole(dataset: Dataset[Any]) -> bool:
+    """Whether a data set gives out whole batches at once."""
+    return dataset.whole if isinstance(dataset, Numbered) else isinstance(dataset, ImageTensors)
 
 
-def digits(image_size: int = 32, test_samples: int = 500, samples: int | None = None) -> VisionData:
+def digits(
+    image_size: int = 32, test_samples: int = 500, samples: int | None = None, augment: bool = True
+) -> VisionData:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to (3, image_size, image_size); no download.
 
     Args:
         image_size: side of the square images, in pixels.
         test_samples: how many are the test split, which is stratified and always the same.
         samples: use only so many training images, the same random ones every time.
+        augment: shift training images at random.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -149,13 +204,13 @@ def digits(image_size: int = 32, test_samples: int = 500, samples: int | None = 
     return _in_memory(
         (pixels[train], torch.tensor(labels[train])),
         (pixels[test], torch.tensor(labels[test])),
-        RandomShift(image_size // 8, flip=False),
+        RandomShift(image_size // 8, flip=False) if augment else None,
         mean=(0.3, 0.3, 0.3),
         std=(0.35, 0.35, 0.35),
     )
 
 
-def cifar10(root: str, samples: int | None = None) -> VisionData:
+def cifar10(root: str, samples: int | None = None, augment: bool = True) -> VisionData:
     """CIFAR-10 (Krizhevsky, 2009) from local files: its binary version, or `train.npz` and `test.npz`.
 
     The archives hold `labels` and either `images`, uint8 (N, 32, 32, 3), or `jpeg` bytes with `offsets`. The pickled
@@ -164,6 +219,7 @@ def cifar10(root: str, samples: int | None = None) -> VisionData:
     Args:
         root: folder with `data_batch_1.bin` … `test_batch.bin`, or the two archives.
         samples: use only so many training images, the same random ones every time.
+        augment: shift and mirror training images at random.
     """
     folder = Path(root)
     if (folder / "test_batch.bin").is_file():
@@ -174,7 +230,8 @@ def cifar10(root: str, samples: int | None = None) -> VisionData:
     if samples is not None:  # archives may be sorted by class
         chosen = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))[:samples]
         train = (train[0][chosen], train[1][chosen])
-    return _in_memory(train, test, RandomShift(4, flip=True), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    shift = RandomShift(4, flip=True) if augment else None
+    return _in_memory(train, test, shift, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def imagenet(
@@ -184,6 +241,7 @@ def imagenet(
     samples: int | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    augment: bool = True,
 ) -> VisionData:
     """ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
 
@@ -194,6 +252,7 @@ def imagenet(
         samples: use only so many training images, the same random ones every time.
         mean: per channel, of images scaled to [0, 1]; a model may bring its own.
         std: likewise.
+        augment: train on random crops, mirrored at random, rather than on the centre.
     """
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -214,15 +273,21 @@ def imagenet(
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()  # type: ignore[arg-type]
         train, plain = Subset(train, chosen), Subset(plain, chosen)
     test = ImageFolder(f"{root}/val", central)
-    return VisionData(train, plain, test, classes=len(test.classes), workers=workers)
+    return VisionData(train if augment else plain, plain, test, classes=len(test.classes), workers=workers)
 
 
 def _in_memory(
-    train: Batch, test: Batch, augment: Callable[[Tensor], Tensor], *, mean: Sequence[float], std: Sequence[float]
+    train: Batch,
+    test: Batch,
+    augment: Callable[[Tensor], Tensor] | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> VisionData:
+    plain = ImageTensors(*train, mean=mean, std=std)
     return VisionData(
-        ImageTensors(*train, mean=mean, std=std, augment=augment),
-        ImageTensors(*train, mean=mean, std=std),
+        plain if augment is None else ImageTensors(*train, mean=mean, std=std, augment=augment),
+        plain,
         ImageTensors(*test, mean=mean, std=std),
         classes=int(test[1].max()) + 1,
     )

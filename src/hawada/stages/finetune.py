@@ -14,6 +14,7 @@ from hawada.core.memory_format import channels_last
 from hawada.core.structure import Keep
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run
+from hawada.stages.distillation import make_distillation
 from hawada.stages.workspace import Workspace
 
 
@@ -44,7 +45,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 slim,
                 loader,
                 teacher=teacher,
-                distillation=work.distillation(keep),
+                distillation=make_distillation(work, keep),
                 accelerator=work.accelerator,
                 on_step=lambda losses: progress.step(**losses),
                 on_epoch=on_epoch,

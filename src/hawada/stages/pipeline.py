@@ -18,6 +18,7 @@ from hawada.report.diagnosis import print_diagnosis
 from hawada.report.progress import console
 from hawada.report.table import print_result
 from hawada.run import Run, write_json
+from hawada.stages.distillation import check_distillation
 from hawada.stages.interlingua_parts import InterlinguaParts
 from hawada.stages.profile import measure_fastest
 from hawada.stages.workspace import Workspace
@@ -60,9 +61,7 @@ def check(stages: list[str], run: Run) -> None:
         work.adapter.check_shape(work.shape)
     distilling = [plan.name for plan in plans if "distill" in plan.reads]
     if distilling:
-        work = Workspace(run.settings(distilling[0]), run)
-        node = work.cfg.distill
-        work.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
+        check_distillation(Workspace(run.settings(distilling[0]), run))
     reading = [plan.name for plan in plans if "data" in plan.reads]
     if reading:
         Workspace(run.settings(reading[0]), run).data  # noqa: B018

@@ -18,6 +18,7 @@ from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.report.progress import Progress
 from hawada.run import MetricsLog, Run, write_json
+from hawada.stages.distillation import make_distillation
 from hawada.stages.tables import load_proxy
 from hawada.stages.workspace import Workspace
 
@@ -132,7 +133,7 @@ def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
         weight_optimizer=None
         if weights is None
         else build(weights, params=sorted_parameters["weights"] + sorted_parameters["norms_and_biases"]),
-        distillation=work.distillation(),
+        distillation=make_distillation(work),
         penalties=[build(node) for node in cfg.penalty.values()],
         groups=work.groups,
         target_ms=budget.middle(teacher_ms) * teacher_ms if budget.has_target else None,

@@ -23,7 +23,6 @@ from hawada.adapters.base import Adapter, Shape, load_model, save_model
 from hawada.config import build
 from hawada.core.budget import Budget
 from hawada.core.device import environment, prepare_cpu, resolve_device
-from hawada.core.distill import Distillation
 from hawada.core.export import ExportPolicy, Rounding
 from hawada.core.gates import SigmoidGate
 from hawada.core.monitor import DeviceMonitor, Monitor
@@ -159,28 +158,29 @@ class Workspace:
                 f"data: images of shape {tuple(images.shape[1:])} do not fit a model whose latency is optimised for "
                 f"{tuple(example[0].shape[1:])}; set data.image_size and the model's image size to the same"
             )
-        classes = self._classes()
+        classes = self.classes(self.adapter, self.meta)
         if data.classes > classes:
             raise ValueError(
                 f"data: {data.classes} classes do not fit a model with {classes}; "
                 f"set the model's number of classes to {data.classes}"
             )
-        return data
+        return data.resident(self.device) if isinstance(data, VisionData) and self.device.type != "cpu" else data
 
     def _text(self) -> TextData:
         data: TextData = build(self.cfg.data, tokenizer=self.adapter.tokenizer())
-        if data.vocabulary > self._classes():
+        known = self.classes(self.adapter, self.meta)
+        if data.vocabulary > known:
             raise ValueError(
-                f"data: the tokenizer has {data.vocabulary} tokens and the model knows {self._classes()}; "
+                f"data: the tokenizer has {data.vocabulary} tokens and the model knows {known}; "
                 "use the tokenizer that belongs to the checkpoint"
             )
         return data
 
-    def _classes(self) -> int:
-        """How many classes, or tokens, the model tells apart; found on shapes alone."""
+    def classes(self, adapter: Adapter, meta: nn.Module) -> int:
+        """How many classes, or tokens, a model tells apart when it is shown what ours is; found on shapes alone."""
         example = self.adapter.example_inputs(Shape(1, prompt=8))
         with torch.no_grad():
-            return self.adapter.logits(self.meta(*(x.to("meta") for x in example))).shape[-1]
+            return adapter.logits(meta(*(x.to("meta") for x in example))).shape[-1]
 
     def teacher(self) -> nn.Module:
         """A fresh copy of the pretrained model, in eval mode on the CPU."""
@@ -322,18 +322,6 @@ class Workspace:
             teacher=self.meta,
             groups=self.groups,
             keep=keep,
-        )
-
-    def distillation(self, keep: Keep | None = None) -> Distillation:
-        """What a student is to reproduce, as configured; `keep` tells what a slim one still has."""
-        node = self.cfg.distill
-        alignment = self.adapter.alignment(self.groups, keep) if keep is not None and node.hidden_weight else None
-        return Distillation(
-            build(self.cfg.kd),
-            reader=self.adapter.outputs,
-            chunk=node.chunk,
-            hidden_weight=node.hidden_weight,
-            alignment=alignment,
         )
 
     @cached_property

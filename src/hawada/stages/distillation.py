@@ -1,0 +1,88 @@
+"""What students and slim models are to reproduce: the teacher, or in its place another model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hawada.adapters.base import Adapter
+from hawada.config import build
+from hawada.core.answer_cache import AnswerCache
+from hawada.core.distill import Distillation, OtherTeacher
+from hawada.core.structure import Keep
+from hawada.stages.workspace import Workspace
+
+
+def make_distillation(work: Workspace, keep: Keep | None = None) -> Distillation:
+    """As configured; `keep` tells what a slim model still has."""
+    node = work.cfg.distill
+    alignment = work.adapter.alignment(work.groups, keep) if keep is not None and node.hidden_weight else None
+    return Distillation(
+        build(work.cfg.kd),
+        reader=work.adapter.outputs,
+        chunk=node.chunk,
+        hidden_weight=node.hidden_weight,
+        alignment=alignment,
+        other=_other_teacher(work),
+        cache=AnswerCache(len(work.data.train)) if getattr(work.data, "repeats", False) else None,
+    )
+
+
+def check_distillation(work: Workspace) -> None:
+    """Check quickly that models show what is to be compared, and that another teacher fits; loads no weights.
+
+    Raises:
+        ValueError: naming the keys to change.
+    """
+    node, other = work.cfg.distill, _other_adapter(work)
+    work.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
+    if other is None:
+        return
+    if other.modality != work.adapter.modality:
+        raise ValueError(
+            f"distill.teacher: {type(other).__name__} takes {other.modality} and {work.cfg.model.name} "
+            f"{work.adapter.modality} data; choose a teacher that takes the same"
+        )
+    other.check_outputs(features=node.chunk is not None, hidden=False)
+    own, theirs = work.adapter.normalisation(), other.normalisation()
+    if own is not None and theirs is not None and [*map(list, own)] != [*map(list, theirs)]:
+        raise ValueError(
+            f"distill.teacher: its images are normalised by mean and deviation {theirs}, those of "
+            f"{work.cfg.model.name} by {own}; choose a teacher that takes the same"
+        )
+    with _named(), torch.device("meta"):
+        other.check_teacher()
+        meta = other.skeleton()
+    known, wanted = work.classes(other, meta), work.classes(work.adapter, work.meta)
+    if known != wanted:
+        raise ValueError(
+            f"distill.teacher: it knows {known} classes and {work.cfg.model.name} {wanted}; choose one of the same "
+            "classes, or for a language model, of the same tokenizer"
+        )
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """What adapters say of their keys, said of those of another teacher's."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error).replace("model.adapter", "distill.teacher").replace("model.path", "distill.teacher.path")
+        raise ValueError(said) from error
+
+
+def _other_adapter(work: Workspace) -> Adapter | None:
+    node = work.cfg.distill.teacher
+    with _named():
+        return None if node is None else build(node)
+
+
+def _other_teacher(work: Workspace) -> OtherTeacher | None:
+    adapter = _other_adapter(work)
+    if adapter is None:
+        return None
+    with _named(), torch.random.fork_rng(devices=[]):  # an architecture is drawn before it is filled
+        model = adapter.teacher()
+    return OtherTeacher(model.to(work.accelerator.device).eval().requires_grad_(False), adapter.outputs)
