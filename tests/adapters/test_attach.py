@@ -111,7 +111,7 @@ def test_a_long_list_is_cut_short():
 
 def test_a_model_that_does_not_fit_stays_without_gates():
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear has no torchvision residual block"):
+    with pytest.raises(ValueError, match="Linear is no ResNet of torchvision's"):
         attach_adapters(model, adapter_cls=ResNetAdapter)
     assert count_hooks(model) == 0
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from adapters.resnet_by_hand import groups_by_hand, sites_by_hand
 from safetensors.torch import save_file
 from torch import nn
 
 import hawada
 from hawada.adapters.base import MANIFEST, Shape, load_model, save_model
 from hawada.adapters.convnet.adapter import ConvNetAdapter
-from hawada.adapters.torchvision.resnet import ResNetAdapter
 from hawada.core.evaluate import compare_outputs
 from hawada.core.export import ExportPolicy, materialize
 from hawada.core.profiler import Rounds
@@ -193,14 +193,15 @@ def normalised(groups):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_groups_and_sites_of_a_resnet_are_those_declared_by_hand(arch, stream):
-    found, declared = (cls(arch, image_size=64, stream=stream) for cls in (ConvNetAdapter, ResNetAdapter))
+    adapter = ConvNetAdapter(arch, image_size=64, stream=stream)
     with torch.device("meta"):
-        model = declared.skeleton()
-    assert normalised(found.groups(model)) == normalised(declared.groups(model))
-    assert found.sites(model) == declared.sites(model)
-    keep = keep_all(declared.groups(model)) | {"layer1.1.branch": (), "layer2.0.branch": ()}
-    slim = materialize(model, declared.groups(model), keep)
-    assert normalised(found.groups(slim)) == normalised(declared.groups(slim))
+        model = adapter.skeleton()
+    declared = groups_by_hand(model, stream=stream)
+    assert normalised(adapter.groups(model)) == normalised(declared)
+    assert adapter.sites(model) == sites_by_hand(model, stream=stream)
+    keep = keep_all(declared) | {"layer1.1.branch": (), "layer2.0.branch": ()}
+    slim = materialize(model, declared, keep)
+    assert normalised(adapter.groups(slim)) == normalised(groups_by_hand(slim, stream=stream))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "legacy_seresnet18", "resnet26t"])

@@ -216,20 +216,21 @@ def test_a_skeleton_costs_nothing_on_meta():
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"} and not model.training
 
 
-def test_resnext_is_refused():
+def test_resnext_keeps_as_many_channels_of_each_of_a_convolutions_groups():
     adapter = ResNetAdapter("resnext50_32x4d")
     with torch.device("meta"):
-        model = adapter.skeleton()
-    for declare in (adapter.groups, adapter.sites):
-        with pytest.raises(ValueError, match=r"layer1\.0: grouped convolutions \(ResNeXt\) are not supported"):
-            declare(model)
+        groups = adapter.groups(adapter.skeleton())
+    assert [group.kind for group in groups].count("branch") == 16
+    grouped = [group for group in groups if group.name.startswith("layer1.0.") and group.kind != "branch"]
+    assert grouped and all(group.equal_per_parent or group.parent for group in grouped)
 
 
 def test_another_family_is_refused():
-    with pytest.raises(
-        ValueError, match=r"Linear has no torchvision residual block; is model\.adapter the right one\?"
-    ):
-        ResNetAdapter().groups(nn.Linear(1, 1))
+    for declare in (ResNetAdapter().groups, ResNetAdapter().sites):
+        with pytest.raises(
+            ValueError, match=r"Linear is no ResNet of torchvision's; is model\.adapter the right one\?"
+        ):
+            declare(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
