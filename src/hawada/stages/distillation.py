@@ -19,6 +19,7 @@ def make_distillation(work: Workspace, keep: Keep | None = None) -> Distillation
     """As configured; `keep` tells what a slim model still has."""
     node = work.cfg.distill
     alignment = work.adapter.alignment(work.groups, keep) if keep is not None and node.hidden_weight else None
+    count = len(work.data.train) if getattr(work.data, "repeats", False) else 0  # type: ignore[arg-type]
     return Distillation(
         build(work.cfg.kd),
         reader=work.adapter.outputs,
@@ -26,7 +27,7 @@ def make_distillation(work: Workspace, keep: Keep | None = None) -> Distillation
         hidden_weight=node.hidden_weight,
         alignment=alignment,
         other=_other_teacher(work),
-        cache=AnswerCache(len(work.data.train)) if getattr(work.data, "repeats", False) else None,
+        cache=AnswerCache(count) if count else None,
     )
 
 
