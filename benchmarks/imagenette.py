@@ -1,0 +1,45 @@
+"""Imagenette, ten classes of ImageNet, as a user brings data of their own: a function that `data._target_` names."""
+
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hawada.data.vision import Batch, ImageTensors, VisionData
+
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # what EfficientNet-Lite was trained with
+
+
+def imagenette(root: str, samples: int | None = None, augment: bool = False) -> VisionData:
+    """From `train.npz` and `val.npz` with `jpeg` bytes of 224 x 224 images, `offsets` and `labels`.
+
+    Args:
+        root: folder with the two archives.
+        samples: use only so many training images, the same random ones every time.
+        augment: mirror half of the training images.
+    """
+    train, test = (_read(Path(root) / f"{name}.npz") for name in ("train", "val"))
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))[:samples]  # sorted by class
+    train = (train[0][order], train[1][order])
+    plain = ImageTensors(*train, mean=MEAN, std=STD)
+    mirrored = ImageTensors(*train, mean=MEAN, std=STD, augment=_mirror) if augment else plain
+    return VisionData(mirrored, plain, ImageTensors(*test, mean=MEAN, std=STD), classes=10)
+
+
+def _mirror(images: torch.Tensor) -> torch.Tensor:
+    chosen = (torch.rand(len(images)) < 0.5).to(images.device)
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+def _read(path: Path) -> Batch:
+    with np.load(path, allow_pickle=False) as archive:
+        data, labels = archive["jpeg"].tobytes(), archive["labels"].astype(np.int64)
+        images = np.stack(
+            [np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB")) for a, b in pairwise(archive["offsets"])]
+        )
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)

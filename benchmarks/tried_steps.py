@@ -1,0 +1,83 @@
+"""Pruning in steps, tried and without gain: some of the finetuning comes before the last of the pruning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from hawada.core.edits import plan_edits
+from hawada.core.finetune import recalibrate_batchnorm
+from hawada.core.search_export import search_export
+from hawada.core.structure import Keep
+from hawada.report.progress import Progress
+from hawada.stages.export import load_student, make_search, measuring
+from hawada.stages.quality import Quality
+from hawada.stages.tables import load_proxy
+from hawada.stages.workspace import Workspace
+
+
+def in_steps(
+    work: Workspace,
+    ratios: tuple[float, ...],
+    samples: tuple[int, ...],
+    calibration: Callable[[], DataLoader],
+    finetune: Callable[[nn.Module, int], nn.Module],
+) -> tuple[nn.Module, float]:
+    """A network brought to each fraction of the teacher's time in turn, and finetuned there on so many images.
+
+    Widths, order and refits of a step are found on what the step before left. Returns the last network, and the
+    fraction that it is predicted to take.
+    """
+    model, slim, predicted = work.teacher(), work.teacher(), 1.0
+    for ratio, count in zip(ratios, samples, strict=True):
+        keep, slim, predicted = _exported(work, model, ratio)
+        recalibrate_batchnorm(slim, calibration())
+        slim = finetune(slim, count)
+        model = spread(work, model, slim, keep)
+    return slim, predicted
+
+
+def _exported(work: Workspace, model: nn.Module, ratio: float) -> tuple[Keep, nn.Module, float]:
+    """What `stage=export` makes of a model instead of the teacher."""
+    teacher = work.teacher()
+    student = load_student(work, teacher)
+    student.model.load_state_dict(model.state_dict())
+    with Progress("step", 1) as progress, measuring(work, student.model, teacher) as measure:
+        quality = Quality(work, student, teacher, progress)
+        search = make_search(work, student, quality, measure, work.budget_for(ratio), load_proxy(work, "train"))
+        chosen = search_export(search, work.cfg.export.max_measurements).chosen
+    slim, _ = quality.compensated(work.slim(student.model, chosen.keep), chosen.keep)
+    return chosen.keep, slim, chosen.comparison.ratio.median
+
+
+@torch.no_grad()
+def spread(work: Workspace, model: nn.Module, slim: nn.Module, keep: Keep) -> nn.Module:
+    """A network of the full size that computes what the slim one does: what it lacks is zero."""
+    whole = copy.deepcopy(model)
+    removed, small = plan_edits(whole, work.groups, keep).removed, slim.state_dict()
+    for name, tensor in whole.state_dict().items():
+        if name in small:
+            places = _staying(tensor, removed.get(name, {}))
+            if name in removed:
+                tensor.fill_(1.0 if name.endswith("running_var") else 0.0)
+            tensor[torch.meshgrid(*places, indexing="ij") if places else ()] = small[name]
+    for group in work.groups:
+        if group.removes and not keep[group.name]:
+            norm = whole.get_submodule(group.gated_at[0].module)
+            for parameter in norm.parameters():
+                parameter.zero_()
+    return whole
+
+
+def _staying(tensor: Tensor, removed: dict[int, Tensor]) -> list[Tensor]:
+    """By axis, the positions that are left."""
+    places = []
+    for dim, size in enumerate(tensor.shape):
+        stays = torch.ones(size, dtype=torch.bool)
+        stays[removed.get(dim, torch.empty(0, dtype=torch.long))] = False
+        places.append(stays.nonzero().flatten())
+    return places
