@@ -215,6 +215,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def shown_in_finetuning(work: Workspace, network: Network) -> VisionData:
+    """Images as they are where none is seen twice, else augmented if the data are."""
+    return work.data if network.samples > len(work.data.plain) else unaugmented(work.data)
+
+
 def finetune_all(
     network: Network,
     work: Workspace,
@@ -225,7 +230,7 @@ def finetune_all(
     kept: Kept,
 ) -> None:
     """Add to each record what its model reaches with one seed."""
-    data, recipe = unaugmented(work.data), network.recipe
+    data, recipe = shown_in_finetuning(work, network), network.recipe
     cache = AnswerCache(len(work.data.plain))  # every method asks the teacher about the same images
     for record in records:
         if not record["reached"]:
@@ -300,7 +305,9 @@ def main() -> None:
             "network": arguments.network,
             "depth": arguments.depth,
             "teacher_epochs": arguments.teacher_epochs,
-            "recipe": network.recipe.as_dict() | {"samples": network.samples, "refit_samples": network.calibration},
+            "recipe": network.recipe.as_dict()
+            | {"samples": network.samples, "refit_samples": network.calibration}
+            | {"augmentation": not shown_in_finetuning(work, network).repeats},
             "teacher_accuracy": accuracy(work, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)

@@ -28,7 +28,8 @@ def imagenette(root: str, samples: int | None = None, augment: bool = False) -> 
     train = (train[0][order], train[1][order])
     plain = ImageTensors(*train, mean=MEAN, std=STD)
     mirrored = ImageTensors(*train, mean=MEAN, std=STD, augment=_mirror) if augment else plain
-    return VisionData(mirrored, plain, ImageTensors(*test, mean=MEAN, std=STD), classes=10)
+    shown = ImageTensors(*test, mean=MEAN, std=STD)
+    return VisionData(mirrored, plain, shown, classes=10, repeats=not augment, normalisation=(MEAN, STD))
 
 
 def _mirror(images: torch.Tensor) -> torch.Tensor:

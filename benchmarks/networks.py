@@ -38,7 +38,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
-        return asdict(self) | {"temperature": DISTILLATION.temperature, "augmentation": False}
+        return asdict(self) | {"temperature": DISTILLATION.temperature}
 
 
 @dataclass(frozen=True)
@@ -181,5 +181,5 @@ def options(arguments: argparse.Namespace, network: Network, root: Path) -> list
 
 
 def unaugmented(data: VisionData) -> VisionData:
-    """The same, and its training images as they are: of less than an epoch nothing is seen twice."""
-    return VisionData(data.plain, data.plain, data.test, classes=data.classes)
+    """The same, and its training images as they are."""
+    return VisionData(data.plain, data.plain, data.test, classes=data.classes, repeats=True)

@@ -134,9 +134,9 @@ def finetuning(
     target = min(network.targets) if way.smallest else max(network.targets)
     teacher, data = work.teacher(), work.data if way.augmented else unaugmented(work.data)
     recipe = network.recipe if way.blocks else replace(network.recipe, hidden_weight=0.0)
-    other = OtherTeacher(larger) if way.larger and larger is not None else None
+    other = OtherTeacher(larger.to(work.accelerator.device)) if way.larger and larger is not None else None
     samples = network.samples - network.calibration * (1 if way.between is None else 2)  # refits change weights too
-    found = []
+    found, predicted = [], []
     for seed in range(seeds):
         finetune = partial(finetuned, work, teacher=teacher, data=data, seed=seed, recipe=recipe, other=other)
         if way.between is None:
@@ -145,15 +145,17 @@ def finetuning(
             model = finetune(model, samples=samples)
         else:
             first = 3 * samples // 10
-            model, _ = in_steps(
+            model, ratio = in_steps(
                 work,
                 (way.between, target),
                 (first, samples - first),
                 partial(calibration, work, network),
                 lambda model, count: finetune(model, samples=count),  # noqa: B023
             )
+            predicted.append(ratio)
         found.append(accuracy(work, model, batches))
-    return {"step": name, "target_ratio": target, **asdict(way), "finetuned": found}
+    record = {"step": name, "target_ratio": target, **asdict(way), "finetuned": found}
+    return record | ({"predicted_ratio": predicted} if predicted else {})
 
 
 def resnet56(weights: Path, data: Path, root: Path) -> nn.Module:
@@ -188,6 +190,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="rows, by a part of their names; the last step is always run")
     parser.add_argument("--larger", type=Path, help="weights of ResNet-56, finetuned for two epochs to teach too")
     arguments = parser.parse_args()
+    if arguments.network != "cifar_resnet":
+        parser.error("images are held out of CIFAR-10 alone")
     network, batches = chosen(arguments), held_out(arguments.data)
 
     def asked(names: Sequence[str]) -> list[str]:

@@ -31,6 +31,9 @@ def in_steps(
 
     Widths, order and refits of a step are found on what the step before left. Returns the last network, and the
     fraction that it is predicted to take.
+
+    Raises:
+        ValueError: when a fraction cannot be reached.
     """
     model, slim, predicted = work.teacher(), work.teacher(), 1.0
     for ratio, count in zip(ratios, samples, strict=True):
@@ -49,7 +52,10 @@ def _exported(work: Workspace, model: nn.Module, ratio: float) -> tuple[Keep, nn
     with Progress("step", 1) as progress, measuring(work, student.model, teacher) as measure:
         quality = Quality(work, student, teacher, progress)
         search = make_search(work, student, quality, measure, work.budget_for(ratio), load_proxy(work, "train"))
-        chosen = search_export(search, work.cfg.export.max_measurements).chosen
+        found = search_export(search, work.cfg.export.max_measurements)
+    if found.status == "infeasible":
+        raise ValueError(f"{ratio} of the teacher's time cannot be reached")
+    chosen = found.chosen
     slim, _ = quality.compensated(work.slim(student.model, chosen.keep), chosen.keep)
     return chosen.keep, slim, chosen.comparison.ratio.median
 

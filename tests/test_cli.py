@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
+import torch
 from command import Outcome, hawada
 from hydra.core.global_hydra import GlobalHydra
 
@@ -85,7 +88,6 @@ MISTAKES = [
         "distill.teacher",
         r"takes text and tiny_resnet image data; choose a teacher that takes the same",
     ),
-    (["teacher=convnet"], "distill.teacher.weights", r"IMAGENET1K_V2 is not in torch's .* set distill.teacher.path"),
     (
         ["teacher=convnet", "distill.teacher.path=/no/such.safetensors"],
         "distill.teacher.path",
@@ -115,6 +117,20 @@ def test_a_mistake_is_one_sentence_with_the_key_and_a_remedy(
 def test_a_group_filter_that_matches_nothing_lists_what_is_there(name: str, key: str, elsewhere: Path) -> None:
     outcome = hawada(*TINY, name)
     assert_refused(outcome, key, r"layer1\.0\.conv1 \(channel\).*change groups\.name or groups\.kind")
+    assert contents(elsewhere) == {}
+
+
+def test_another_teachers_weights_that_cannot_be_had_are_named(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **options: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(elsewhere / "nothing"))
+    assert_refused(hawada(*TINY, "teacher=convnet"), "distill.teacher.weights", r"V2 is not .*set distill.teacher.path")
+    without = hawada(*TINY, "teacher=convnet", "distill.teacher.weights=null")
+    assert_refused(without, "distill.teacher", r"no weights and no path; set distill.teacher.path$")
     assert contents(elsewhere) == {}
 
 

@@ -70,10 +70,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, BasicBlock | Bottleneck]]:
 
 def _inner_convs(path: str, block: BasicBlock | Bottleneck) -> list[nn.Conv2d]:
     """Convolutions whose outputs stay inside the block."""
-    convs = [block.conv1, block.conv2] if isinstance(block, Bottleneck) else [block.conv1]
-    if any(conv.groups != 1 for conv in convs):
-        raise ValueError(f"{path}: grouped convolutions (ResNeXt) are not supported by this adapter")
-    return convs
+    return [block.conv1, block.conv2] if isinstance(block, Bottleneck) else [block.conv1]
 
 
 def _inner_names(path: str, block: BasicBlock | Bottleneck) -> tuple[str, ...]:

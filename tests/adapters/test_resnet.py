@@ -220,9 +220,11 @@ def test_resnext_keeps_as_many_channels_of_each_of_a_convolutions_groups():
     adapter = ResNetAdapter("resnext50_32x4d")
     with torch.device("meta"):
         groups = adapter.groups(adapter.skeleton())
-    assert [group.kind for group in groups].count("branch") == 16
-    grouped = [group for group in groups if group.name.startswith("layer1.0.") and group.kind != "branch"]
-    assert grouped and all(group.equal_per_parent or group.parent for group in grouped)
+    grouped = [group for group in groups if group.parent is not None]
+    assert len(grouped) == 32 and {group.kind for group in grouped} == {"grouped"}
+    for group in grouped:
+        written = next(cut for cut in group.cuts if cut.tensor == f"{group.name}.weight" and cut.dim == 0)
+        assert len(written.elements([0])) == 32  # one filter for each of the convolution's groups
 
 
 def test_another_family_is_refused():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hawada.core import answer_cache
 from hawada.core.answer_cache import AnswerCache
 
 
@@ -35,4 +36,15 @@ def test_what_is_too_much_is_asked_for_every_time(asked):
         cache = AnswerCache(6, limit_bytes=limit)
         for _ in range(3):
             assert torch.equal(cache.take(x, numbers, ask)[:, 0], x.sum(1))
+        assert counts == expected
+
+
+def test_as_much_is_kept_as_an_eighth_of_the_free_memory_holds(asked, monkeypatch):
+    ask, counts = asked
+    for free, expected in ((8 * 6 * 8, [6]), (8 * 6 * 8 - 1, [6, 6])):
+        counts.clear()
+        monkeypatch.setattr(answer_cache, "_free_bytes", lambda device, free=free: free)
+        cache = AnswerCache(6)
+        for _ in range(2):
+            cache.take(torch.randn(6, 3), torch.arange(6), ask)
         assert counts == expected

@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hawada.data.vision import IMAGENET_MEAN, IMAGENET_STD, ImageTensors, RandomShift, cifar10, digits, imagenet
+from hawada.data.vision import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTensors,
+    RandomShift,
+    VisionData,
+    cifar10,
+    digits,
+    imagenet,
+)
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
@@ -130,6 +139,7 @@ def test_images_that_are_the_same_in_every_epoch_come_with_their_numbers():
         expected = data.plain.__getitems__(numbers.tolist())
         assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
     assert len(next(iter(data.calibration_loader(4, 8)))) == 2
+    assert not VisionData(data.plain, data.plain, data.test, classes=10).repeats  # unless it is said
 
 
 @pytest.mark.parametrize("limit", [None, 1000])
@@ -140,7 +150,7 @@ def test_few_images_are_kept_on_the_device(limit):
     device = "cpu" if limit else "meta"
     assert {part.images.device.type for part in (placed.train, placed.plain, placed.test)} == {device}
     assert placed.train.images is placed.plain.images and placed.train.augment is not None  # held once
-    assert placed.classes == 10 and not placed.repeats
+    assert placed.classes == 10 and not placed.repeats and placed.normalisation == ((0.3,) * 3, (0.35,) * 3)
     assert digits(image_size=16, augment=False).resident(torch.device("meta")).repeats
 
 

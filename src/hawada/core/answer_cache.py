@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import Tensor
 
-LIMIT_BYTES = 2**30  # that answers may take on the device where models train
+SHARE = 8  # one part in so many of the free memory may be answers
 
 
 class AnswerCache:
@@ -15,10 +16,11 @@ class AnswerCache:
 
     Args:
         count: samples in the data set.
-        limit_bytes: where all answers together would take more, none is kept and each is asked for every time.
+        limit_bytes: where all answers together would take more, none is kept and each is asked for every time; None
+            means an eighth of the memory that is free on the device where the answers come from.
     """
 
-    def __init__(self, count: int, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, count: int, limit_bytes: int | None = None) -> None:
         self.count, self.limit_bytes = count, limit_bytes
         self._answers: Tensor | None = None
         self._known: Tensor | None = None
@@ -34,7 +36,9 @@ class AnswerCache:
         """
         if self._answers is None or self._known is None:
             said = ask(inputs)
-            if said[0].nbytes * self.count > self.limit_bytes:
+            limit = _free_bytes(said.device) // SHARE if self.limit_bytes is None else self.limit_bytes
+            if said[0].nbytes * self.count > limit:
+                self.limit_bytes = 0  # it was decided
                 return said
             self._answers = said.new_empty((self.count, *said.shape[1:]))
             self._known = torch.zeros(self.count, dtype=torch.bool, device=said.device)
@@ -49,3 +53,7 @@ class AnswerCache:
         assert self._answers is not None and self._known is not None
         self._answers[numbers] = said
         self._known[numbers] = True
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIDENT_BYTES = 2**30  # images of one data set that are kept on the device where models train
 Batch = tuple[Tensor, Tensor]
+Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 class ImageTensors(Dataset[Batch]):
@@ -28,7 +29,7 @@ class ImageTensors(Dataset[Batch]):
         labels: int64, (N,).
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
-        augment: images (B, 3, H, W), float -> the same shape, or None.
+        augment: images (B, 3, H, W), float, on the device where they are kept -> the same shape; or None.
     """
 
     def __init__(
@@ -114,22 +115,29 @@ class VisionData:
 
     Args:
         train: training images, augmented or not.
-        plain: the same without augmentation; the same object where `train` has none.
+        plain: the same without augmentation.
         test: test images.
         classes: how many different labels there are.
         workers: loader processes.
-
-    Attributes:
         repeats: whether a training image is the same in every epoch, so that answers to it can be remembered.
+        normalisation: mean and standard deviation per channel that images were normalised with, where they are known.
     """
 
     metric = "accuracy"
 
     def __init__(
-        self, train: Dataset[Any], plain: Dataset[Any], test: Dataset[Any], *, classes: int, workers: int = 0
+        self,
+        train: Dataset[Any],
+        plain: Dataset[Any],
+        test: Dataset[Any],
+        *,
+        classes: int,
+        workers: int = 0,
+        repeats: bool = False,
+        normalisation: Normalisation | None = None,
     ) -> None:
         self.train, self.plain, self.test, self.classes, self.workers = train, plain, test, classes, workers
-        self.repeats = train is plain
+        self.repeats, self.normalisation = repeats, normalisation
 
     def train_loader(self, batch_size: int, seed: int) -> DataLoader[Any]:
         """Shuffled, in an order that depends on the seed alone.
@@ -155,8 +163,10 @@ class VisionData:
             for part in parts
             if isinstance(part, ImageTensors)
         }
-        train, plain, test = (placed[id(part)] for part in parts)
-        return VisionData(train, plain, test, classes=self.classes)
+        other = copy.copy(self)
+        other.train, other.plain, other.test = (placed[id(part)] for part in parts)
+        other.workers = 0  # they cannot share a device's memory
+        return other
 
     def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Any]:
         """The same random `samples` training images every time, without augmentation."""
@@ -273,7 +283,15 @@ def imagenet(
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()  # type: ignore[arg-type]
         train, plain = Subset(train, chosen), Subset(plain, chosen)
     test = ImageFolder(f"{root}/val", central)
-    return VisionData(train if augment else plain, plain, test, classes=len(test.classes), workers=workers)
+    return VisionData(
+        train if augment else plain,
+        plain,
+        test,
+        classes=len(test.classes),
+        workers=workers,
+        repeats=not augment,
+        normalisation=(mean, std),
+    )
 
 
 def _in_memory(
@@ -290,6 +308,8 @@ def _in_memory(
         plain,
         ImageTensors(*test, mean=mean, std=std),
         classes=int(test[1].max()) + 1,
+        repeats=augment is None,
+        normalisation=(mean, std),
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from hawada.adapters.base import Adapter
 from hawada.config import build
 from hawada.core.answer_cache import AnswerCache
-from hawada.core.distill import Distillation, OtherTeacher
+from hawada.core.distill import Distillation, OtherTeacher, Outputs, Reader
 from hawada.core.structure import Keep
 from hawada.stages.workspace import Workspace
 
@@ -31,14 +33,19 @@ def make_distillation(work: Workspace, keep: Keep | None = None) -> Distillation
     )
 
 
-def check_distillation(work: Workspace) -> None:
+def check_distillation(work: Workspace, *, trains: bool) -> None:
     """Check quickly that models show what is to be compared, and that another teacher fits; loads no weights.
+
+    Args:
+        work: of a stage that distils or compares.
+        trains: whether some stage learns from the other teacher.
 
     Raises:
         ValueError: naming the keys to change.
     """
-    node, other = work.cfg.distill, _other_adapter(work)
+    node = work.cfg.distill
     work.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
+    other = _other_adapter(work) if trains else None
     if other is None:
         return
     if other.modality != work.adapter.modality:
@@ -46,17 +53,16 @@ def check_distillation(work: Workspace) -> None:
             f"distill.teacher: {type(other).__name__} takes {other.modality} and {work.cfg.model.name} "
             f"{work.adapter.modality} data; choose a teacher that takes the same"
         )
-    other.check_outputs(features=node.chunk is not None, hidden=False)
-    own, theirs = work.adapter.normalisation(), other.normalisation()
-    if own is not None and theirs is not None and [*map(list, own)] != [*map(list, theirs)]:
-        raise ValueError(
-            f"distill.teacher: its images are normalised by mean and deviation {theirs}, those of "
-            f"{work.cfg.model.name} by {own}; choose a teacher that takes the same"
-        )
     with _named(), torch.device("meta"):
+        other.check_outputs(features=node.chunk is not None, hidden=False)
         other.check_teacher()
         meta = other.skeleton()
-    known, wanted = work.classes(other, meta), work.classes(work.adapter, work.meta)
+    try:
+        known, wanted = work.classes(other, meta), work.classes(work.adapter, work.meta)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"distill.teacher: it does not take what {work.cfg.model.name} takes ({error}); choose one that does"
+        ) from error
     if known != wanted:
         raise ValueError(
             f"distill.teacher: it knows {known} classes and {work.cfg.model.name} {wanted}; choose one of the same "
@@ -70,7 +76,8 @@ def _named() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        said = str(error).replace("model.adapter", "distill.teacher").replace("model.path", "distill.teacher.path")
+        said = str(error).replace(" or model.pretrain=true", "")  # that would train the model itself
+        said = said.replace("model.adapter", "distill.teacher").replace("model.path", "distill.teacher.path")
         raise ValueError(said) from error
 
 
@@ -85,5 +92,26 @@ def _other_teacher(work: Workspace) -> OtherTeacher | None:
     if adapter is None:
         return None
     with _named(), torch.random.fork_rng(devices=[]):  # an architecture is drawn before it is filled
-        model = adapter.teacher()
-    return OtherTeacher(model.to(work.accelerator.device).eval().requires_grad_(False), adapter.outputs)
+        model, theirs = adapter.teacher(), adapter.normalisation()
+    ours = getattr(work.data, "normalisation", None)
+    reader: Reader = adapter.outputs
+    if ours is not None and theirs is not None and [*map(list, ours)] != [*map(list, theirs)]:
+        reader = _Renormalised(reader, ours, theirs)
+    return OtherTeacher(model.to(work.accelerator.device).eval().requires_grad_(False), reader)
+
+
+@dataclass(frozen=True)
+class _Renormalised:
+    """Shows images to a model that was trained on others: (mean, deviation) per channel of ours and of its own."""
+
+    reader: Reader
+    ours: tuple[Sequence[float], Sequence[float]]
+    theirs: tuple[Sequence[float], Sequence[float]]
+
+    def __call__(self, model: nn.Module, inputs: Tensor, *, features: bool, hidden: bool) -> Outputs:
+        (mean, std), (own_mean, own_std) = (
+            [torch.tensor(list(part), device=inputs.device).view(-1, 1, 1) for part in pair]
+            for pair in (self.ours, self.theirs)
+        )
+        images = (inputs * std + mean - own_mean) / own_std
+        return self.reader(model, images.to(inputs.dtype), features=features, hidden=hidden)

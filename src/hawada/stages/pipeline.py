@@ -61,7 +61,8 @@ def check(stages: list[str], run: Run) -> None:
         work.adapter.check_shape(work.shape)
     distilling = [plan.name for plan in plans if "distill" in plan.reads]
     if distilling:
-        check_distillation(Workspace(run.settings(distilling[0]), run))
+        trains = any("kd" in plan.reads for plan in plans)
+        check_distillation(Workspace(run.settings(distilling[0]), run), trains=trains)
     reading = [plan.name for plan in plans if "data" in plan.reads]
     if reading:
         Workspace(run.settings(reading[0]), run).data  # noqa: B018

@@ -105,7 +105,7 @@ class ConvNetAdapter(BlockStates):
         return (torch.randn(size, generator=generator, device="cpu"),)
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        if self.arch is None or self.weights is None:
+        if self.arch is None or self.weights is None or self.path is not None:
             return None
         transforms: Any = torchvision.models.get_model_weights(self.arch)[self.weights].transforms()
         return transforms.mean, transforms.std

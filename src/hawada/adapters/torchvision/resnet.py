@@ -60,6 +60,9 @@ class ResNetAdapter(ConvNetAdapter):
             raise ValueError(f"{type(model).__name__} is no ResNet of torchvision's; is model.adapter the right one?")
         return super()._declared(model)
 
+    def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        return super().normalisation() if self.layers is None else None
+
     def _source(self) -> Source:
         return Source(str(self.arch), self.weights, self.path, named=self.layers is None)
 
