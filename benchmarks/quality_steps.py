@@ -87,10 +87,10 @@ FINETUNING = {
     "answers distilled, images augmented": Way(augmented=True, blocks=False),
     "blocks distilled too": Way(augmented=True),
     "images as they are": Way(blocks=False),
-    "both": Way(),
-    "both, answers of a larger teacher": Way(larger=True),
-    "both, pruned at once": Way(smallest=True),
-    "both, pruned in two steps": Way(smallest=True, between=0.55),
+    "blocks distilled, images as they are": Way(),
+    "blocks distilled, images as they are, answers of a larger teacher": Way(larger=True),
+    "blocks distilled, images as they are, pruned at once": Way(smallest=True),
+    "blocks distilled, images as they are, pruned in two steps": Way(smallest=True, between=0.55),
 }
 
 

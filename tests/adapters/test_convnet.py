@@ -522,6 +522,7 @@ def test_weights_bring_the_normalisation_that_they_were_trained_with(arch: str, 
     normalisation = ConvNetAdapter(arch=arch, weights="IMAGENET1K_V1").normalisation()
     assert normalisation is not None and normalisation[0][0] == pytest.approx(mean)
     assert ConvNetAdapter(arch=arch).normalisation() is None
+    assert ConvNetAdapter(arch=arch, weights="IMAGENET1K_V1", path="own.safetensors").normalisation() is None
 
 
 @pytest.mark.parametrize(("arch", "size"), [("googlenet", 64), ("inception_v3", 96)])
