@@ -242,7 +242,10 @@ def finetune_all(
         def result(method: str = method, target: float = target, samples: int = samples) -> float:
             model = copy.deepcopy(found[method, target])
             recalibrate_batchnorm(model, calibration(work, network))
-            return accuracy(work, finetuned(work, model, teacher, data, samples, seed, recipe, cache=cache))
+            model = finetuned(work, model, teacher, data, samples, seed, recipe, cache=cache)
+            if recipe.recalibrated:
+                recalibrate_batchnorm(model, calibration(work, network))
+            return accuracy(work, model)
 
         name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe}"
         record["after"].append(kept.take(name, result))

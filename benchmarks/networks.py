@@ -27,6 +27,7 @@ class Recipe:
         weight_decay: of the weights.
         label_weight: factor of the cross-entropy.
         warm_up: fraction of the steps that the learning rate rises.
+        recalibrated: BatchNorm statistics are taken anew at the end, for norms that follow training slowly.
     """
 
     batch: int = 64
@@ -35,6 +36,7 @@ class Recipe:
     weight_decay: float = 5e-4
     label_weight: float = 0.1
     warm_up: float = 0.1
+    recalibrated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For the record."""
@@ -120,7 +122,7 @@ NETWORKS = {
         samples=3000,
         calibration=192,
         multiple=8,
-        recipe=Recipe(batch=32, hidden_weight=0.0, lr=1e-3),
+        recipe=Recipe(batch=32, hidden_weight=0.0, lr=1e-3, recalibrated=True),
         inner=False,
         weights=_lite_weights,
         options=_lite_options,
