@@ -14,7 +14,7 @@ from networks import Network
 from torch import nn
 
 from hawada.core.structure import completed, keep_first, widths_of
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace
 
 STEPS = 7  # bisections of a baseline's ratio
 HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are

@@ -45,17 +45,17 @@ from kept import Kept
 from networks import DISTILLATION, Network, Recipe, chosen, network_parser, options, unaugmented
 from torch import nn
 
-from hawada.adapters.base import Shape
+from hawada.adapters import Shape
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.answer_cache import AnswerCache
-from hawada.core.distill import Distillation, OtherTeacher
+from hawada.core.distill import AnswerCache, Distillation, OtherTeacher
 from hawada.core.evaluate import count_macs, count_parameters, score
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
-from hawada.core.profiler import bootstrap_median, measure_rounds
-from hawada.data.vision import VisionData
-from hawada.run import Run
+from hawada.core.latency import bootstrap_median
+from hawada.core.latency.profiler import measure_rounds
+from hawada.data import VisionData
+from hawada.experiment import Run
 from hawada.stages import front, profile, train
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace
 
 matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")

@@ -17,12 +17,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from hawada.config import build, conf_dir, register_resolvers
-from hawada.core.proxy_cost import calibrate, fidelity
+from hawada.core.latency import calibrate, fidelity
 from hawada.core.structure import widths_of
-from hawada.report.progress import Progress
-from hawada.run import Run
+from hawada.experiment import Run
+from hawada.report import Progress
 from hawada.stages.profile import choose_models, measure_models, time_sites
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace
 
 PROXIES = ("lookup", "roofline", "macs")
 

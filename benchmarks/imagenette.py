@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hawada.data.vision import Batch, ImageTensors, VisionData
+from hawada.data import VisionData
+from hawada.data.vision import Batch, ImageTensors
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # what EfficientNet-Lite was trained with
 

@@ -11,7 +11,7 @@ from typing import Any
 from teacher import adapted, ten_classes
 
 from hawada.core.distill import KDConfig
-from hawada.data.vision import VisionData
+from hawada.data import VisionData
 
 DISTILLATION = KDConfig(temperature=4.0)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hawada.core.device import environment
-from hawada.core.site_table import SiteTable, monotone
+from hawada.core.latency import environment
+from hawada.core.latency.site_table import SiteTable, monotone
 from hawada.core.structure import Site
 
 AIM = 0.03

@@ -33,9 +33,9 @@ from tried_steps import in_steps
 from hawada.core.distill import OtherTeacher
 from hawada.core.evaluate import score
 from hawada.core.finetune import recalibrate_batchnorm
-from hawada.data.vision import cifar10
+from hawada.data import cifar10
 from hawada.stages import front
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace
 
 HELD_OUT = 5120  # training images
 TRAINED = ["train.epochs=10", "train.steps_per_epoch=10", "train.patience=0"]  # of gates, at batch 64: 6,400 images

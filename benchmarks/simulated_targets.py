@@ -23,14 +23,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.allocation import Allocation
-from hawada.core.profiler import Comparison, Rounds
-from hawada.core.search_export import BudgetSearch, search_export
+from hawada.core.latency import Comparison, Rounds
+from hawada.core.search import BudgetSearch, search_export
+from hawada.core.search.allocation import Allocation
 from hawada.core.structure import Keep, widths_of
-from hawada.run import Run
+from hawada.experiment import Run
 from hawada.stages import profile
-from hawada.stages.tables import load_proxy
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace, load_proxy
 
 TOLERANCE = 0.03
 FAMILIES = {"tiny_resnet": [], "tiny_vit": ["export.layout=heterogeneous"], "tiny_llama": ["budget.prompt=64"]}

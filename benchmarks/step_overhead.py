@@ -21,18 +21,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hawada.adapters.base import Shape
-from hawada.adapters.torchvision.resnet import ResNetAdapter
-from hawada.core.device import environment, prepare_cpu
+from hawada.adapters import Shape
+from hawada.adapters.torchvision import ResNetAdapter
 from hawada.core.distill import Distillation, KDConfig
-from hawada.core.export import ExportPolicy
-from hawada.core.penalties import FloorCeiling
-from hawada.core.profiler import Rounds, bootstrap_median, measure_rounds
-from hawada.core.proxy_cost import LatencyProxy
-from hawada.core.simulated import SimulatedClock
-from hawada.core.site_table import build_table
-from hawada.core.structure import full_widths
-from hawada.core.student import Student
+from hawada.core.gates import FloorCeiling, Student
+from hawada.core.latency import (
+    LatencyProxy,
+    Rounds,
+    SimulatedClock,
+    bootstrap_median,
+    build_table,
+    environment,
+    prepare_cpu,
+)
+from hawada.core.latency.profiler import measure_rounds
+from hawada.core.structure import ExportPolicy, full_widths
 from hawada.core.train import LagrangeTrainer
 
 

@@ -26,15 +26,14 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.profiler import Comparison
-from hawada.core.search_export import BudgetSearch, search_export
+from hawada.core.latency import Comparison
+from hawada.core.search import BudgetSearch, search_export
 from hawada.core.structure import keep_all, widths_of
-from hawada.run import Run
+from hawada.experiment import Run
 from hawada.stages import profile
 from hawada.stages.export import measuring
-from hawada.stages.judge import combine, judge_afresh
-from hawada.stages.tables import load_proxy
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace, judge_afresh, load_proxy
+from hawada.workspace.judge import combine
 
 ENOUGH = 3  # allocations in the window
 ABOVE = 0.005  # of the target: how far the point estimate of the second measurement may lie above

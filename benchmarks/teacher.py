@@ -12,7 +12,7 @@ from cifar_resnet import CifarResNet
 from safetensors.torch import load_file, save_file
 
 from hawada.core.finetune import Finetuner
-from hawada.data.vision import cifar10
+from hawada.data import cifar10
 
 
 def adapted(weights: Path, depth: int, data: Path, epochs: int, root: Path) -> Path:

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hawada.core.edits import plan_edits
 from hawada.core.finetune import recalibrate_batchnorm
-from hawada.core.search_export import search_export
-from hawada.core.structure import Keep
-from hawada.report.progress import Progress
+from hawada.core.search import search_export
+from hawada.core.structure import Keep, plan_edits
+from hawada.report import Progress
 from hawada.stages.export import load_student, make_search, measuring
-from hawada.stages.quality import Quality
-from hawada.stages.tables import load_proxy
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Quality, Workspace, load_proxy
 
 
 def in_steps(

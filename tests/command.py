@@ -15,7 +15,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 
 from hawada import cli
-from hawada.report.progress import console
+from hawada.report import console
 
 
 class Outcome(NamedTuple):

@@ -153,7 +153,7 @@ def test_results_of_another_configuration_are_refused_and_stay(elsewhere: Path) 
 def test_a_device_that_is_not_here_is_refused_before_torch_would_load(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hawada.core.device.present_gpus", lambda: [])
+    monkeypatch.setattr("hawada.core.latency.device.present_gpus", lambda: [])
     monkeypatch.setitem(sys.modules, "hawada.stages.pipeline", None)  # importing it, and so torch, would raise
     outcome = hawada("gpu=h100")
     assert_refused(outcome, "gpu=h100", r"not an H100 \(no NVIDIA GPU found\).*gpu=local.*gpu\.timing=simulated")
@@ -161,13 +161,13 @@ def test_a_device_that_is_not_here_is_refused_before_torch_would_load(
 
 
 def test_another_device_than_the_one_that_is_here_is_refused(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hawada.core.device.present_gpus", lambda: ["NVIDIA A100-SXM4-80GB"])
+    monkeypatch.setattr("hawada.core.latency.device.present_gpus", lambda: ["NVIDIA A100-SXM4-80GB"])
     assert_refused(hawada("gpu=4090"), "gpu=rtx4090", r"NVIDIA A100-SXM4-80GB found.*gpu=local")
     assert contents(elsewhere) == {}
 
 
 def test_finetuning_needs_no_particular_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hawada.core.device.present_gpus", lambda: [])
+    monkeypatch.setattr("hawada.core.latency.device.present_gpus", lambda: [])
     outcome = hawada("gpu=h100", "stage=finetune")
     assert_refused(outcome, "stage=finetune", r"run stage=\w+ first")  # it is the results that are missing, not the GPU
 
@@ -176,7 +176,7 @@ def test_finetuning_needs_no_particular_device(monkeypatch: pytest.MonkeyPatch) 
 def test_cuda_graphs_without_cuda_are_refused_before_torch_would_load(
     gpu: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hawada.core.device.present_gpus", lambda: [])
+    monkeypatch.setattr("hawada.core.latency.device.present_gpus", lambda: [])
     monkeypatch.setitem(sys.modules, "hawada.stages.pipeline", None)  # importing it, and so torch, would raise
     outcome = hawada(f"gpu={gpu}", "runtime=cudagraph")
     assert_refused(outcome, "runtime=cudagraph", rf"gpu={gpu} has none here; set runtime=eager")

@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from hawada.config import conf_dir, register_resolvers, validate
-from hawada.plan import OF_GROUP
+from hawada.experiment.plan import OF_GROUP
 
 CONF = Path(conf_dir())
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -14,8 +14,8 @@ import pytest
 from command import Outcome, hawada
 from torch import nn
 
-from hawada.core.profiler import Inputs
-from hawada.core.simulated import SimulatedClock
+from hawada.core.latency import SimulatedClock
+from hawada.core.structure import Inputs
 
 RESNET = ("model=tiny_resnet", "model.adapter.image_size=16", "budget.batch=16")
 LLAMA = ("model=tiny_llama", "budget.prompt=16", "budget.new_tokens=4", "budget.batch=2")

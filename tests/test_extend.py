@@ -48,7 +48,7 @@ from torch import nn
 
 from hawada.adapters.base import Adapter
 from hawada.core.gates import SigmoidGate
-from hawada.core.proxy_cost import Term
+from hawada.core.latency.proxy import Term
 from hawada.core.structure import Cut, GatePoint, Group, Site
 
 

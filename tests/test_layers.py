@@ -1,4 +1,4 @@
-"""Imports run one way: cli -> stages -> {adapters, interlingua, data, report} -> core -> torch."""
+"""Imports run one way, between rooms and within them, and no circle is closed anywhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,30 +17,61 @@ import hawada
 SRC = Path(hawada.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
-# For each layer, the others that it may import; whatever is inside one layer may import each other.
-ARROWS: dict[str, set[str]] = {
-    "__init__": {"adapters"},
-    "cli": {"stages", "run", "plan", "config", "report"},
-    "stages": {"adapters", "interlingua", "data", "report", "core", "run", "plan", "config"},
-    "run": {"plan", "config"},
-    "plan": set(),
+# For each room, the other rooms that it may import. Modules of one room may import each other.
+ROOMS: dict[str, set[str]] = {
+    "__init__": {"api"},
+    "__main__": {"cli"},
+    "api": {"stages", "workspace", "adapters", "data", "report", "experiment", "config", "core"},
+    "cli": {"stages", "interlingua", "workspace", "report", "experiment", "config", "core"},
+    "stages": {"workspace", "adapters", "data", "report", "experiment", "config", "core"},
+    "interlingua": {"workspace", "adapters", "data", "report", "experiment", "config", "core"},
+    "workspace": {"adapters", "data", "report", "experiment", "config", "core"},
+    "adapters": {"core", "experiment"},
+    "data": {"core", "experiment"},
+    "report": {"core", "experiment"},
+    "experiment": {"core", "config"},
     "config": {"core"},
-    "adapters": {"core"},
-    "interlingua": {"core"},
-    "data": {"core"},
-    "report": {"core"},
+    "tools": {"api", "config", "experiment"},
     "core": set(),
 }
-KEPT_OUT_OF_CORE = {"transformers", "torchvision"}
-CONFIGURED = {"cli", "config", "run", "plan", "stages"}  # the only ones that know Hydra and OmegaConf
+# Within core, and within the adapters, likewise; a single file counts as a room of its own.
+CORE: dict[str, set[str]] = {
+    "verdict": set(),
+    "structure": set(),
+    "gates": {"structure"},
+    "formats": {"structure"},
+    "memory_format": set(),
+    "distill": {"structure", "gates", "formats", "verdict"},
+    "latency": {"structure", "gates", "formats", "verdict"},
+    "evaluate": {"structure", "gates", "formats", "verdict", "distill", "latency"},
+}
+CORE["train"] = CORE["finetune"] = CORE["evaluate"] | {"evaluate"}
+CORE["reconstruction"] = CORE["train"] | {"train", "finetune"}
+CORE["importance"] = CORE["reconstruction"] | {"reconstruction"}
+CORE["search"] = CORE["importance"] | {"importance"}
+ADAPTERS: dict[str, set[str]] = {
+    "base": set(),
+    "saved": {"base"},
+    "weights": {"base", "saved"},
+    "attach": {"base"},
+    "graph": {"base", "saved", "weights"},
+    "torchvision": {"base", "saved", "weights", "graph", "attach"},
+    "huggingface": {"base", "saved", "weights", "graph", "attach"},
+}
+KEPT_OUT_OF_CORE = {"transformers", "torchvision", "hydra", "omegaconf"}
+CONFIGURED = {"cli", "config", "experiment", "workspace", "stages", "interlingua", "tools"}  # may know Hydra
 FAMILIES = re.compile(r"(?i:resnet|llama)|ViT|(?<![a-z])vit(?![a-z])")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
+MODULES_IN_A_FOLDER = 15
 
 
 def module_name(path: Path) -> str:
-    """`src/hawada/core/gates.py` as `hawada.core.gates`; a package's `__init__` as the package."""
+    """`src/hawada/core/train.py` as `hawada.core.train`; a package's `__init__` as the package."""
     parts = path.relative_to(SRC.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+NAMES = {module_name(path): path for path in FILES}
 
 
 def imported(source: str, module: str) -> Iterator[str]:
@@ -53,22 +85,57 @@ def imported(source: str, module: str) -> Iterator[str]:
             yield from (f"{prefix}.{alias.name}" for alias in node.names)
 
 
+def arrow_back(module: str, name: str, rooms: Mapping[str, set[str]], depth: int) -> str | None:
+    """One sentence when an import runs against the arrow between the rooms at a depth of the tree, else None."""
+    mine, theirs = module.split("."), name.split(".")
+    if mine[:depth] != theirs[:depth] or len(mine) <= depth or len(theirs) <= depth:
+        return None
+    here, there = mine[depth], theirs[depth]
+    if here not in rooms:
+        return f"{module} is in no room that this test knows"
+    if here == there or there not in rooms or there in rooms[here]:
+        return None
+    return f"{module} imports {name}: {here} may import only {sorted(rooms[here])}"
+
+
 def violations(source: str, module: str) -> list[str]:
     """What a module's imports break, one sentence each."""
-    layer = module.split(".")[1]
+    room = module.split(".")[1]
     found = []
     for name in imported(source, module):
-        root, *rest = name.split(".")
-        if root in ("hydra", "omegaconf") and layer not in CONFIGURED:
+        root = name.split(".")[0]
+        if root in ("hydra", "omegaconf") and room not in {*CONFIGURED, "core"}:
             found.append(f"{module} imports {name}: only {sorted(CONFIGURED)} may")
-        if root in KEPT_OUT_OF_CORE and layer == "core":
+        if root in KEPT_OUT_OF_CORE and room == "core":
             found.append(f"{module} imports {name}: core knows no such library")
-        if root != "hawada" or not rest or rest[0] not in ARROWS or rest[0] == layer:
+        if root != "hawada":
             continue
-        inner = ".".join(rest) + "."
-        if not any(inner.startswith(f"{allowed}.") for allowed in ARROWS[layer]):
-            found.append(f"{module} imports {name}: {layer} may import only {sorted(ARROWS[layer])}")
+        for rooms, prefix in ((ROOMS, "hawada"), (CORE, "hawada.core"), (ADAPTERS, "hawada.adapters")):
+            depth = prefix.count(".") + 1
+            if name.startswith(f"{prefix}.") and module.startswith(f"{prefix}."):
+                back = arrow_back(module, name, rooms, depth)
+                found += [] if back is None else [back]
     return found
+
+
+def dependencies(path: Path) -> set[str]:
+    """The modules of this package that a file imports; a name that a room offers counts as the room's inner module."""
+    module, found = module_name(path), set()
+    for name in imported(path.read_text(), module):
+        for candidate in (name, name.rpartition(".")[0]):
+            if candidate in NAMES:
+                found.add(offered(candidate).get(name.rpartition(".")[2], candidate) if candidate != name else name)
+                break
+    return found - {module}
+
+
+def offered(room: str) -> dict[str, str]:
+    """The names that a room's stub lists, with the module that each comes from."""
+    stub = NAMES[room].with_suffix(".pyi")
+    if not stub.is_file():
+        return {}
+    nodes = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{room}.{node.module}" for node in nodes for alias in node.names}
 
 
 def docstrings(tree: ast.AST) -> set[int]:
@@ -92,30 +159,45 @@ def test_imports_follow_the_arrow(path: Path) -> None:
     assert violations(path.read_text(), module_name(path)) == []
 
 
-def test_every_module_belongs_to_a_layer() -> None:
+def test_no_imports_form_a_circle() -> None:
+    graph = {module_name(path): dependencies(path) for path in FILES}
+    assert sum(map(len, graph.values())) > 300
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_a_circle_is_caught() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"a"}}).prepare()
+
+
+def test_every_module_belongs_to_a_room() -> None:
     assert len(FILES) > 20
-    assert {module_name(path).split(".")[1] for path in FILES} <= set(ARROWS)
+    assert {module_name(path).split(".")[1] for path in FILES if path != SRC / "__init__.py"} <= set(ROOMS)
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hawada.core.gates", "from hawada.adapters.base import Adapter"),
-        ("hawada.core.gates", "from hawada import adapters"),
-        ("hawada.core.gates", "from ..adapters.base import Adapter"),
-        ("hawada.core.gates", "import hawada.run"),
-        ("hawada.core.gates", "def late():\n    from torchvision import models"),
-        ("hawada.core.gates", "import transformers"),
-        ("hawada.core.gates", "from omegaconf import DictConfig"),
+        ("hawada.core.gates.gates", "from hawada.adapters.base import Adapter"),
+        ("hawada.core.gates.gates", "from hawada import adapters"),
+        ("hawada.core.gates.gates", "from ...adapters.base import Adapter"),
+        ("hawada.core.gates.gates", "import hawada.experiment"),
+        ("hawada.core.gates.gates", "def late():\n    from torchvision import models"),
+        ("hawada.core.gates.gates", "import transformers"),
+        ("hawada.core.gates.gates", "from omegaconf import DictConfig"),
+        ("hawada.core.gates.gates", "from hawada.core.latency import Rounds"),
+        ("hawada.core.structure.groups", "from hawada.core.gates import Student"),
+        ("hawada.core.latency.proxy", "from hawada.core.evaluate import score"),
+        ("hawada.core.train", "from hawada.core.search import Allocation"),
         ("hawada.adapters.base", "from hawada.interlingua.encoder import Encoder"),
-        ("hawada.interlingua.encoder", "from hawada.adapters import base"),
+        ("hawada.adapters.graph.trace", "from hawada.adapters.torchvision import ResNetAdapter"),
         ("hawada.adapters.base", "from hawada.config import build"),
+        ("hawada.interlingua.encoder", "from hawada.stages import train"),
+        ("hawada.stages.train", "from hawada.interlingua import encoder"),
         ("hawada.data.vision", "import hydra.utils"),
-        ("hawada.report.table", "from hawada.plan import PLANS"),
+        ("hawada.experiment.run", "from hawada.workspace import Subject"),
         ("hawada.stages.train", "from hawada.cli import main"),
-        ("hawada.run", "from hawada.stages.train import run"),
-        ("hawada.cli", "from hawada.core.gates import SigmoidGate"),
-        ("hawada.config", "from hawada.plan import PLANS"),
+        ("hawada.config.schema", "from hawada.experiment import PLANS"),
     ],
 )
 def test_an_import_against_the_arrow_is_caught(module: str, source: str) -> None:
@@ -127,8 +209,9 @@ def test_an_import_against_the_arrow_is_caught(module: str, source: str) -> None
     [
         ("hawada.stages.train", "from hawada.core.gates import parameter_groups\nfrom omegaconf import DictConfig"),
         ("hawada.adapters.attach", "from .base import Adapter\nimport torchvision"),
-        ("hawada.core.train", "import torch\nfrom hawada.core.student import Student"),
-        ("hawada.run", "from hawada.plan import PLANS"),
+        ("hawada.core.train", "import torch\nfrom hawada.core.gates import Student"),
+        ("hawada.experiment.run", "from hawada.experiment.plan import PLANS"),
+        ("hawada.interlingua.stages.train", "from hawada.workspace import Stopwatch"),
     ],
 )
 def test_an_import_along_the_arrow_is_not(module: str, source: str) -> None:
@@ -149,13 +232,18 @@ def test_a_model_family_in_code_is_caught_and_in_prose_is_not() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_a_file_has_a_telling_name_and_a_readable_length(path: Path) -> None:
+def test_a_file_has_a_telling_name(path: Path) -> None:
     assert path.stem not in VAGUE
-    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
+def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
+    modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= MODULES_IN_A_FOLDER or folder.name == "runtimes"
 
 
 def test_the_command_starts_without_torch() -> None:
-    modules = "hawada.cli, hawada.config, hawada.run, hawada.plan"
+    modules = "hawada.cli, hawada.config, hawada.experiment.run, hawada.experiment.plan"
     script = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'torchvision'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -18,11 +18,10 @@ from torch import nn
 
 import hawada as package
 from hawada.core.finetune import Finetuner
-from hawada.core.profiler import Comparison
+from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
-from hawada.run import sha256
-from hawada.stages.judge import Judgement
-from hawada.stages.workspace import Workspace
+from hawada.experiment.files import sha256
+from hawada.workspace import Judgement, Workspace
 
 NAME = "tiny_resnet-local"
 TINY = [

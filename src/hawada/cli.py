@@ -19,9 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hawada.config import GPU_SHORTHANDS, build, conf_dir, register_resolvers, validate
-from hawada.plan import PLANS, planned
-from hawada.run import Run
+from hawada.config import GPU_SHORTHANDS, build, check_targets, conf_dir, register_resolvers, validate
+from hawada.experiment import INTERLINGUA, PLANS, Run, planned
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 # What a user can do wrong, as opposed to what fails on the way; the last three are folders that cannot be written.
@@ -65,9 +64,16 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
         run.check(name)
     if stage in PLANS:
         run.check_upstream(stages[0])
+    for name in stages:
+        check_targets(run.settings(name))
     from hawada.stages import inspect, pipeline
 
-    pipeline.check(stages, run)
+    if stage in INTERLINGUA:
+        from hawada.interlingua.stages.parts import InterlinguaParts
+
+        InterlinguaParts(run.settings(stage), run, dry=stage == "interlingua-dry").check()
+    else:
+        pipeline.check(stages, run)
     if stage == "inspect":
         return inspect.run_inspect(run)
     with run.locked():
@@ -76,7 +82,7 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
         else:
             result = [pipeline.run_stage(name, run) for name in stages][-1]
     if "verdict" in result and not sweeping:
-        from hawada.report.table import print_result
+        from hawada.report import print_result
 
         print_result(result, root)
     return result
@@ -105,7 +111,7 @@ def main() -> None:
         print(f"hawada: {_sentence(error)}{where}", file=sys.stderr)
     finally:
         if len(_jobs) > 1:
-            from hawada.report.table import print_sweep
+            from hawada.report import print_sweep
 
             print_sweep(_jobs, _swept_keys(sys.argv[1:]))
     sys.exit(code or max((_exit_code(record["result"]) for record in _jobs), default=0))

@@ -215,7 +215,7 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
         ValueError: one sentence with the key, what came, what was wanted and the remedy.
     """
     if measures and cfg.gpu.timing == "measured":
-        from hawada.core.device import check_device, check_runtime
+        from hawada.core.latency import check_device, check_runtime
 
         check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
         check_runtime(cfg.runtime.mode, gpu=cfg.gpu.name, device=cfg.gpu.device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hawada.adapters.torchvision.resnet import ResNetAdapter
+from hawada.adapters.torchvision import ResNetAdapter
 
 ADAPTERS = {
     "tiny": {"arch": "basic", "layers": [2, 2, 1, 1], "num_classes": 10, "image_size": 32},

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from hawada.adapters.attach import GroupFilter, attach_adapters, group_table, select_groups
-from hawada.adapters.base import Shape
-from hawada.adapters.torchvision.resnet import ResNetAdapter
+from hawada.adapters import GroupFilter, Shape, attach_adapters, group_table, select_groups
+from hawada.adapters.torchvision import ResNetAdapter
 from hawada.core.gates import SigmoidGate
 from hawada.core.structure import GatePoint, Group
 

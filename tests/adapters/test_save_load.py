@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hawada
-from hawada.adapters.base import MANIFEST, WEIGHTS, Shape, load_model, save_model
-from hawada.adapters.torchvision.resnet import ResNetAdapter
-from hawada.core.export import materialize
-from hawada.core.structure import keep_all
+from hawada.adapters import Shape, load_model, save_model
+from hawada.adapters.base import WEIGHTS
+from hawada.adapters.saved import MANIFEST
+from hawada.adapters.torchvision import ResNetAdapter
+from hawada.core.structure import keep_all, materialize
 
 SPEC = {"arch": "basic", "layers": [2, 2, 1, 1], "num_classes": 10, "image_size": 32}
 TARGET = "hawada.adapters.torchvision.resnet.ResNetAdapter"

@@ -7,8 +7,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from hawada.core.proxy_cost import Term
-from hawada.core.site_table import LatencyTable, SiteTable
+from hawada.core.latency import LatencyTable
+from hawada.core.latency.proxy import Term
+from hawada.core.latency.site_table import SiteTable
 from hawada.core.structure import Cut, GatePoint, Group, Removal, Site
 
 

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hawada.core.answer_cache import AnswerCache
-from hawada.core.distill import Distillation, KDConfig, Outputs
+from hawada.core.distill import AnswerCache, Distillation, KDConfig, Outputs
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 
 

@@ -4,12 +4,9 @@ import json
 import pytest
 import torch
 
-from hawada.core.answer_cache import AnswerCache
-from hawada.core.distill import IGNORED, Distillation, KDConfig, mse_reg
-from hawada.core.export import ExportPolicy, materialize
-from hawada.core.penalties import L1
-from hawada.core.structure import full_widths
-from hawada.core.student import Student
+from hawada.core.distill import IGNORED, AnswerCache, Distillation, KDConfig, mse_reg
+from hawada.core.gates import L1, Student
+from hawada.core.structure import ExportPolicy, full_widths, materialize
 from hawada.core.train import LagrangeTrainer, Step
 
 TEACHER_MS = 9.0

@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from hawada.data.ngram import MAX_ORDER, witten_bell_perplexity
+from hawada.data import witten_bell_perplexity
+from hawada.data.ngram import MAX_ORDER
 
 ABBA = b"abracadabra, abracadabra! " * 20
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from hawada.data import corpus
+from hawada.data import QAData, corpus, hotpotqa, squad
 from hawada.data.corpus import held_out, reachable
-from hawada.data.qa import QAData, QAExample, hotpotqa, squad
+from hawada.data.qa import QAExample
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "qa"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")

@@ -5,16 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hawada.data.vision import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageTensors,
-    RandomShift,
-    VisionData,
-    cifar10,
-    digits,
-    imagenet,
-)
+from hawada.data import VisionData, cifar10, digits, imagenet
+from hawada.data.vision import IMAGENET_MEAN, IMAGENET_STD, ImageTensors, RandomShift
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 

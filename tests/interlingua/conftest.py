@@ -1,14 +1,13 @@
 import pytest
 import torch
 
-from hawada.interlingua.adapter import Adapter, PrefixAdapter
-from hawada.interlingua.encoder import ByteFeatures, InterlinguaEncoder
-from hawada.interlingua.llm import LMWrapper, Template
+from hawada.interlingua import Adapter, ByteTokenizer, InterlinguaEncoder, LearnedQueries, LMWrapper
+from hawada.interlingua.adapter import PrefixAdapter
+from hawada.interlingua.encoder import ByteFeatures
+from hawada.interlingua.llms.llm import Template
+from hawada.interlingua.llms.tiny import small_causal_lm
 from hawada.interlingua.messenger import Messenger, Source
-from hawada.interlingua.pooling import LearnedQueries
 from hawada.interlingua.recall import syllable_tokenizer, word_tokenizer
-from hawada.interlingua.tiny_llms import small_causal_lm
-from hawada.interlingua.tokenizers import ByteTokenizer
 
 TEMPLATE = Template(question=" ? {question} ", anchor="")
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}

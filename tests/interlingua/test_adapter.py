@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hawada.interlingua.adapter import Adapter, Calibration, PrefixAdapter
+from hawada.interlingua import Adapter
+from hawada.interlingua.adapter import Calibration, PrefixAdapter
 
 Z = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
 

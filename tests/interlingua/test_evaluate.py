@@ -2,12 +2,22 @@ import numpy as np
 import pytest
 import torch
 
-from hawada.interlingua.contenders import head, latent, nothing, oracle, quantized, scattered, shuffled, tail, text
-from hawada.interlingua.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
-from hawada.interlingua.evaluate import Answers, answer, answer_together, difference
+from hawada.interlingua import Recall
+from hawada.interlingua.evaluation.answers import Answers, answer, answer_together, difference
+from hawada.interlingua.evaluation.baselines import (
+    head,
+    latent,
+    nothing,
+    oracle,
+    quantized,
+    scattered,
+    shuffled,
+    tail,
+    text,
+)
+from hawada.interlingua.evaluation.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
 from hawada.interlingua.examples import Asked
 from hawada.interlingua.messenger import context_ids
-from hawada.interlingua.recall import Recall
 
 EXAMPLES = [*Recall(3, 2).test(4), *Recall(2, 1).test(2)]
 

@@ -1,15 +1,14 @@
 import pytest
 import torch
 
-from hawada.interlingua.contenders import latent, text
-from hawada.interlingua.evaluate import answer
-from hawada.interlingua.features import DeepPrefix, Feature, LoRA, Reconstruction, TextAlignment
+from hawada.interlingua import DeepPrefix, LoRA, Objective, Recall, Reconstruction, Schedule, TextAlignment
+from hawada.interlingua.evaluation.answers import answer
+from hawada.interlingua.evaluation.baselines import latent, text
+from hawada.interlingua.features import Feature
+from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.messenger import context_ids
-from hawada.interlingua.objective import Objective
 from hawada.interlingua.pooling import segments
-from hawada.interlingua.prefix import Prefix
-from hawada.interlingua.recall import Recall
-from hawada.interlingua.trainer import InterlinguaTrainer, Schedule
+from hawada.interlingua.trainer import InterlinguaTrainer
 
 TASK = Recall(2, 2)
 EXAMPLES = TASK.test(3)
@@ -22,7 +21,7 @@ def attached(llms, make_messenger):
     def make(feature, **options):
         messenger = make_messenger(llms, **options)
         messenger.features["own"] = feature
-        feature.attach(messenger, llms)
+        feature.attach(messenger.encoder, llms)
         return messenger
 
     return make

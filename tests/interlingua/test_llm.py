@@ -3,12 +3,13 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hawada.interlingua import ByteTokenizer, LMWrapper, Recall
 from hawada.interlingua.examples import Asked
-from hawada.interlingua.llm import LMWrapper, Template
+from hawada.interlingua.llms.llm import Template
+from hawada.interlingua.llms.prefix import Prefix
+from hawada.interlingua.llms.tokenizers import PretrainedTokenizer
 from hawada.interlingua.messenger import context_ids
-from hawada.interlingua.prefix import Prefix
-from hawada.interlingua.recall import Recall, word_tokenizer
-from hawada.interlingua.tokenizers import ByteTokenizer, PretrainedTokenizer
+from hawada.interlingua.recall import word_tokenizer
 
 EXAMPLES = Recall(3, 2).test(3)
 MIXED = [Asked("bade 11", "bade", ("11",)), *EXAMPLES]  # contexts of two lengths

@@ -3,13 +3,8 @@ import math
 import pytest
 import torch
 
-from hawada.interlingua.losses import (
-    first_k,
-    k_token_ce_from_prefix,
-    kd_first_k_prefix_vs_text,
-    kd_hidden_states_first_k,
-    scale_penalty,
-)
+from hawada.interlingua import k_token_ce_from_prefix, kd_first_k_prefix_vs_text, kd_hidden_states_first_k
+from hawada.interlingua.losses import first_k, scale_penalty
 
 # Two answers of two tokens and one, of a vocabulary of three; probabilities are easy to take logarithms of.
 PROBABILITIES = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], [[0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]]])

@@ -1,13 +1,12 @@
 import pytest
 import torch
 
-from hawada.interlingua.encoder import ByteFeatures, InterlinguaEncoder
+from hawada.interlingua import ByteTokenizer, InterlinguaEncoder, LearnedQueries, MeanPooling, Recall
+from hawada.interlingua.encoder import ByteFeatures
 from hawada.interlingua.examples import Asked
+from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.messenger import Source
-from hawada.interlingua.pooling import LearnedQueries, MeanPooling, segments
-from hawada.interlingua.prefix import Prefix
-from hawada.interlingua.recall import Recall
-from hawada.interlingua.tokenizers import ByteTokenizer
+from hawada.interlingua.pooling import segments
 
 EXAMPLES = Recall(3, 2).test(3)
 

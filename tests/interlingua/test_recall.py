@@ -1,6 +1,7 @@
 import pytest
 
-from hawada.interlingua.recall import KEYS, VALUES, Recall, syllable_tokenizer, word_tokenizer
+from hawada.interlingua import Recall
+from hawada.interlingua.recall import KEYS, VALUES, syllable_tokenizer, word_tokenizer
 
 
 def facts(example):

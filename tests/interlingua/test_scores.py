@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hawada.data.qa import squad
-from hawada.interlingua.scores import exact_match, f1, normalize_answer
+from hawada.data import squad
+from hawada.interlingua.evaluation.scores import exact_match, f1, normalize_answer
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "qa"
 

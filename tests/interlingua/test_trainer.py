@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hawada.interlingua import Objective, Recall, Schedule
 from hawada.interlingua.checkpoint import load_checkpoint, save_checkpoint
 from hawada.interlingua.features import Feature
-from hawada.interlingua.objective import Objective
-from hawada.interlingua.prefix import Prefix
-from hawada.interlingua.recall import Recall, word_tokenizer
-from hawada.interlingua.trainer import InterlinguaTrainer, Schedule
+from hawada.interlingua.llms.prefix import Prefix
+from hawada.interlingua.recall import word_tokenizer
+from hawada.interlingua.trainer import InterlinguaTrainer
 
 SCHEDULE = Schedule(steps=12, contexts=4, lr=1e-2, curriculum=0.5)
 EVERYTHING = Objective(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1, k=2)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from hawada.report.diagnosis import describe, print_diagnosis, summarize_findings
-from hawada.report.progress import console
+from hawada.report import console, describe, print_diagnosis, summarize_findings
 
 
 def found(ratio: float, spread: float = 0.01, removed: float = 0.0) -> dict[str, Any]:

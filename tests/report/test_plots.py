@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from hawada.report.plots import plot_staircases
+from hawada.report import plot_staircases
 
 STAIR = {"site": "layer1.0", "unit": "channel", "widths": [8, 9, 16], "ms": [1.0, 2.0, 2.1], "ends": [8]}
 

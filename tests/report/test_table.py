@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from hawada.report.progress import console
-from hawada.report.table import print_result, print_sweep
+from hawada.report import console, print_result, print_sweep
 
 RESULT: dict[str, Any] = {
     "verdict": "met",

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from torch import nn
 
-from hawada.core.gates import SigmoidGate
+from hawada.core.gates import GateFactory, SigmoidGate, Student
 from hawada.core.structure import Group
-from hawada.core.student import GateFactory, Student
 
 GroupFilterFn = Callable[[Group, nn.Module], bool]
 

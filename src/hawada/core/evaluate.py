@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hawada.core.distill import IGNORED
-from hawada.core.profiler import Inputs
+from hawada.core.structure import Inputs
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hawada.core.distill import Distillation, Outputs
-from hawada.core.export import ExportPolicy, keep_from_gates, materialize
-from hawada.core.gates import parameter_groups, project_gates_into_constraints
-from hawada.core.penalties import Penalty, combined_penalty
-from hawada.core.proxy_cost import Proxy
-from hawada.core.structure import Group, Keep, completed, full_widths, widths_of
-from hawada.core.student import Student
+from hawada.core.gates import Penalty, Student, combined_penalty, parameter_groups, project_gates_into_constraints
+from hawada.core.latency import Proxy
+from hawada.core.structure import (
+    ExportPolicy,
+    Group,
+    Keep,
+    completed,
+    full_widths,
+    keep_from_gates,
+    materialize,
+    widths_of,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class LagrangeTrainer:
         gate_optimizer: over the student's thetas.
         weight_optimizer: over its other parameters, or None.
         distillation: what the student is to reproduce.
-        penalties: see `hawada.core.penalties`.
+        penalties: see `hawada.core.gates.penalties`.
         groups: every group that the proxy knows; those without a gate count as full.
         target_ms: or None.
         teacher_ms: the latency that makes gaps relative.

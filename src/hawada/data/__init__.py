@@ -1,0 +1,5 @@
+"""Images, texts and questions to train and to test on."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

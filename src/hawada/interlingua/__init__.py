@@ -1,0 +1,5 @@
+"""Prompts compressed into a few latents that frozen language models of different families read."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hawada.interlingua.prefix import Prefix
+from hawada.interlingua.llms.prefix import Prefix
 
 CALIBRATIONS = ("none", "embed_rms", "fixed", "train_stats")
 

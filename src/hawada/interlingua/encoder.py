@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hawada.interlingua.tokenizers import ByteTokenizer
+from hawada.interlingua.llms.tokenizers import ByteTokenizer
 
 PoolingFactory = Callable[[int, int], nn.Module]
 

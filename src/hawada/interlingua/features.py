@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from hawada.core.distill import hidden_mse
 from hawada.interlingua.adapter import PrefixAdapter
+from hawada.interlingua.encoder import InterlinguaEncoder
 from hawada.interlingua.examples import Example
-from hawada.interlingua.llm import LMWrapper, padded_right
+from hawada.interlingua.llms.llm import LMWrapper, padded_right
+from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.losses import k_token_ce_from_prefix
 from hawada.interlingua.pooling import segments
-from hawada.interlingua.prefix import Prefix
-
-if TYPE_CHECKING:
-    from hawada.interlingua.messenger import Messenger
 
 
 class Feature(nn.Module):
@@ -30,7 +27,7 @@ class Feature(nn.Module):
             ValueError: when this feature does not go with it, or a package is missing.
         """
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
+    def attach(self, encoder: InterlinguaEncoder, llms: Mapping[str, LMWrapper]) -> None:
         """Called once, before training: parameters whose sizes depend on the models are made here."""
 
     def prefix(self, name: str, z: Tensor, prefix: Prefix) -> Prefix:
@@ -62,8 +59,7 @@ class DeepPrefix(Feature):
         if injection != "soft":
             raise ValueError("interlingua.features: DeepPrefix adds what keys have; set interlingua.injection=soft")
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
-        encoder = messenger.encoder
+    def attach(self, encoder: InterlinguaEncoder, llms: Mapping[str, LMWrapper]) -> None:
         for name, llm in llms.items():
             self.adapters[name] = PrefixAdapter(encoder.d_z, encoder.latent_len, *llm.cache_shape, hidden=self.hidden)
 
@@ -91,7 +87,7 @@ class LoRA(Feature):
         if importlib.util.find_spec("peft") is None:
             raise ValueError("interlingua.features: LoRA needs peft; pip install 'hawada[lora]'")
 
-    def attach(self, messenger: Messenger, llms: Mapping[str, LMWrapper]) -> None:
+    def attach(self, encoder: InterlinguaEncoder, llms: Mapping[str, LMWrapper]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 

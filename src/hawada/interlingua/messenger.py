@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hawada.interlingua.encoder import InterlinguaEncoder, LearnedPrompt
 from hawada.interlingua.examples import Example
 from hawada.interlingua.features import Feature
-from hawada.interlingua.llm import LMWrapper, padded_right
-from hawada.interlingua.prefix import Prefix
-from hawada.interlingua.tokenizers import Tokenizer
+from hawada.interlingua.llms.llm import LMWrapper, padded_right
+from hawada.interlingua.llms.prefix import Prefix
+from hawada.interlingua.llms.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hawada.interlingua.examples import Example
-from hawada.interlingua.llm import LMWrapper, Reading
+from hawada.interlingua.llms.llm import LMWrapper, Reading
+from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.losses import (
     k_token_ce_from_prefix,
     kd_first_k_prefix_vs_text,
@@ -17,7 +18,6 @@ from hawada.interlingua.losses import (
     scale_penalty,
 )
 from hawada.interlingua.messenger import context_ids
-from hawada.interlingua.prefix import Prefix
 
 
 @dataclass(frozen=True)

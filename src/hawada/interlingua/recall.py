@@ -9,7 +9,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from hawada.interlingua.examples import Asked
-from hawada.interlingua.tokenizers import PieceTokenizer
+from hawada.interlingua.llms.tokenizers import PieceTokenizer
 
 SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "wu", "za")
 KEYS = tuple(first + second for first in SYLLABLES for second in SYLLABLES if first != second)[::3]

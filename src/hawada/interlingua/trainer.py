@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hawada.interlingua.examples import Example, Task
-from hawada.interlingua.llm import LMWrapper
+from hawada.interlingua.llms.llm import LMWrapper
 from hawada.interlingua.messenger import Messenger
 from hawada.interlingua.objective import Objective
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hawada.core.profiler import TINY_MS
+from hawada.core.latency import TINY_MS
 from hawada.report.progress import console
 
 PLURALS = {

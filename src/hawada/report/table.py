@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hawada.core.budget import SUCCESS
+from hawada.core.latency import SUCCESS
 from hawada.report.progress import console
 
 

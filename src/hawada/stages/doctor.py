@@ -13,27 +13,29 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawada.config import build
-from hawada.core.diagnosis import (
+from hawada.core.latency import (
+    Clock,
     Peaks,
+    Rounds,
     Staircase,
+    bootstrap_median,
+    capture_arguments,
     extreme_keep,
     find_bottleneck,
     half_keep,
+    list_operators,
     measure_peaks,
     measure_staircase,
     removed_fraction,
+    sample_rounds,
     sensible_ratios,
     stair_axes,
+    summarize,
 )
-from hawada.core.profiler import Clock, Rounds, bootstrap_median, sample_rounds, summarize
-from hawada.core.site_table import capture_arguments
 from hawada.core.structure import Keep, keep_all, widths_of
-from hawada.core.work import list_operators
-from hawada.report.diagnosis import describe, summarize_findings
-from hawada.report.plots import plot_staircases
-from hawada.report.progress import Progress
-from hawada.run import Run
-from hawada.stages.workspace import Workspace
+from hawada.experiment import Run
+from hawada.report import Progress, describe, plot_staircases, summarize_findings
+from hawada.workspace import Workspace
 
 PROBED_AGAIN = 2  # times at most, where the model did better than the probes said was possible
 REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model

@@ -16,14 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
-from hawada.core.profiler import Comparison, Interval, MeasurementError, source_of
-from hawada.report.card import model_card
-from hawada.report.progress import Progress
-from hawada.run import Run, write_json, write_text
+from hawada.core.latency import Comparison, Interval, MeasurementError, source_of
+from hawada.experiment import Run, write_json, write_text
+from hawada.report import Progress, model_card
 from hawada.stages.export import EQUALITY
-from hawada.stages.judge import Judgement, judge_afresh, judge_here
-from hawada.stages.judge import as_dict as judgement_record
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Judgement, Workspace, as_dict as judgement_record, judge_afresh, judge_here
 
 RELOAD = """
 import pathlib, sys, torch

@@ -15,21 +15,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from hawada.core.budget import Budget
-from hawada.core.clock import source_of
 from hawada.core.evaluate import compare_outputs
-from hawada.core.export import keep_from_gates
-from hawada.core.profiler import Comparison
-from hawada.core.proxy_cost import Proxy
-from hawada.core.search_export import BudgetSearch, Candidate, SearchResult, search_export
-from hawada.core.structure import Group, Keep, completed, keep_all, widths_of
-from hawada.core.student import Student
-from hawada.report.progress import Progress
-from hawada.run import Run, write_json
-from hawada.stages.judge import measure_afresh
-from hawada.stages.quality import Quality
-from hawada.stages.tables import load_proxy, predicted
-from hawada.stages.workspace import Workspace
+from hawada.core.gates import Student
+from hawada.core.latency import Budget, Comparison, Proxy, source_of
+from hawada.core.search import BudgetSearch, Candidate, SearchResult, search_export
+from hawada.core.structure import Group, Keep, completed, keep_all, keep_from_gates, widths_of
+from hawada.experiment import Run, write_json
+from hawada.report import Progress
+from hawada.workspace import Quality, Workspace, load_proxy, measure_afresh, predicted
 
 EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
 

@@ -12,10 +12,9 @@ from hawada.config import build
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.memory_format import channels_last
 from hawada.core.structure import Keep
-from hawada.report.progress import Progress
-from hawada.run import MetricsLog, Run
-from hawada.stages.distillation import make_distillation
-from hawada.stages.workspace import Workspace
+from hawada.experiment import MetricsLog, Run
+from hawada.report import Progress
+from hawada.workspace import Workspace, make_distillation
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:

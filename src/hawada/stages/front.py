@@ -7,16 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hawada.core.profiler import Comparison
-from hawada.core.search_export import search_export
+from hawada.core.latency import Comparison
+from hawada.core.search import search_export
 from hawada.core.structure import Keep, widths_of
-from hawada.report.front import plot_front, print_front
-from hawada.report.progress import Progress
-from hawada.run import Run, write_json
+from hawada.experiment import Run, write_json
+from hawada.report import Progress, plot_front, print_front
 from hawada.stages.export import described, load_student, make_search, measuring, prove_equivalence, tell
-from hawada.stages.quality import Quality
-from hawada.stages.tables import load_proxy
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Quality, Workspace, load_proxy
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
-from hawada.adapters.attach import group_table
-from hawada.core.student import Student
-from hawada.report.progress import console
-from hawada.run import Run
+from hawada.adapters import group_table
+from hawada.core.gates import Student
+from hawada.experiment import Run
+from hawada.report import console
 from hawada.stages.export import load_student
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace
 
 SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
 

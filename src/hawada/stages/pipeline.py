@@ -9,35 +9,23 @@ from typing import Any
 from rich.markup import escape
 
 from hawada.adapters.huggingface import hub
-from hawada.config import check_targets
-from hawada.core.budget import SUCCESS
 from hawada.core.formats import check_formats
-from hawada.core.profiler import Interval
-from hawada.plan import INTERLINGUA, PLANS, order, upstream
-from hawada.report.diagnosis import print_diagnosis
-from hawada.report.progress import console
-from hawada.report.table import print_result
-from hawada.run import Run, write_json
-from hawada.stages.distillation import check_distillation
-from hawada.stages.interlingua_parts import InterlinguaParts
+from hawada.core.latency import SUCCESS, Interval
+from hawada.experiment import PLANS, Run, order, upstream, write_json
+from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
-from hawada.stages.workspace import Workspace
+from hawada.workspace import Workspace, check_distillation
 
 
 def check(stages: list[str], run: Run) -> None:
     """Check what can be checked before any work is done.
 
-    The classes that the configuration names exist; the group filter matches something on the bare architecture; the
+    The group filter matches something on the bare architecture; the
     data fit the model; the teacher's weights are here or within reach; earlier measurements are this machine's.
 
     Raises:
         ValueError: one sentence with the key and the remedy.
     """
-    for stage in stages:
-        check_targets(run.settings(stage))
-    if stages and stages[-1] in INTERLINGUA:
-        InterlinguaParts(run.settings(stages[-1]), run, dry=stages[-1] == "interlingua-dry").check()
-        return
     plans = [PLANS[stage] for stage in stages]
     if "publish" in stages:
         check_formats(run.cfg.export.formats)
@@ -95,7 +83,7 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     elif stage == "train" and (foregone := foregone_result(run)):
         result = foregone
     else:
-        module = importlib.import_module(f"hawada.stages.{stage.replace('-', '_')}")
+        module = importlib.import_module(PLANS[stage].module)
         result = module.run(run.settings(stage), run)
         console.print(f"[bold]{stage:>9}[/] {escape(result['summary'])}", soft_wrap=True)
     if stage == "doctor":

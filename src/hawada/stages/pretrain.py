@@ -12,12 +12,10 @@ from hawada.core.distill import Distillation
 from hawada.core.evaluate import Scores, score
 from hawada.core.memory_format import channels_last
 from hawada.core.structure import keep_all
-from hawada.data.llms import TextData
-from hawada.data.ngram import witten_bell_perplexity
-from hawada.report.progress import Progress
-from hawada.report.table import shown
-from hawada.run import MetricsLog, Run
-from hawada.stages.workspace import Workspace
+from hawada.data import TextData, witten_bell_perplexity
+from hawada.experiment import MetricsLog, Run
+from hawada.report import Progress, shown
+from hawada.workspace import Workspace
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:

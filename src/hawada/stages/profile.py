@@ -11,15 +11,22 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawada.config import build
-from hawada.core.export import smallest_keep
-from hawada.core.profiler import Clock, Interval, bootstrap_median, sample_rounds, summarize
-from hawada.core.proxy_cost import calibrate, fidelity, random_keep
-from hawada.core.site_table import LatencyTable, build_table
-from hawada.core.structure import Keep, completed, keep_all, widths_of
-from hawada.report.progress import Progress
-from hawada.run import Run, write_json
-from hawada.stages.tables import FILE, given_table, predicted, write_table
-from hawada.stages.workspace import Workspace
+from hawada.core.latency import (
+    Clock,
+    Interval,
+    LatencyTable,
+    bootstrap_median,
+    build_table,
+    calibrate,
+    fidelity,
+    random_keep,
+    sample_rounds,
+    summarize,
+)
+from hawada.core.structure import Keep, completed, keep_all, smallest_keep, widths_of
+from hawada.experiment import Run, write_json
+from hawada.report import Progress
+from hawada.workspace import FILE, Workspace, given_table, predicted, write_table
 
 CHUNK = 8  # sliced models held in memory at once
 CHUNK_SECONDS = 3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds

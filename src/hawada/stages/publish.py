@@ -8,11 +8,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hawada.adapters.huggingface import hub
-from hawada.core.budget import SUCCESS
 from hawada.core.formats import export_onnx, export_pt2
-from hawada.report.progress import Progress
-from hawada.run import Run
-from hawada.stages.workspace import Workspace
+from hawada.core.latency import SUCCESS
+from hawada.experiment import Run
+from hawada.report import Progress
+from hawada.workspace import Workspace
 
 WRITERS = {"onnx": export_onnx, "pt2": export_pt2}
 

@@ -11,16 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.config import build
-from hawada.core.gates import parameter_groups
-from hawada.core.importance import fisher_importance, start_from_importance
+from hawada.core.gates import Student, parameter_groups
+from hawada.core.importance.fisher import fisher_importance, start_from_importance
 from hawada.core.memory_format import channels_last
-from hawada.core.student import Student
 from hawada.core.train import LagrangeTrainer, Step
-from hawada.report.progress import Progress
-from hawada.run import MetricsLog, Run, write_json
-from hawada.stages.distillation import make_distillation
-from hawada.stages.tables import load_proxy
-from hawada.stages.workspace import Workspace
+from hawada.experiment import MetricsLog, Run, write_json
+from hawada.report import Progress
+from hawada.workspace import Workspace, load_proxy, make_distillation
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:

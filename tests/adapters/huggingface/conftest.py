@@ -6,11 +6,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hawada.adapters.huggingface.llama import LlamaAdapter
-from hawada.adapters.huggingface.vit import ViTAdapter
-from hawada.core.export import ExportPolicy
-from hawada.core.proxy_cost import random_keep
-from hawada.core.structure import keep_first, widths_of
+from hawada.adapters.huggingface import LlamaAdapter, ViTAdapter
+from hawada.core.latency import random_keep
+from hawada.core.structure import ExportPolicy, keep_first, widths_of
 
 # Stock configurations demand 8 | hidden_size of some families only, so that head_dim 6 = 48 / 8 can also be left out.
 TEXT = {

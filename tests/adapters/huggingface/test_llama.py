@@ -4,12 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, MistralForCausalLM
 
-from hawada.adapters.base import Shape
-from hawada.adapters.huggingface.llama import LlamaAdapter
-from hawada.core.edits import plan_edits
+from hawada.adapters import Shape
+from hawada.adapters.huggingface import LlamaAdapter
 from hawada.core.evaluate import compare_outputs, count_parameters
-from hawada.core.structure import check_groups, completed, keep_all, widths_of
-from hawada.core.student import Student
+from hawada.core.gates import Student
+from hawada.core.structure import check_groups, completed, keep_all, plan_edits, widths_of
 
 FAMILIES = ["mha", "gqa4", "gqa8", "mistral", "qwen2", "qwen3", "smollm3"]
 STOCK = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}

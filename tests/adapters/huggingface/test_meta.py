@@ -6,15 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralForCausalLM, ViTForImageClassification
 
-from hawada.adapters.base import Shape
-from hawada.adapters.huggingface.llama import LlamaAdapter
-from hawada.adapters.huggingface.vit import ViTAdapter
+from hawada.adapters import Shape
+from hawada.adapters.huggingface import LlamaAdapter, ViTAdapter
 from hawada.core.evaluate import count_macs, count_parameters
-from hawada.core.export import ExportPolicy, Rounding
-from hawada.core.profiler import Rounds
-from hawada.core.simulated import SimulatedClock
-from hawada.core.site_table import build_table
-from hawada.core.structure import check_groups, full_widths, keep_first
+from hawada.core.latency import Rounds, SimulatedClock, build_table
+from hawada.core.structure import ExportPolicy, Rounding, check_groups, full_widths, keep_first
 
 LLAMA = {
     "model_type": "llama",

@@ -5,13 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hawada.adapters.base import Shape
+from hawada.adapters import Shape
 from hawada.adapters.huggingface.phases import PinnedCache
-from hawada.core.export import ExportPolicy, Rounding
-from hawada.core.profiler import Rounds
-from hawada.core.simulated import SimulatedClock
-from hawada.core.site_table import build_table
-from hawada.core.structure import completed
+from hawada.core.latency import Rounds, SimulatedClock, build_table
+from hawada.core.structure import ExportPolicy, Rounding, completed
 
 PROMPT, NEW = 12, 5
 PHASES = ["prefill", "decode", "generate"]

@@ -25,9 +25,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hawada.adapters.huggingface import hub as hub_module
-from hawada.adapters.huggingface.hub import check_source, fetch, find_local, push
-from hawada.adapters.huggingface.pretrained import copy_companions, load_checked
+from hawada.adapters.huggingface import check_source, fetch, hub as hub_module, load_checked
+from hawada.adapters.huggingface.hub import find_local, push
+from hawada.adapters.huggingface.pretrained import copy_companions
 
 TEXT = {
     "vocab_size": 32,

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hawada
-from hawada.adapters.base import MANIFEST, Shape, load_model, save_model
-from hawada.adapters.huggingface.llama import LlamaAdapter
+from hawada.adapters import Shape, load_model, save_model
+from hawada.adapters.huggingface import LlamaAdapter
 from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, sliced_tensors
+from hawada.adapters.saved import MANIFEST
 from hawada.core.distill import IGNORED, Distillation, KDConfig, hidden_mse
-from hawada.core.edits import plan_edits
-from hawada.core.structure import completed, keep_all
-from hawada.core.student import Student
+from hawada.core.gates import Student
+from hawada.core.structure import completed, keep_all, plan_edits
 
 FAMILIES = ["mha", "gqa4", "gqa8", "mistral", "qwen2", "qwen3", "smollm3", "vit"]
 SHAPE = Shape(2, "forward", 12, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hawada.adapters.base import Shape, save_model
+from hawada.adapters import Shape, save_model
 from hawada.core.evaluate import compare_outputs
 from hawada.core.structure import full_widths, keep_first
 

@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from hawada.adapters.base import Shape
+from hawada.adapters import Shape
 from hawada.core.evaluate import compare_outputs
+from hawada.core.gates import Student
 from hawada.core.structure import check_groups, completed, keep_all
-from hawada.core.student import Student
 
 IMAGES = Shape(3)
 

@@ -15,8 +15,7 @@ from hawada.adapters.huggingface import hub
 from hawada.adapters.huggingface.byte_tokenizer import byte_tokenizer
 from hawada.adapters.huggingface.phases import Decode, Generate, Prefill
 from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
-from hawada.core.profiler import Inputs
-from hawada.core.structure import GatePoint, Group
+from hawada.core.structure import GatePoint, Group, Inputs
 
 
 class LlamaAdapter(TransformerAdapter):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hawada.adapters.huggingface import slim_layers
 from hawada.adapters.huggingface.pretrained import quietly
-from hawada.core.edits import Edits, without_elements
+from hawada.core.structure import Edits, without_elements
 
 _SLIM_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
 

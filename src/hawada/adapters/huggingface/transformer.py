@@ -25,9 +25,8 @@ from hawada.adapters.huggingface.slim_model import (
     stock_class,
 )
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.edits import Edits, plan_edits
-from hawada.core.structure import Cut, GatePoint, Group, Keep, Norm, Removal, Site
-from hawada.core.student import Student
+from hawada.core.gates import Student
+from hawada.core.structure import Cut, Edits, GatePoint, Group, Keep, Norm, Removal, Site, plan_edits
 
 STOCK_RELOAD = """
 import json, pathlib, sys

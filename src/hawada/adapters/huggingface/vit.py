@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from hawada.adapters.base import Shape
 from hawada.adapters.huggingface import hub
 from hawada.adapters.huggingface.transformer import TransformerAdapter, cut_linear, linear
-from hawada.core.profiler import Inputs
-from hawada.core.structure import GatePoint, Group
+from hawada.core.structure import GatePoint, Group, Inputs
 
 
 class ViTAdapter(TransformerAdapter):

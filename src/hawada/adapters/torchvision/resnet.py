@@ -9,13 +9,13 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hawada.adapters.convnet.adapter import ConvNetAdapter
-from hawada.adapters.torchvision.weights import Source
+from hawada.adapters.graph import GraphAdapter
+from hawada.adapters.weights import Source
 
 BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-class ResNetAdapter(ConvNetAdapter):
+class ResNetAdapter(GraphAdapter):
     """He et al., Deep Residual Learning for Image Recognition, 2015, as torchvision builds it.
 
     Args:

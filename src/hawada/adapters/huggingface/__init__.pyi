@@ -1,0 +1,5 @@
+from .heads import AttentionHeadAdapter as AttentionHeadAdapter
+from .hub import check_source as check_source, fetch as fetch
+from .llama import LlamaAdapter as LlamaAdapter
+from .pretrained import load_checked as load_checked, quietly as quietly
+from .vit import ViTAdapter as ViTAdapter

@@ -1,0 +1,5 @@
+"""Trainable gates on the units of a model, the penalties on them, and the gated student."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

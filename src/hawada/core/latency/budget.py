@@ -1,0 +1,107 @@
+"""The latency asked for, and what a fresh measurement says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hawada.core.latency.profiler import Comparison, Interval
+
+# What a finished run may say; only these three are a success.
+SUCCESS = ("met", "already_met", "simulated")
+PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
+MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A latency target, absolute or relative to the measured teacher, and how far below it is still on target.
+
+    Attributes:
+        target_ms: milliseconds per forward pass, or None.
+        target_ratio: fraction of the teacher's time, or None; with neither there is no target.
+        tolerance: a result in [target * (1 - tolerance), target] is on target.
+    """
+
+    target_ms: float | None
+    target_ratio: float | None
+    tolerance: float
+
+    @property
+    def has_target(self) -> bool:
+        """Whether anything was asked for."""
+        return self.target_ms is not None or self.target_ratio is not None
+
+    def ratio(self, teacher_ms: float) -> float:
+        """The target as a fraction of a teacher that takes `teacher_ms`."""
+        if self.target_ms is not None:
+            return self.target_ms / teacher_ms
+        if self.target_ratio is None:
+            raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
+        return self.target_ratio
+
+    def middle(self, teacher_ms: float) -> float:
+        """The ratio to aim at: the middle of the tolerated range."""
+        return self.ratio(teacher_ms) * (1 - self.tolerance / 2)
+
+    def holds(self, comparison: Comparison) -> bool:
+        """Whether the whole interval of the measurement is at or below the target."""
+        return self._of_target(comparison).high <= 1
+
+    def on_target(self, comparison: Comparison) -> bool:
+        """Whether a search may stop here: below the target, but not by more than the tolerance.
+
+        Two measurements minutes apart differ by about a percent, so a margin is kept at both ends.
+        """
+        reached, margin = self._of_target(comparison), MARGIN * self.tolerance
+        return reached.high <= 1 - margin and reached.median >= 1 - self.tolerance + margin
+
+    def _of_target(self, comparison: Comparison) -> Interval:
+        """What was measured, as a fraction of the target: milliseconds of the slim model, or paired ratios."""
+        measured, target = comparison.ratio, self.target_ratio
+        if self.target_ms is not None:
+            measured, target = comparison.candidate, self.target_ms
+        if target is None:
+            raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
+        return Interval(measured.median / target, measured.low / target, measured.high / target)
+
+    def foregone(self, teacher: Interval, fastest: Interval) -> tuple[str, str] | None:
+        """(verdict, reason) when profiling alone decides, before anything is trained; else None.
+
+        Args:
+            teacher: measured milliseconds of the teacher.
+            fastest: measured ratio of the smallest model that the gated groups allow.
+        """
+        if not self.has_target:
+            return None
+        goal = self.ratio(teacher.median)
+        wanted = f"the target is {goal * teacher.median:.3f} ms"
+        if goal >= (1 if self.target_ratio is not None else teacher.high / teacher.median):
+            return "already_met", f"the teacher takes {teacher.median:.3f} ms, {wanted}"
+        if goal < fastest.low:
+            return "infeasible", f"the fastest is {fastest.median * teacher.median:.3f} ms, {wanted}"
+        return None
+
+    def verdict(self, comparison: Comparison) -> tuple[str, str]:
+        """(verdict, reason) for a fresh measurement of the teacher against the slim model."""
+        if not self.has_target:
+            return "unverified", "no target was set"
+        if comparison.simulated:
+            return "simulated", "the latency comes from a simulated device"
+        if comparison.source != "measured":
+            return "unverified", PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
+        if comparison.noisy is not None:
+            return "unverified", f"noisy: {comparison.noisy}"
+        reached = self._of_target(comparison)
+        if self.target_ms is not None:
+            said = f"{_range(comparison.candidate, 'ms')} against a target of {self.target_ms:.3f} ms"
+        else:
+            said = f"ratio {_range(comparison.ratio)} against a target of {self.target_ratio:.3f}"
+        if reached.high <= 1:
+            return "met", said
+        if reached.low > 1:
+            return "missed", said
+        return "unverified", f"too noisy to tell: {said}"
+
+
+def _range(interval: Interval, unit: str = "") -> str:
+    return f"{interval.median:.3f} [{interval.low:.3f}, {interval.high:.3f}] {unit}".rstrip()

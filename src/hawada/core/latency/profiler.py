@@ -1,0 +1,362 @@
+"""Measured milliseconds: interleaved rounds with a bootstrap interval, and what makes them unfit to be judged."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hawada.core.latency.clock import Clock, DeviceClock, source_of
+from hawada.core.latency.monitor import Conditions, Monitor
+from hawada.core.structure import Inputs
+
+MOST_DISCARDED = 0.5  # share of the rounds; where more do not count, the others are hardly better
+TINY_MS = 1e-9  # an identity takes no time on a simulated device; ratios to it must not divide by zero
+Samples = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval relative to the median; 0 for what takes no time."""
+        return (self.high - self.low) / 2 / self.median if self.median > 0 else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Latency(Interval):
+    """Milliseconds per forward pass: median with interval, 95th percentile, and how many samples."""
+
+    p95: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long interleaved measuring goes on.
+
+    Attributes:
+        precision: stop when every ratio's relative half-width is at most this.
+        min_rounds: fewest rounds; the precision is looked at then, and whenever their number has doubled.
+        max_rounds: most rounds.
+        max_seconds: no further round begins after this once there are `min_rounds`; waiting does not count.
+        patience_s: the longest that is waited for the device to be as it should, see `Monitor.settle`.
+    """
+
+    precision: float = 0.01
+    min_rounds: int = 10
+    max_rounds: int = 80
+    max_seconds: float = 20.0
+    patience_s: float = 30.0
+
+
+def bootstrap_median(samples: Samples, resamples: int = 1000) -> Interval:
+    """Median of `samples`, (n,), and its 95 % percentile-bootstrap interval; the same samples give the same interval.
+
+    Efron, Bootstrap methods: another look at the jackknife, 1979.
+    """
+    draws = np.random.default_rng(0).integers(0, len(samples), size=(resamples, len(samples)))
+    low, high = np.percentile(np.median(samples[draws], axis=1), [2.5, 97.5])
+    return Interval(float(np.median(samples)), float(low), float(high))
+
+
+def summarize(samples: Samples) -> Latency:
+    """Latency statistics of samples in milliseconds, (n,)."""
+    interval = bootstrap_median(samples)
+    return Latency(interval.median, interval.low, interval.high, float(np.percentile(samples, 95)), len(samples))
+
+
+class MeasurementError(RuntimeError):
+    """Nothing usable was measured."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Interleaved samples and what happened while they were taken.
+
+    Attributes:
+        samples: milliseconds, (rounds, samplers).
+        notes: for the record.
+        noisy: why the figures must not be judged, or None.
+    """
+
+    samples: Samples
+    notes: tuple[str, ...] = ()
+    noisy: str | None = None
+
+
+def measure_rounds(
+    samplers: Sequence[Callable[[], float]],
+    rounds: Rounds,
+    *,
+    seed: int = 0,
+    baseline: int = 0,
+    monitor: Monitor | None = None,
+    zero_ok: bool = False,
+) -> Sampled:
+    """Take one sample of each in every round, in a fresh random order.
+
+    A clock that drifts by tens of percent moves all samples of a round together, so ratios within a round hold. Rounds
+    that the monitor objects to are discarded and replaced, up to as many again as were asked for.
+
+    Args:
+        samplers: each returns milliseconds.
+        rounds: when to stop.
+        seed: of the order within rounds.
+        baseline: the sampler that ratios are taken to.
+        monitor: watches the device.
+        zero_ok: whether a sample of 0 is one, as it is on a simulated device.
+
+    Raises:
+        MeasurementError: when not one round can be used.
+    """
+    order = np.random.default_rng(seed)
+    tally = _Tally(min(rounds.min_rounds, rounds.max_rounds), zero_ok)
+    checkpoint = rounds.min_rounds
+    if monitor is not None:
+        monitor.start()
+    start, waited = time.perf_counter(), 0.0
+    while tally.attempts < 2 * rounds.max_rounds:
+        if monitor is not None:
+            waited += monitor.settle(rounds.patience_s - waited)
+        row = [0.0] * len(samplers)
+        for index in order.permutation(len(samplers)):
+            row[index] = samplers[index]()
+        tally.add(row, monitor.check() if monitor is not None else None)
+        late = time.perf_counter() - start - waited > rounds.max_seconds
+        if len(tally.kept) == rounds.max_rounds or (late and tally.enough):
+            break
+        if len(tally.kept) == checkpoint:
+            checkpoint *= 2  # looked at rarely: stopping at the first narrow interval would make intervals too narrow
+            if _widest(np.asarray(tally.kept), baseline) <= rounds.precision:
+                break
+    return tally.concluded(monitor.finish() if monitor is not None else Conditions())
+
+
+class _Tally:
+    """The rounds so far: those that count, and why others do not."""
+
+    def __init__(self, needed: int, zero_ok: bool) -> None:
+        self.needed, self.zero_ok = needed, zero_ok
+        self.kept: list[list[float]] = []
+        self.discarded: list[list[float]] = []
+        self.why: Counter[str] = Counter()
+        self.unsound = 0
+
+    @property
+    def attempts(self) -> int:
+        """Rounds taken."""
+        return len(self.kept) + len(self.discarded) + self.unsound
+
+    @property
+    def enough(self) -> bool:
+        """Whether the time limit may end it."""
+        return len(self.kept) >= self.needed or self.attempts >= 2 * self.needed
+
+    def add(self, row: list[float], objection: str | None) -> None:
+        """Sort one round."""
+        if not all(math.isfinite(ms) and (ms > 0 or (self.zero_ok and ms == 0)) for ms in row):
+            self.unsound += 1
+        elif objection is not None:
+            self.why[objection] += 1
+            self.discarded.append(row)
+        else:
+            self.kept.append(row)
+
+    def concluded(self, seen: Conditions) -> Sampled:
+        """The samples, with what was wrong with them."""
+        kept, discarded, attempts = self.kept, self.discarded, self.attempts
+        notes = tuple(f"{count} of {attempts} rounds discarded: {reason}" for reason, count in self.why.items())
+        troubles = [seen.noisy] if seen.noisy else []
+        if self.unsound:
+            troubles.append(f"{self.unsound} of {attempts} rounds had a timing that was not finite or not positive")
+        if discarded and (len(kept) < self.needed or len(discarded) > MOST_DISCARDED * attempts):
+            troubles.append(f"{len(discarded)} of {attempts} rounds discarded ({self.why.most_common(1)[0][0]})")
+        if len(kept) < self.needed:
+            kept = kept + discarded  # figures that are not judged are still better than none
+        if not kept:
+            raise MeasurementError("; ".join(troubles))
+        return Sampled(np.asarray(kept), notes + seen.notes, "; ".join(troubles) or None)
+
+
+def _widest(samples: Samples, baseline: int) -> float:
+    """The largest relative half-width of the ratios to the baseline; of the times where there is nothing else."""
+    ratios = samples / np.maximum(samples[:, [baseline]], TINY_MS)
+    others = [index for index in range(samples.shape[1]) if index != baseline]
+    checked = ratios[:, others] if others else samples
+    return max(bootstrap_median(column, resamples=200).half_width for column in checked.T)
+
+
+def sample_rounds(
+    samplers: Sequence[Callable[[], float]],
+    rounds: Rounds,
+    seed: int = 0,
+    baseline: int = 0,
+    monitor: Monitor | None = None,
+    zero_ok: bool = False,
+) -> Samples:
+    """The samples of `measure_rounds` alone: milliseconds, (rounds, samplers)."""
+    return measure_rounds(samplers, rounds, seed=seed, baseline=baseline, monitor=monitor, zero_ok=zero_ok).samples
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Interleaved measurement of a candidate against a baseline.
+
+    Attributes:
+        baseline: usually the teacher's latency.
+        candidate: usually the slim model's.
+        ratio: of candidate to baseline within rounds.
+        source: `measured`, `simulated` or `table`; only what was measured can be judged.
+        notes: what else was seen meanwhile.
+        noisy: why the figures must not be judged, or None.
+        samples: milliseconds of both, (rounds, 2).
+    """
+
+    baseline: Latency
+    candidate: Latency
+    ratio: Interval
+    source: str = "measured"
+    notes: tuple[str, ...] = ()
+    noisy: str | None = None
+    samples: Samples | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no device was timed but a simulation of one."""
+        return self.source == "simulated"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without the samples."""
+        record = asdict(replace(self, samples=None)) | {"notes": list(self.notes)}
+        return {name: value for name, value in record.items() if name != "samples"}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
+        """The inverse of `as_dict`."""
+        return cls(
+            Latency(**record["baseline"]),
+            Latency(**record["candidate"]),
+            Interval(**record["ratio"]),
+            record["source"],
+            tuple(record["notes"]),
+            record["noisy"],
+        )
+
+
+def averaged(known: Comparison, other: Comparison, *, share: float = 0.5) -> Comparison:
+    """Two measurements of the same pair as one, `share` of it the other's; the samples are dropped."""
+
+    def mean(one: Interval, two: Interval) -> tuple[float, float, float]:
+        both = zip((one.median, one.low, one.high), (two.median, two.low, two.high), strict=True)
+        median, low, high = ((1 - share) * a + share * b for a, b in both)
+        return median, low, high
+
+    def latency(one: Latency, two: Latency) -> Latency:
+        return Latency(*mean(one, two), max(one.p95, two.p95), one.samples + two.samples)
+
+    return Comparison(
+        latency(known.baseline, other.baseline),
+        latency(known.candidate, other.candidate),
+        Interval(*mean(known.ratio, other.ratio)),
+        known.source,
+        tuple(dict.fromkeys((*known.notes, *other.notes))),
+        known.noisy or other.noisy,
+    )
+
+
+def compare(
+    baseline: nn.Module,
+    candidate: nn.Module,
+    inputs: Inputs,
+    clock: Clock,
+    *,
+    rounds: Rounds,
+    seed: int = 0,
+    monitor: Monitor | None = None,
+) -> Comparison:
+    """Measure two models in interleaved rounds; the ratio is the median of candidate / baseline within rounds.
+
+    Args:
+        baseline: usually the teacher, in eval mode on the inputs' device.
+        candidate: usually the slim model, likewise.
+        inputs: what both are called with.
+        clock: takes the time.
+        rounds: when to stop.
+        seed: of the order within rounds.
+        monitor: watches the device meanwhile.
+
+    Raises:
+        MeasurementError: when not one round can be used.
+    """
+    source = source_of(clock)
+    samplers = [clock.prepare(model, inputs) for model in (baseline, candidate)]
+    sampled = measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source != "measured")
+    teacher, slim = sampled.samples.T
+    ratio = bootstrap_median(slim / np.maximum(teacher, TINY_MS))
+    return Comparison(summarize(teacher), summarize(slim), ratio, source, sampled.notes, sampled.noisy, sampled.samples)
+
+
+def measure_latency_ms(
+    model: nn.Module,
+    batch_shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    clock: Clock | None = None,
+    rounds: Rounds | None = None,
+) -> Latency:
+    """Milliseconds per forward pass of a model, alone, on random inputs.
+
+    Args:
+        model: moved to `device` and `dtype`, in eval mode while it is measured.
+        batch_shape: shape of the one input, e.g. (64, 3, 224, 224).
+        device: where to measure.
+        dtype: of weights and inputs.
+        clock: None means the device's own.
+        rounds: when to stop.
+    """
+    inputs = (torch.randn(*batch_shape, device=device, dtype=dtype),)
+    training = model.training
+    model = model.to(device=device, dtype=dtype).eval()
+    sampler = (clock or DeviceClock()).prepare(model, inputs)
+    samples = sample_rounds([sampler], rounds or Rounds())
+    model.train(training)
+    return summarize(samples[:, 0])
+
+
+def relative_medians(
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Inputs],
+    clock: Clock,
+    rounds: Rounds,
+    seed: int = 0,
+    monitor: Monitor | None = None,
+) -> dict[str, float]:
+    """Milliseconds of many modules measured together; the first is the baseline to which the others are tied."""
+    names = list(models)
+    if not names:
+        return {}
+    samplers = [clock.prepare(models[name], inputs[name]) for name in names]
+    samples = sample_rounds(samplers, rounds, seed, monitor=monitor, zero_ok=source_of(clock) != "measured")
+    ratios = np.median(samples / np.maximum(samples[:, [0]], TINY_MS), axis=0)
+    baseline = max(float(np.median(samples[:, 0])), TINY_MS)
+    return {name: float(ratio) * baseline for name, ratio in zip(names, ratios, strict=True)}

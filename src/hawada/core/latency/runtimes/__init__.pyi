@@ -1,0 +1,1 @@
+from .prepare import prepare_call as prepare_call

@@ -1,0 +1,5 @@
+"""Layer-wise least squares that refits the consumers of pruned units to the teacher's outputs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,157 @@
+"""Which configuration each stage reads, and which stages must have finished before it. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: also its folder's.
+        reads: config keys that it is handed; a change of one of them makes its old result another experiment's.
+        needs: stages whose results it reads, apart from the teacher's.
+        teacher: whether it loads the teacher, and so needs `pretrain` for a model that is trained here.
+        measures: whether it takes latencies.
+        retargets: whether gates that were trained for another target will do.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    teacher: bool = False
+    measures: bool = False
+    retargets: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose `run` runs the stage."""
+        if self.name.startswith("interlingua"):
+            return f"hawada.interlingua.stages.{self.name.removeprefix('interlingua').removeprefix('-') or 'train'}"
+        return f"hawada.stages.{self.name}"
+
+
+_MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
+_TRAINED = (*_MODEL, "runtime.channels_last")
+_SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
+_LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
+_INTERLINGUA = ("seed", "runtime.threads", "gpu.device")
+TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
+_TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
+
+PLANS: dict[str, StagePlan] = {
+    plan.name: plan
+    for plan in (
+        StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True),
+        StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
+        StagePlan("pretrain", reads=(*_TRAINED, "gpu.device", "data", "distill.chunk", "pretrain")),
+        StagePlan(
+            "train",
+            reads=(*_TRAINED, *_LATENCY, *_TRAINING, "export.threshold"),
+            needs=("profile",),
+            teacher=True,
+            measures=True,
+        ),
+        StagePlan(
+            "export",
+            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
+            needs=("profile", "train"),
+            teacher=True,
+            measures=True,
+            retargets=True,
+        ),
+        StagePlan(
+            "front",
+            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
+            needs=("profile", "train"),
+            teacher=True,
+            measures=True,
+            retargets=True,
+        ),
+        StagePlan(
+            "finetune",
+            reads=(*_TRAINED, "gpu.device", "data", "kd", "distill", "finetune"),
+            needs=("export",),
+            teacher=True,
+        ),
+        StagePlan(
+            "evaluate",
+            reads=(*_MODEL, *_LATENCY, "data", "budget", "evaluate"),
+            needs=("profile", "train", "export", "finetune"),
+            teacher=True,
+            measures=True,
+            retargets=True,
+        ),
+        StagePlan(
+            "publish",
+            reads=(*_MODEL, "gpu.device", *_SHAPE, "export.formats", "export.push_to", "export.push"),
+            needs=("train", "export", "finetune", "evaluate"),
+        ),
+        StagePlan("interlingua-dry", reads=(*_INTERLINGUA, "llms", "interlingua")),
+        StagePlan("interlingua-llms", reads=(*_INTERLINGUA, "llms")),
+        StagePlan("interlingua", reads=(*_INTERLINGUA, "llms", "data", "interlingua"), needs=("interlingua-llms",)),
+        StagePlan(
+            "interlingua-eval",
+            reads=(*_INTERLINGUA, "llms", "data", "interlingua", "evaluate", "gpu", "runtime.mode", "measure"),
+            needs=("interlingua-llms", "interlingua"),
+            measures=True,
+        ),
+    )
+}
+# Keys that a group's choices fill, where these are not called the same.
+OF_GROUP = {"feature": "interlingua.features", "teacher": "distill.teacher"}
+INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
+
+
+def planned(stage: str, cfg: DictConfig) -> list[str]:
+    """The stages that a command runs: one, or a pipeline's; none for `inspect`. An export for many targets is `front`.
+
+    Raises:
+        ValueError: when several targets are given to another stage.
+    """
+    if stage in INTERLINGUA:
+        return [*upstream(stage, cfg), stage] if stage == "interlingua" else [stage]
+    many = OmegaConf.is_list(cfg.budget.target_ratio)
+    if many and stage == "export":
+        return ["front"]
+    if many and stage in (*PLANS, "pipeline"):
+        raise ValueError(
+            "budget.target_ratio: several targets are for stage=export, once gates are trained; "
+            "to train for each, sweep with -m budget.target_ratio=0.8,0.6"
+        )
+    return order(cfg) if stage == "pipeline" else [name for name in PLANS if name == stage]
+
+
+def order(cfg: DictConfig) -> list[str]:
+    """The stages of a whole pipeline, in order."""
+    left_out = {"doctor", "front", *INTERLINGUA} | (set() if cfg.model.pretrain else {"pretrain"})
+    if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
+        left_out.add("publish")
+    return [name for name in PLANS if name not in left_out]
+
+
+def upstream(name: str, cfg: DictConfig) -> list[str]:
+    """Stages that must have finished before `name`, in order."""
+    plan = PLANS[name]
+    if name in INTERLINGUA:
+        return [n for n in INTERLINGUA if n in plan.needs and (n != "interlingua-llms" or trains_llms(cfg))]
+    return [n for n in order(cfg) if n in plan.needs or (n == "pretrain" and plan.teacher)]
+
+
+def trains_llms(cfg: DictConfig) -> bool:
+    """Whether the interlingua's models are trained here, as those are that come without weights."""
+    nodes = [node for node in cfg.llms.values() if OmegaConf.is_dict(node)]
+    return any("source" in node and node.source is None for node in nodes)
+
+
+def everything_read(name: str, cfg: DictConfig) -> set[str]:
+    """Config keys that a stage's result depends on, its upstream's included."""
+    keys = set(PLANS[name].reads)
+    for earlier in upstream(name, cfg):
+        keys |= everything_read(earlier, cfg)
+    return keys

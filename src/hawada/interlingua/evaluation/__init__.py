@@ -1,0 +1,1 @@
+"""What latents carry and what they cost, beside text and other baselines."""

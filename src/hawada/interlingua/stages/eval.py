@@ -1,0 +1,199 @@
+"""What latents are worth: answers and costs beside text, truncation, prompt tuning, shuffled and zero latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from hawada.config import build
+from hawada.core.latency import DeviceMonitor, Rounds, compare, environment
+from hawada.experiment import Run
+from hawada.interlingua.checkpoint import load_checkpoint
+from hawada.interlingua.evaluation.answers import Answers, answer, answer_together, difference
+from hawada.interlingua.evaluation.baselines import (
+    Contender,
+    head,
+    latent,
+    nothing,
+    oracle,
+    quantized,
+    scattered,
+    shuffled,
+    tail,
+    text,
+)
+from hawada.interlingua.evaluation.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
+from hawada.interlingua.examples import Example
+from hawada.interlingua.llms.llm import LMWrapper
+from hawada.interlingua.messenger import Messenger
+from hawada.interlingua.recall import Recall
+from hawada.interlingua.stages.parts import InterlinguaParts
+from hawada.interlingua.trainer import InterlinguaTrainer
+from hawada.report import Progress
+
+TIMED = 8  # examples of which prefill is timed at once
+COMPARED = (
+    "text",
+    "shuffled latents",
+    "prompt tuning",
+    "head",
+    "tail",
+    "random tokens",
+    "nothing",
+)  # with latents, example by example
+
+
+def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Write every row's figures, the paired differences, what models answer together, and what all of it costs."""
+    parts, node = InterlinguaParts(cfg, run), cfg.interlingua
+    prompt = tuned_prompt(parts)
+    messenger = parts.new_messenger()
+    load_checkpoint(run.folder("interlingua") / "best", messenger, None)
+    examples = parts.task.test(node.test_contexts)
+    contexts = [example.context for example in examples]
+    rows = contenders(messenger, prompt, examples, node.latent_len)
+    with run.writing("interlingua-eval") as folder, Progress("evaluate", len(rows) * len(parts.llms)) as progress:
+        found: dict[str, dict[str, Answers]] = {name: {} for name in parts.llms}
+        for name, llm in parts.llms.items():
+            for row, contender in rows.items():
+                found[name][row] = answer(
+                    llm, contender, examples, batch=cfg.evaluate.batch_size, max_new_tokens=node.max_new_tokens
+                )
+                progress.step(f"{name}: {row}")
+        together = answer_together(
+            parts.llms,
+            {name: rows["latents"] for name in parts.llms},
+            {name: answers["latents"] for name, answers in found.items()},
+            examples,
+            batch=cfg.evaluate.batch_size,
+        )
+        result: dict[str, Any] = {
+            "query_aware": node.query_aware,
+            "questions": len(examples),
+            "guessing": guessing(parts),
+            "models": {
+                name: {
+                    "rows": {row: answers.as_dict() for row, answers in answered.items()},
+                    "latents_minus": {
+                        row: difference(answered["latents"].em, answered[row].em, contexts)
+                        for row in COMPARED
+                        if row in answered
+                    },
+                    "context_tokens": answered["text"].tokens,
+                    "cache_bytes_saved": cache_bytes(
+                        parts.llms[name], answered["text"].tokens - answered["latents"].tokens
+                    ),
+                    "prefill": prefill(
+                        parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED], rows
+                    ),
+                }
+                for name, answered in found.items()
+            },
+            "together": together,
+            "answers_shown_to_encoder": sum(map(messenger.source.holds_answer, examples)) / len(examples),
+            "payload_bytes": payload_bytes(parts.latents_sent, node.d_z),
+            "environment": environment(parts.device),
+        }
+        said = ", ".join(
+            f"{name} {answered['latents'].em.mean():.1%} (text {answered['text'].em.mean():.1%}, "
+            f"shuffled {answered['shuffled latents'].em.mean():.1%})"
+            for name, answered in found.items()
+        )
+        (folder / "rows.md").write_text(table(result))
+        kind = "query-aware" if node.query_aware else "query-agnostic"
+        return run.finish("interlingua-eval", {"summary": f"exact match, {kind}: {said}", **result})
+
+
+def tuned_prompt(parts: InterlinguaParts) -> Messenger | None:
+    """One prompt for all texts, trained as the latents are; none where features train along, which it would lack."""
+    node, steps = parts.cfg.interlingua, parts.cfg.evaluate.prompt_steps
+    if steps == 0 or node.features:
+        return None
+    prompt, schedule = parts.new_prompt(), parts.schedule
+    if steps is not None:
+        schedule = replace(schedule, steps=steps)
+    trainer = InterlinguaTrainer(
+        prompt, parts.llms, parts.task, build(node.objective), schedule, sequential=node.sequential_models
+    )
+    with Progress("prompt", schedule.steps) as progress:
+        while node.latent_len and trainer.step < schedule.steps:
+            progress.step(loss=sum(trainer.train_step().values()))
+        progress.done()
+    return prompt
+
+
+def of_different_contexts(examples: Sequence[Example]) -> list[Example]:
+    """The first question on each context."""
+    return list({example.context: example for example in reversed(examples)}.values())[::-1]
+
+
+def contenders(
+    messenger: Messenger, prompt: Messenger | None, examples: Sequence[Example], latent_len: int
+) -> dict[str, Contender]:
+    """The rows of the table, by name; a prompt only where it was tuned."""
+    return {
+        "text": text(),
+        "oracle embeddings": oracle(),
+        "latents": latent(messenger),
+        "latents int8": latent(messenger, quantized(8)),
+        "latents int4": latent(messenger, quantized(4)),
+        "shuffled latents": shuffled(messenger, [example.context for example in examples]),
+        "zero latents": latent(messenger, torch.zeros_like),
+        **({} if prompt is None else {"prompt tuning": latent(prompt)}),
+        "head": head(latent_len),
+        "tail": tail(latent_len),
+        "random tokens": scattered(latent_len),
+        "nothing": nothing(),
+    }
+
+
+def guessing(parts: InterlinguaParts) -> dict[str, float]:
+    """Exact match of whoever knows nothing, or the values without their keys; for recall alone."""
+    if not isinstance(parts.task, Recall):
+        return {}
+    return {"no knowledge": 1 / 100, "values without keys": 1 / parts.task.pairs}
+
+
+def prefill(
+    parts: InterlinguaParts, llm: LMWrapper, messenger: Messenger, examples: Any, rows: dict[str, Contender]
+) -> dict[str, Any]:
+    """Time to the first answer token as a fraction of the text's, without and with encoding."""
+    cfg = parts.cfg
+    clock = build(cfg.gpu.simulated if cfg.gpu.timing == "simulated" else cfg.gpu.clock)
+    node = {key: value for key, value in cfg.measure.items() if value is not None}
+    rounds: Rounds = build(node)
+    monitor = None if clock.simulated else DeviceMonitor(parts.device)
+    inputs = (torch.zeros(1, device=parts.device),)
+    whole = Prefill(llm, rows["text"](llm, examples))
+    found: dict[str, Any] = {"batch": len(examples)}
+    for name, candidate in (
+        ("latents", LatentPrefill(llm, messenger, examples, encode=False)),
+        ("latents with encoding", LatentPrefill(llm, messenger, examples, encode=True)),
+    ):
+        compared = compare(whole, candidate, inputs, clock, rounds=rounds, seed=cfg.seed, monitor=monitor)
+        found[name] = {
+            "text_ms": compared.baseline.as_dict(),
+            "latency_ms": compared.candidate.as_dict(),
+            "ratio": compared.ratio.as_dict(),
+            "noisy": compared.noisy,
+        }
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| model | shown | tokens | EM | F1 | NLL | first token top-1 | top-5 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, model in result["models"].items():
+        for row, figures in model["rows"].items():
+            lines.append(
+                f"| {name} | {row} | {figures['tokens']:.1f} | {figures['em']:.3f} | {figures['f1']:.3f} | "
+                f"{figures['nll']:.3f} | {figures['top1']:.3f} | {figures['top5']:.3f} |"
+            )
+    return "\n".join(lines) + "\n"

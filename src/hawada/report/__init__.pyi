@@ -1,0 +1,10 @@
+from .card import model_card as model_card
+from .diagnosis import (
+    describe as describe,
+    print_diagnosis as print_diagnosis,
+    summarize_findings as summarize_findings,
+)
+from .front import plot_front as plot_front, print_front as print_front
+from .plots import plot_staircases as plot_staircases
+from .progress import Progress as Progress, console as console
+from .table import print_result as print_result, print_sweep as print_sweep, shown as shown

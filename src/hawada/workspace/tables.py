@@ -1,0 +1,84 @@
+"""The profiled table and what it predicts, whether it was measured here or came as a file from another device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hawada.core.latency import (
+    FORMAT,
+    Comparison,
+    Interval,
+    Latency,
+    LatencyTable,
+    Proxy,
+    check_table_file,
+    fingerprint,
+    read_table_file,
+)
+from hawada.core.structure import Keep, full_widths, widths_of
+from hawada.experiment import write_json
+from hawada.workspace.workspace import Workspace
+
+FILE = "latency_table.json"
+
+
+def write_table(work: Workspace, folder: Path, table: LatencyTable, proxy: Proxy, result: dict[str, Any]) -> None:
+    """Write the file that carries everything which was measured to another machine."""
+    record = {
+        "format": FORMAT,
+        "gpu": work.cfg.gpu.name,
+        "fingerprint": fingerprint(work.device),
+        "timed_as": work.timed_as,
+        "simulated": work.clock.simulated,
+        "model": work.adapter_spec,
+        **table.as_dict(),
+        "proxy": proxy.state(),
+        "result": result,
+    }
+    write_json(folder / FILE, record)
+
+
+def given_table(work: Workspace) -> dict[str, Any]:
+    """What `gpu.table` holds.
+
+    Raises:
+        ValueError: when it is missing, or is not the table of what is asked for.
+    """
+    gpu = work.cfg.gpu
+    if gpu.table is None:
+        raise ValueError("gpu.table: gpu.timing=table needs one; set gpu.table to a latency_table.json")
+    path = Path(gpu.table)
+    record = read_table_file(path)
+    check_table_file(
+        record,
+        path,
+        gpu=gpu.name,
+        device=gpu.device,
+        match=gpu.match,
+        timed_as=work.timed_as,
+        here=fingerprint(work.device),
+    )
+    if record["model"] != json.loads(json.dumps(work.adapter_spec)):
+        raise ValueError(
+            f"gpu.table: {path} was measured for another model ({record['model']}); measure this one with "
+            "stage=profile where it will run, or set the model's options to the same"
+        )
+    return record
+
+
+def load_proxy(work: Workspace, stage: str) -> Proxy:
+    """The configured proxy over the profiled table, with the samples that a stage left."""
+    proxy = work.new_proxy(LatencyTable.from_dict(json.loads((work.run.folder("profile") / FILE).read_text())))
+    proxy.load_state(json.loads((work.run.folder(stage) / "proxy.json").read_text()))
+    return proxy
+
+
+def predicted(work: Workspace, keep: Keep) -> Comparison:
+    """What the table says of a choice beside the teacher, where nothing can be measured."""
+    proxy, teacher = load_proxy(work, "profile"), Latency(**work.run.result("profile")["teacher"])
+    ratio = float(proxy.predict(widths_of(keep, work.groups))) / float(proxy.predict(full_widths(work.groups)))
+    slim_ms = ratio * teacher.median
+    slim = Latency(slim_ms, slim_ms, slim_ms, slim_ms, 0)
+    return Comparison(teacher, slim, Interval(ratio, ratio, ratio), source="table")

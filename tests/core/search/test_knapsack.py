@@ -1,0 +1,99 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from hawada.core.search import knapsack
+from hawada.core.search.knapsack import Factor, solve
+
+
+def random_problem(seed, variables=6, options=4, stairs=False):
+    """Variables in a chain of couplings, one of them coupled to all others, with integer or real costs."""
+    random = np.random.default_rng(seed)
+    names = [f"v{index}" for index in range(variables)]
+    domains = {name: int(random.integers(2, options + 1)) for name in names}
+    scopes = [(name,) for name in names] + [tuple(names[i : i + 2]) for i in range(0, variables - 1, 2)]
+    scopes += [(name, names[0]) for name in names[2:5]] + [()]
+    factors = []
+    for scope in scopes:
+        shape = [domains[name] for name in scope]
+        cost = random.integers(0, 8, shape).astype(float) if stairs else random.random(shape)
+        factors.append(Factor(scope, np.asarray(cost), np.asarray(random.random(shape))))
+    return domains, factors
+
+
+def totals(factors, picks):
+    index = [tuple(picks[name] for name in factor.variables) for factor in factors]
+    return (
+        float(sum(factor.cost[at] for factor, at in zip(factors, index, strict=True))),
+        float(sum(factor.value[at] for factor, at in zip(factors, index, strict=True))),
+    )
+
+
+def brute_force(domains, factors, limit, wanted=0.0):
+    every = [
+        totals(factors, dict(zip(domains, picks, strict=True)))
+        for picks in itertools.product(*[range(count) for count in domains.values()])
+    ]
+    fitting = [(cost, value) for cost, value in every if cost <= limit]
+    return max((value for cost, value in fitting if cost >= wanted), default=None)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("joint", [1, 16, 4096])
+@pytest.mark.parametrize("stairs", [False, True])
+def test_small_problems_are_solved_exactly_however_they_are_cut_into_pieces(monkeypatch, seed, joint, stairs):
+    monkeypatch.setattr(knapsack, "JOINT", joint)
+    domains, factors = random_problem(seed, stairs=stairs)
+    highest = totals(factors, {name: count - 1 for name, count in domains.items()})[0]
+    for share in (0.6, 0.8, 1.0):
+        for floor in (0.0, 0.97):
+            limit = share * highest
+            best, found = (
+                brute_force(domains, factors, limit, floor * limit),
+                solve(domains, factors, limit, floor * limit),
+            )
+            if best is None:
+                assert found is None or found.cost <= limit
+                continue
+            assert (found.cost, found.value) == pytest.approx(totals(factors, found.picks))
+            assert floor * limit <= found.cost <= limit * (1 + 1e-9)
+            assert found.value == pytest.approx(best)
+
+
+def test_a_limit_out_of_reach_has_no_solution():
+    assert solve({"a": 2}, [Factor(("a",), np.array([2.0, 3.0]), np.array([1.0, 2.0]))], 1.0) is None
+
+
+def test_where_nothing_costs_enough_the_dearest_that_fits_is_taken():
+    factors = [Factor(("a",), np.array([1.0, 5.0, 20.0]), np.array([9.0, 1.0, 2.0]))]
+    assert solve({"a": 3}, factors, 10.0, wanted=9.0).picks == {"a": 1}
+    assert solve({"a": 3}, factors, 10.0, wanted=0.5).picks == {"a": 0}
+
+
+def test_only_options_that_may_be_taken_are():
+    factors = [Factor(("a",), np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))]
+    assert solve({"a": 3}, factors, 10.0, start={"a": [0, 1]}).picks == {"a": 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thinned_frontiers_and_coarse_steps_lose_little(monkeypatch, seed):
+    domains, factors = random_problem(seed, variables=7, options=5)
+    limit = float(sum(np.median(factor.cost) for factor in factors))
+    best = brute_force(domains, factors, limit)
+    monkeypatch.setattr(knapsack, "BINS", 300)
+    monkeypatch.setattr(knapsack, "JOINT", 4)
+    assert solve(domains, factors, limit).value >= 0.995 * best
+    monkeypatch.setattr(knapsack, "WORK", 6)
+    assert solve(domains, factors, limit).value >= 0.9 * best
+
+
+def test_many_classes_are_solved_within_a_thousandth_of_the_relaxation():
+    random = np.random.default_rng(0)
+    cost, gain = np.sort(random.random((60, 10)), axis=1), np.sort(random.random((60, 10)), axis=1)
+    factors = [Factor((f"v{row}",), cost[row], gain[row]) for row in range(60)]
+    limit = 0.5 * cost[:, -1].sum()
+    found = solve({f"v{row}": 10 for row in range(60)}, factors, limit)
+    multipliers = np.geomspace(0.05, 20, 2000)
+    dual = multipliers * limit + (gain[:, :, None] - multipliers * cost[:, :, None]).max(axis=1).sum(axis=0)
+    assert found.cost <= limit and 0.999 * dual.min() <= found.value <= dual.min()

@@ -1,0 +1,136 @@
+"""What the export does about quality, as configured: order, worth and compensation."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import open_dict
+
+from hawada.config import conf_dir, register_resolvers, validate
+from hawada.core.evaluate import score
+from hawada.experiment import Run
+from hawada.stages import export, front, pretrain, profile, train
+from hawada.workspace import Workspace
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # a network of 16 to 64 channels: reconstruction is quick
+TINY = [
+    "model=convnet",
+    "data=digits",
+    "schedule=digits",
+    "model.adapter.arch=null",
+    "model.adapter.factory=cifar_resnet.CifarResNet",
+    "model.adapter.arguments={depth: 8}",
+    "model.adapter.num_classes=10",
+    "model.adapter.image_size=16",
+    "model.adapter.weights=null",
+    "model.pretrain=true",
+    "gpu.timing=simulated",
+    "gpu.multiple.channel=[4]",
+    "runtime.threads=1",
+    "data.image_size=16",
+    "data.test_samples=1000",
+    "schedule.pretrain=6",
+    "schedule.train=0",
+    "budget.batch=16",
+    "budget.target_ratio=0.6",
+    "budget.tolerance=0.1",
+    "profile.points=3",
+    "profile.calibration=2",
+    "profile.held_out=2",
+    "export.quality.samples=256",
+    "export.quality.points=3",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Workspace, dict[str, Any]]]]:
+    """Run stage=export (or front) with overrides, behind a teacher of some epochs and gates that were not trained."""
+    threads = torch.get_num_threads()
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    root = tmp_path_factory.mktemp("quality")
+
+    def configured(*overrides: str) -> Any:
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            return compose("config", [*TINY, f"output_dir={root}", "name=tiny", *overrides])
+
+    with (
+        mock.patch.object(os, "sched_setaffinity", lambda *_: None, create=True),
+        mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]),
+    ):
+        run = Run(root / "tiny", configured())
+        for stage in (profile, pretrain, train):
+            stage.run(run.settings(stage.__name__.rpartition(".")[2]), run)
+
+        def export_with(*overrides: str) -> tuple[Workspace, dict[str, Any]]:
+            cfg = configured(*overrides)
+            again = Run(root / "tiny", cfg)
+            many = "[" in str(cfg.budget.target_ratio)
+            settings = again.settings("front" if many else "export")
+            result = (front if many else export).run(settings, again)
+            with open_dict(settings):
+                settings.evaluate = {"batch_size": 500}
+            return Workspace(settings, again), result
+
+        yield export_with
+    torch.set_num_threads(threads)
+    GlobalHydra.instance().clear()
+
+
+def accuracy(work: Workspace, folder: str = "slim", stage: str = "export") -> float:
+    model = work.saved_model(stage, folder)
+    return score(model, work.data.calibration_loader(128, 600), work.adapter.logits).accuracy
+
+
+def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
+    work, plain = trained("export.quality.worth=gates", "export.quality.compensate=false")
+    before = accuracy(work)
+    assert plain["refitted"] == 0 and "sensitivity" not in plain
+    work, refitted = trained("export.quality.worth=gates")
+    assert refitted["refitted"] > 0 and refitted["widths"] == plain["widths"]
+    assert accuracy(work) > before + 0.1
+    work, nothing = trained("export.quality.samples=0")
+    assert nothing["refitted"] == 0 and nothing["widths"] == plain["widths"]
+    assert accuracy(work) == before
+
+
+@pytest.mark.parametrize("order", ["gates", "reconstruction"])
+def test_measured_worth_is_kept_with_the_result(order: str, trained: Any) -> None:
+    work, result = trained(f"export.quality.order={order}")
+    assert result["status"] == "on_target"
+    assert set(result["sensitivity"]) == {group.name for group in work.groups}
+    assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
+    assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
+    assert result["nats"]["refitted"] < result["nats"]["sliced"]
+    measured = accuracy(work)
+    assert measured > accuracy(trained("export.quality.worth=gates")[0]) - 0.02
+
+
+def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
+    work, result = trained("budget.target_ratio=[0.8,0.6]")
+    assert [point["refitted"] > 0 for point in result["points"]] == [True, True]
+    assert 0 < result["seconds"]["measuring"] < result["seconds"]["all"]
+    assert set(result["sensitivity"]) == {group.name for group in work.groups}
+    assert accuracy(work, "0.8/slim", "front") >= accuracy(work, "0.6/slim", "front") - 0.02
+
+
+def test_widths_of_the_gates_are_not_measured(trained: Any) -> None:
+    assert "sensitivity" not in trained("export.widths=gates")[1]
+
+
+def test_an_order_without_worth_is_refused() -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        cfg = compose("config", ["export.quality.order=reconstruction", "export.quality.worth=gates"])
+    with pytest.raises(ValueError, match=r"export\.quality\.order: .*set export\.quality\.worth=measured"):
+        validate(cfg, measures=False, reads=["export"])
+    GlobalHydra.instance().clear()
