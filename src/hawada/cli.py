@@ -60,8 +60,7 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     run.check_writable()
     if "precheck" in cfg.model and any("model" in plan.reads for plan in plans):
         build(cfg.model.precheck)
-    for name in stages:
-        run.check(name)
+    run.check_all(stages)
     if stage in PLANS:
         run.check_upstream(stages[0])
     for name in stages:

@@ -48,6 +48,7 @@ def finish(run: Run, *stages: str, note: str = "") -> None:
         with run.writing(stage) as folder:
             (folder / "deep").mkdir()
             (folder / "deep" / "data.bin").write_bytes(f"{stage} {note}".encode())
+            run.record([folder / "deep" / "data.bin"])
             run.finish(stage, {"summary": "done", "note": note})
 
 
@@ -118,12 +119,12 @@ def test_overwrite_keeps_a_stage_whose_configuration_is_the_same(tmp_path: Path,
 def test_a_folder_without_a_manifest_is_done_again_from_scratch(tmp_path: Path, calls: list[str]) -> None:
     run = make_run(tmp_path)
     with pytest.raises(KeyboardInterrupt), run.writing("profile") as folder:
-        (folder / "half.json").write_text("{")
+        (folder / "proxy.json").write_text("{")
         raise KeyboardInterrupt
     assert not run.is_finished("profile") and not run.check("profile")
     pipeline.run_stage("profile", run)
     assert calls == ["profile"]
-    assert not (tmp_path / "profile" / "half.json").exists()
+    assert not (tmp_path / "profile" / "proxy.json").exists()
 
 
 def test_a_stage_that_is_begun_again_is_not_finished_meanwhile(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -12,13 +14,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
+from hawada.core.files import is_signed
 from hawada.core.latency import Comparison, Interval, MeasurementError, source_of
 from hawada.experiment import Run, write_json, write_text
-from hawada.report import Progress, model_card
+from hawada.report import Progress, console, model_card
 from hawada.stages.export import EQUALITY
 from hawada.workspace import Judgement, Workspace, as_dict as judgement_record, judge_afresh, judge_here
 
@@ -43,7 +47,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     paths = {"teacher": run.folder("export") / "teacher", "slim": run.folder("finetune") / "slim"}
     with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
-        reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", Path(scratch))
         progress.step("scoring")
         quality = score_models(work, models)
         progress.step("measuring")
@@ -69,8 +74,16 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         }
         example = work.adapter.loads_with("path/to/it", models["slim"])
         card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
-        write_text(paths["slim"] / "README.md", card)  # the hub shows it; finetune's manifest does not list it
+        write_card(paths["slim"] / "README.md", card)
         return run.finish("evaluate", result)
+
+
+def write_card(path: Path, card: str) -> None:
+    """Write the card that the hub shows, unless somebody wrote one of their own; finetune's manifest lists neither."""
+    if os.path.lexists(path) and (path.is_symlink() or not is_signed(path)):
+        console.print(f"{escape(str(path))} is not this program's own and is left as it is", soft_wrap=True)
+        return
+    write_text(path, card)
 
 
 def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any]:
@@ -154,8 +167,6 @@ def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> d
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
     before, after = load_file(answers), load_file(output)
-    inputs.unlink()
-    output.unlink()
     record: dict[str, Any] = compare_outputs(before["logits"], after["logits"])
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
         raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from hawada.adapters.huggingface import hub
 from hawada.core.formats import check_formats
 from hawada.core.latency import SUCCESS, Interval
-from hawada.experiment import PLANS, Run, order, upstream, write_json
+from hawada.experiment import PLANS, Run, order, upstream
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
 from hawada.workspace import Workspace, check_distillation
@@ -89,7 +89,7 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     if stage == "doctor":
         print_diagnosis(result)
     if "verdict" in result:
-        write_json(run.root / "result.json", result)
+        run.conclude(result)
     return result
 
 
@@ -98,7 +98,7 @@ def run_pipeline(run: Run) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for stage in order(run.cfg):
         if stage == "pretrain" and (foregone := foregone_result(run)):
-            write_json(run.root / "result.json", foregone)
+            run.conclude(foregone)
             return foregone
         if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
             console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -180,7 +181,12 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path, *, on
         folder: for `judgement.json`, with every sample and the environment.
         once: compare once and leave out the self-check: for a search, whose result is judged afterwards.
     """
-    request, inputs, answer = (folder / name for name in ("request.json", "inputs.safetensors", "judgement.json"))
+    with tempfile.TemporaryDirectory() as scratch:
+        return _judge_afresh(work, (teacher, slim), folder / "judgement.json", scratch=Path(scratch), once=once)
+
+
+def _judge_afresh(work: Workspace, models: tuple[Path, Path], answer: Path, *, scratch: Path, once: bool) -> Judgement:
+    request, inputs = scratch / "request.json", scratch / "inputs.safetensors"
     save_file({f"{index:03d}": x.cpu().contiguous() for index, x in enumerate(work.inputs())}, inputs)
     holds_gpu = work.device.type == "cuda" and torch.cuda.is_initialized()
     if holds_gpu:
@@ -189,7 +195,7 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path, *, on
     write_json(
         request,
         {
-            "models": [str(teacher.resolve()), str(slim.resolve())],
+            "models": [str(model.resolve()) for model in models],
             "trust": work.trust,
             "inputs": str(inputs.resolve()),
             "shape": asdict(work.shape),
@@ -210,8 +216,6 @@ def judge_afresh(work: Workspace, teacher: Path, slim: Path, folder: Path, *, on
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)  # adapters and clocks from elsewhere
     command = [sys.executable, "-P", "-m", "hawada.workspace.judge", str(request.resolve())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    inputs.unlink()
-    request.unlink()
     if done.returncode != 0 or not answer.is_file():
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         return Judgement(None, f"the measuring process ended with exit code {done.returncode} ({said[-1]})")

@@ -321,7 +321,7 @@ class Workspace:
 
     def save(self, path: Path, model: nn.Module, keep: Keep) -> None:
         """Save a model that was sliced to `keep`."""
-        save_model(
+        written = save_model(
             path,
             model,
             adapter=self.adapter,
@@ -330,6 +330,7 @@ class Workspace:
             groups=self.groups,
             keep=keep,
         )
+        self.run.record(written)
 
     @cached_property
     def budget(self) -> Budget:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -521,6 +522,10 @@ class FakeApi:
 
     asked: list[tuple[str, object]]
     error: Exception | None = None
+    there: tuple[str, ...] = ()
+
+    def list_repo_files(self, repo):
+        return [".gitattributes", *self.there]
 
     def whoami(self):
         if self.error is not None:
@@ -531,7 +536,10 @@ class FakeApi:
         return f"http://hub/{repo}"
 
     def upload_folder(self, *, repo_id, folder_path, delete_patterns):
-        assert "*.safetensors" in delete_patterns  # gates of a model that was there before
+        stale = ("model.safetensors", "model-00001-of-00002.safetensors", "gates.safetensors", "modeling_slim.py")
+        for name in stale:  # of a model that was there before
+            assert any(fnmatchcase(name, pattern) for pattern in delete_patterns)
+        assert not any(fnmatchcase("their_own.safetensors", pattern) for pattern in delete_patterns)
         self.asked.append((repo_id, folder_path))
 
     def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
@@ -552,6 +560,19 @@ def test_push_creates_and_uploads(tmp_path, api):
     assert api.asked == [("me/slim", True, True), ("me/slim", folder), ("me/slim", gates, "gates.safetensors")]
     push(folder, "me/slim", private=False)
     assert api.asked[3] == ("me/slim", False, True)
+
+
+def test_push_leaves_a_repository_alone_that_is_not_its_own(tmp_path, api):
+    folder = touch(tmp_path / "slim", "config.json")
+    api.there = ("their_own.safetensors",)
+    with pytest.raises(
+        ValueError, match=r"me/slim \(it holds their_own\.safetensors and no hawada\.json, so it is not"
+    ):
+        push(folder, "me/slim")
+    assert api.asked == [("me/slim", True, True)]
+    api.there = ("their_own.safetensors", "hawada.json")
+    push(folder, "me/slim")
+    assert api.asked[-1] == ("me/slim", folder)
 
 
 @pytest.mark.parametrize("repo", ["slim", "a/b/c", "me/s lim", "me--x/slim"])

@@ -16,7 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 
 WANTED = "a local folder with config.json and *.safetensors"
 BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "gates.safetensors"]
-STALE = ["*.safetensors", "*.safetensors.index.json", "modeling_slim.py"]  # of a model pushed there before
+# Files of a model that was pushed to a repository before, and its mark: nothing else there is deleted.
+STALE = ["model*.safetensors", "gates.safetensors", "*.safetensors.index.json", "modeling_slim.py"]
+MARK = "hawada.json"
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 8  # CONNECT_SECONDS does not limit a resolver, nor the tries on several addresses
 
@@ -105,7 +107,8 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
         private: for a repository that is created; one that exists stays as it is.
 
     Raises:
-        ValueError: when a file or the token is missing, the id is wrong, or the hub refuses or cannot be reached.
+        ValueError: when a file or the token is missing, the id is wrong, the repository holds something else than a
+            model that was pushed before, or the hub refuses or cannot be reached.
     """
     missing = [path for path in extra if not path.is_file()] + ([] if folder.is_dir() else [folder])
     if missing:
@@ -118,6 +121,9 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
     if error is None:
         try:
             address = api.create_repo(repo, private=private, exist_ok=True)
+            there = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
+            if there and MARK not in there:
+                raise FileExistsError(f"it holds {there[0]} and no {MARK}, so it is not this program's; give another")
             api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=STALE)
             for path in extra:
                 api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
