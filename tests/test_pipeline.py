@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hawada as package
+from hawada.core import files as core_files
 from hawada.core.finetune import Finetuner
 from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
@@ -64,6 +70,7 @@ class Finished:
 
     outcome: Outcome
     output_dir: Path
+    hashed: Counter[str]
 
     @property
     def root(self) -> Path:
@@ -77,7 +84,23 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     output_dir = tmp_path_factory.mktemp("finished")
-    return Finished(hawada(*TINY, f"output_dir={output_dir}"), output_dir)
+    with counted_checksums() as hashed:
+        return Finished(hawada(*TINY, f"output_dir={output_dir}"), output_dir, hashed)
+
+
+@contextmanager
+def counted_checksums() -> Iterator[Counter[str]]:
+    """How often each file was hashed, by its name, size, inode and time of change."""
+    counts: Counter[str] = Counter()
+    original = hashlib.file_digest
+
+    def counting(file: Any, algorithm: str) -> Any:
+        found = os.fstat(file.fileno())
+        counts[f"{file.name} {found.st_size} {found.st_ino} {found.st_mtime_ns}"] += 1
+        return original(file, algorithm)
+
+    with mock.patch("hashlib.file_digest", counting):
+        yield counts
 
 
 @pytest.fixture
@@ -163,6 +186,18 @@ def test_every_stage_leaves_a_manifest_that_fits_its_files(finished: Finished) -
         files = read(finished.root / stage / "manifest.json")["files"]
         assert {"config.yaml", "result.json"} <= set(files)
         assert {name: sha256(finished.root / stage / name) for name in files} == files
+
+
+def test_no_file_is_hashed_twice_unless_it_changed(finished: Finished) -> None:
+    """A whole pipeline, and then the same command again; it finds everything hashed in this process already."""
+    assert len(finished.hashed) > 20 and set(finished.hashed.values()) == {1}
+    with counted_checksums() as again:
+        assert hawada(*TINY, f"output_dir={finished.output_dir}").code == 0
+    assert not again
+    core_files._digests.clear()  # as a new process has none
+    with counted_checksums() as afresh:
+        assert hawada(*TINY, f"output_dir={finished.output_dir}").code == 0
+    assert set(afresh.values()) == {1}
 
 
 @pytest.mark.parametrize("name", ["teacher", "slim"])
