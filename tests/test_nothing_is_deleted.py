@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,7 @@ from hawada.core.structure import keep_all
 from hawada.experiment import PLANS, MetricsLog, Run, write_json, write_text
 from hawada.interlingua.checkpoint import STATE, TENSORS, load_checkpoint, save_checkpoint
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 THEIRS = b"\x00 somebody's own bytes \xff"
 
 
@@ -455,3 +458,25 @@ def test_a_stage_with_a_damaged_file_of_the_same_size_is_not_finished(same_time:
     if same_time:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert not run.is_finished("export") and not make_run(tmp_path).is_finished("export")
+
+
+# Benchmarks
+
+
+def test_a_benchmark_copies_models_to_where_nothing_is_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("interlingua_recall", BENCHMARKS / "interlingua_recall.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    plant(tmp_path / "models" / "llama" / WEIGHTS)
+    theirs = plant(tmp_path / "job" / "notes.txt")
+    script.copy_new(tmp_path / "models", tmp_path / "job" / "models")
+    assert (tmp_path / "job" / "models" / "llama" / WEIGHTS).read_bytes() == THEIRS
+    other = plant(tmp_path / "other" / "llama" / WEIGHTS)
+    other.write_bytes(THEIRS * 2)
+    with pytest.raises(RuntimeError, match="other exists and is not what this benchmark copied; give another --root"):
+        script.copy_new(tmp_path / "models", tmp_path / "other")
+    assert other.read_bytes() == THEIRS * 2 and theirs.read_bytes() == THEIRS
