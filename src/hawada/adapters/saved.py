@@ -84,7 +84,7 @@ def save_model(
     whole = partial_path(path / MANIFEST)
     whole.write_text(json.dumps(manifest, indent=1) + "\n")
     os.replace(whole, path / MANIFEST)
-    return [path / name for name in (*names, MANIFEST)]
+    return [*(path / name for name in names), path / MANIFEST]
 
 
 def _saved_before(path: Path, names: Sequence[Path]) -> set[str]:
