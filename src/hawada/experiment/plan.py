@@ -30,6 +30,13 @@ class StagePlan:
     retargets: bool = False
     writes: tuple[str, ...] = ()
 
+    @property
+    def module(self) -> str:
+        """Path of the module whose `run` runs the stage."""
+        if self.name.startswith("interlingua"):
+            return f"hawada.interlingua.stages.{self.name.removeprefix('interlingua').removeprefix('-') or 'train'}"
+        return f"hawada.stages.{self.name}"
+
 
 EVERY_STAGE_WRITES = ("config.yaml", "environment.json", "result.json")
 _MODEL_FILES = (
@@ -44,13 +51,6 @@ def _saved(*folders: str) -> tuple[str, ...]:
     """Names of the files of saved models."""
     places = [place for folder in folders for place in (folder, f"{folder}/model")]  # the second while it is written
     return tuple(f"{place}/{name}" for place in places for name in _MODEL_FILES)
-
-    @property
-    def module(self) -> str:
-        """Path of the module whose `run` runs the stage."""
-        if self.name.startswith("interlingua"):
-            return f"hawada.interlingua.stages.{self.name.removeprefix('interlingua').removeprefix('-') or 'train'}"
-        return f"hawada.stages.{self.name}"
 
 
 _MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
