@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from omegaconf import open_dict
 from hawada.config import conf_dir, register_resolvers, validate
 from hawada.core.evaluate import score
 from hawada.experiment import Run
+from hawada.report import Progress
 from hawada.stages import export, front, pretrain, profile, train
-from hawada.workspace import Workspace
+from hawada.workspace import Quality, Workspace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # a network of 16 to 64 channels: reconstruction is quick
 TINY = [
@@ -121,6 +123,27 @@ def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> 
     assert 0 < result["seconds"]["measuring"] < result["seconds"]["all"]
     assert set(result["sensitivity"]) == {group.name for group in work.groups}
     assert accuracy(work, "0.8/slim", "front") >= accuracy(work, "0.6/slim", "front") - 0.02
+
+
+def test_quality_is_measured_in_eval_mode_however_the_models_come(trained: Any) -> None:
+    """BatchNorm of a teacher in training mode would read other statistics, and change them."""
+    work, result = trained()
+    keep = {
+        name: tuple(kept) for name, kept in json.loads((work.run.folder("export") / "keep.json").read_text()).items()
+    }
+    sensitivities, refits = [], []
+    for training in (False, True):
+        teacher = work.teacher()
+        student = export.load_student(work, teacher).train(training)
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        with Progress("export", 1) as progress:
+            quality = Quality(work, student, teacher.train(training), progress)
+            slim, _ = quality.compensated(work.slim(student.model, keep), keep)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+        sensitivities.append(quality.as_dict())
+        refits.append(slim.state_dict())
+    assert sensitivities[0]["sensitivity"] == sensitivities[1]["sensitivity"] == result["sensitivity"]
+    assert all(torch.equal(tensor, refits[1][name]) for name, tensor in refits[0].items())
 
 
 def test_widths_of_the_gates_are_not_measured(trained: Any) -> None:
