@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -155,6 +155,14 @@ def test_cached_snapshot_is_what_main_names_and_complete(snapshots):
     assert find_local("owner/name") == new
     snapshots("gone", main=True).rmdir()
     assert find_local("owner/name") == new
+
+
+def test_finding_a_cached_checkpoint_asks_no_network(snapshots, hub):
+    complete = snapshots("a", "config.json", "model.safetensors", main=True)
+    assert find_local("owner/name") == complete
+    (complete / "model.safetensors").unlink()
+    assert find_local("owner/name") is None and find_local("owner/other") is None
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
@@ -310,7 +318,9 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
     there = ["config.json", "tokenizer.json", "merges.txt", "README.md", "gates.safetensors", "model.safetensors"]
     shunned = ["pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "training_args.bin", "onnx/config.json"]
 
-    def download(repo, *, revision="main", allow_patterns, ignore_patterns=()):
+    def download(repo, *, revision="main", allow_patterns, ignore_patterns=(), local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached under this branch")
         calls.append(repo)
         wanted = huggingface_hub.utils.filter_repo_objects(
             there + shunned, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
@@ -326,15 +336,15 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
 
 
 def test_broken_download(cache, snapshots, monkeypatch):
-    def download(repo, **options):
-        raise OSError(28, "No space left on device")
+    def download(repo, *, local_files_only=False, **options):
+        raise LocalEntryNotFoundError("nothing is cached under this branch") if local_files_only else failure
 
+    failure = OSError(28, "No space left on device")
     monkeypatch.setattr(hub_module, "_head", lambda repo: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match=rf"llm\.path: owner/name .*No space left on device\); {BOTH_WAYS[:22]}"):
         fetch("owner/name", key="llm.path")
-    gated = HfHubHTTPError("", response=SimpleNamespace(status_code=403, headers={}, request=None))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: (_ for _ in ()).throw(gated))
+    failure = HfHubHTTPError("", response=SimpleNamespace(status_code=403, headers={}, request=None))
     with pytest.raises(ValueError, match=r"is gated, private or misspelt \(403\)"):
         fetch("owner/name")
     folder = str(snapshots("abc", "config.json"))

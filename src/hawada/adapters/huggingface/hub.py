@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 WANTED = "a local folder with config.json and *.safetensors"
@@ -35,11 +37,16 @@ def find_local(source: str) -> Path | None:
         return folder
     if not _is_repo_id(source):
         return None
-    cached = Path(constants.HF_HUB_CACHE, "--".join(["models", *source.split("/")]))
-    snapshots = sorted(cached.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    if (cached / "refs/main").is_file():
-        snapshots.insert(0, cached / "snapshots" / (cached / "refs/main").read_text().strip())
-    return next((path for path in snapshots if (path / "config.json").is_file() and _has_weights(path)), None)
+    return next((path for path in _snapshots(source) if (path / "config.json").is_file() and _has_weights(path)), None)
+
+
+def _snapshots(repo: str) -> Iterator[Path]:
+    """A repository's snapshots in the Hugging Face cache: the one that `main` last pointed to, then the newest first."""
+    with suppress(LocalEntryNotFoundError):  # only the config: whether all weights are there is checked by their index
+        yield Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
+    # The library finds snapshots by the branch alone, and that may point to one whose download was interrupted.
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    yield from sorted(cached.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def check_push(repo: str) -> None:
