@@ -161,7 +161,7 @@ def test_a_policy_too_coarse_gives_way_to_a_finer_one(linear_proxy):
 
 
 def test_a_measurement_of_the_search_outweighs_one_of_the_calibration(linear_proxy):
-    """Where the two contradict each other, the fit is off by about a tenth of their difference (weights are squared)."""
+    """Where the two contradict each other, the fit is off by a tenth of their difference: weights are squared."""
     groups = wide_groups()
     search = make_search(groups, linear_proxy, [], Budget(None, 0.75, 0.05))
     search.proxy.add_sample(full_widths(groups), 1.1 * search.teacher_ms)  # as stage=profile does

@@ -41,7 +41,7 @@ def find_local(source: str) -> Path | None:
 
 
 def _snapshots(repo: str) -> Iterator[Path]:
-    """A repository's snapshots in the Hugging Face cache: the one that `main` last pointed to, then the newest first."""
+    """A repository's snapshots in the Hugging Face cache: what `main` last pointed to, then the newest first."""
     with suppress(LocalEntryNotFoundError):  # only the config: whether all weights are there is checked by their index
         yield Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
     # The library finds snapshots by the branch alone, and that may point to one whose download was interrupted.

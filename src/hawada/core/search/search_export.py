@@ -13,9 +13,9 @@ from hawada.core.search.allocation import Allocation, Worths
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
 
 CLOSE = 2.0  # tolerances from the goal: a model as near as that is changed, not chosen anew
-# Of a measurement of the search in the proxy's fit, that of a random calibration model being 1: what the search measures
-# lies near the target, which is where the fit must be right. Of 30 problems of benchmarks/simulated_targets.py, 27 ended
-# on target with it, and 25 with a weight of 1.
+# Of a measurement of the search in the proxy's fit, where a random calibration model has 1: what the search measures
+# lies near the target, which is where the fit must be right. Of 30 problems of benchmarks/simulated_targets.py, 27
+# ended on target with it, and 25 with a weight of 1.
 SEARCH_SAMPLE_WEIGHT = 3.0
 STEPS_DOWN = (0.95, 0.85, 0.7, 0.0)  # fractions of the fastest prediction so far; at last the smallest model
 
