@@ -27,7 +27,8 @@ from hawada.core.finetune import Finetuner
 from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
 from hawada.experiment.files import sha256
-from hawada.workspace import Judgement, Workspace
+from hawada.stages.pipeline import can_be_verified_again
+from hawada.workspace import Verification, Workspace
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -402,16 +403,16 @@ def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, re
     assert results["10"]["latency_ratio"]["median"] < results["0.1"]["latency_ratio"]["median"] <= 1
 
 
-def test_a_measurement_that_cannot_be_judged_fails_the_run_after_everything_is_saved(
+def test_a_measurement_without_a_verdict_fails_the_run_after_everything_is_saved(
     finished: Finished, tmp_path: Path, no_reload: None
 ) -> None:
     root = tmp_path / NAME
     shutil.copytree(finished.root, root)
     (root / "evaluate" / "manifest.json").unlink()
 
-    def lose(work: Workspace, *_: Any) -> Judgement:
+    def lose(work: Workspace, *_: Any) -> Verification:
         earlier = Comparison.from_dict(work.run.result("export")["measured"])
-        return Judgement(replace(earlier, source="measured", noisy="device lost"), "device lost")
+        return Verification(replace(earlier, source="measured", noisy="device lost"), failed="device lost")
 
     with mock.patch("hawada.stages.evaluate.measure_for_verdict", lose):
         outcome = hawada(*TINY, f"output_dir={tmp_path}")
@@ -421,3 +422,21 @@ def test_a_measurement_that_cannot_be_judged_fails_the_run_after_everything_is_s
     assert "device lost" in outcome.out
     assert result["slim"]["accuracy"] == finished.result["slim"]["accuracy"]
     assert Path(result["slim"]["path"], "README.md").is_file()
+    assert "the same command measures again" in result["reason"] and "measure.max_seconds=36" in result["reason"]
+    again = hawada(*TINY, f"output_dir={tmp_path}")
+    assert (again.code, again.err, again.out.count("already done")) == (0, "", 5)
+    assert read(root / "result.json")["verdict"] == "simulated"
+
+
+def test_an_evaluation_that_measuring_again_cannot_change_is_finished(
+    finished: Finished,
+) -> None:
+    """Without a target, or with figures of a table, another measurement gives no verdict either."""
+    result = read(finished.root / "evaluate" / "result.json")
+    for changes in ({"target_ratio": None, "source": "measured"}, {"target_ratio": 0.6, "source": "table"}):
+        changed = {**result, "verdict": "unverified", "target_ratio": changes["target_ratio"]}
+        changed["measured"] = {**result["measured"], "source": changes["source"]}
+        assert not can_be_verified_again(changed)
+    measured = {**result["measured"], "source": "measured"}
+    assert can_be_verified_again({**result, "verdict": "unverified", "measured": measured})
+    assert not can_be_verified_again({**result, "verdict": "missed", "measured": measured})

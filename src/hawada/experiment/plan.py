@@ -117,7 +117,7 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
             retargets=True,
-            writes=("judgement.json",),
+            writes=("verification.json",),
         ),
         StagePlan(
             "publish",

@@ -174,6 +174,7 @@ class Run:
             different = self.different_keys(earlier)
             if earlier == "train" and PLANS[stage].retargets:
                 different = {key: value for key, value in different.items() if key not in TARGET}
+            different = {key: value for key, value in different.items() if not key.startswith("measure.")}  # how long
             if different:
                 raise ValueError(
                     f"stage={stage}: {earlier} ran with {_described(different)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -75,13 +76,16 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
 
 
 def run_stage(stage: str, run: Run) -> dict[str, Any]:
-    """Run one stage unless it is finished with this configuration, or the budget needs no training."""
+    """Run one stage unless it is finished with this configuration, or the budget needs no training.
+
+    An evaluation that could not tell, because of what the machine was doing meanwhile, is not finished.
+    """
     run.check_upstream(stage)
-    if run.check(stage):
+    if run.check(stage) and not (stage == "evaluate" and can_be_verified_again(run.result(stage))):
         console.print(f"[bold]{stage:>9}[/] already done in {escape(str(run.folder(stage)))}", soft_wrap=True)
         result = run.result(stage)
-    elif stage == "train" and (foregone := foregone_result(run)):
-        result = foregone
+    elif stage == "train" and (decided := result_of_profile(run)):
+        result = decided
     else:
         module = importlib.import_module(PLANS[stage].module)
         result = module.run(run.settings(stage), run)
@@ -93,13 +97,19 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     return result
 
 
+def can_be_verified_again(result: Mapping[str, Any]) -> bool:
+    """Whether an evaluation ended without a verdict only for what the machine was doing meanwhile."""
+    measured = result["measured"]["source"] == "measured"
+    return bool(result["verdict"] == "unverified" and measured and result["target_ratio"] is not None)
+
+
 def run_pipeline(run: Run) -> dict[str, Any]:
     """Everything from a teacher to a verdict; `result.json` lies beside the stages' folders then."""
     result: dict[str, Any] = {}
     for stage in order(run.cfg):
-        if stage == "pretrain" and (foregone := foregone_result(run)):
-            run.conclude(foregone)
-            return foregone
+        if stage == "pretrain" and (decided := result_of_profile(run)):
+            run.conclude(decided)
+            return decided
         if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
             console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
             break
@@ -115,7 +125,7 @@ def run_pipeline(run: Run) -> dict[str, Any]:
     return result
 
 
-def foregone_result(run: Run) -> dict[str, Any] | None:
+def result_of_profile(run: Run) -> dict[str, Any] | None:
     """The result when measurements alone decide: the teacher meets the budget already, or nothing can."""
     profile = run.result("profile")
     work = Workspace(run.settings("train"), run)
@@ -124,7 +134,7 @@ def foregone_result(run: Run) -> dict[str, Any] | None:
     everything = len(work.gated_groups) == len(work.groups)
     fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(work)
     teacher = Interval(**{name: profile["teacher"][name] for name in ("median", "low", "high")})
-    decided = work.budget.foregone(teacher, fastest)
+    decided = work.budget.decided_by_profile(teacher, fastest)
     if decided is None:
         return None
     verdict, reason = decided
