@@ -161,11 +161,11 @@ def test_disturbed_rounds_alone_must_be_far_from_the_target(ratio: float, expect
 
 def test_rounds_that_count_add_up_over_the_passes() -> None:
     verification, script = verified(sampled(0.48, 0.01, lost=26, disturbed=0.48, needed=30))
-    assert verdict(verification)[0] == "met" and len(script.asked) == 3  # 14 of each 40
+    assert verdict(verification)[0] == "met" and len(script.asked) == 3  # 14 of each 40, and 30 are needed
     assert verification.comparison.ratio.low > 0.46  # of the rounds that count: nothing is widened
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("target", [0.525, 0.475])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95, 1.0])
 def test_a_disturbance_that_moves_the_ratio_makes_no_verdict_wrong(share: float, target: float, seed: int) -> None:
