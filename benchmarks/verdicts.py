@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def stream() -> None:
 
 
 def stop(process: psutil.Process, times: int, seconds: float, between_s: float) -> None:
-    """Stop the measuring process several times."""
+    """Stop the measuring process several times, or until it is done."""
     time.sleep(IMPORTS_S)
-    for _ in range(times):
-        process.suspend()
-        time.sleep(seconds)
-        process.resume()
-        time.sleep(between_s)
+    with suppress(psutil.NoSuchProcess):
+        for _ in range(times):
+            process.suspend()
+            time.sleep(seconds)
+            process.resume()
+            time.sleep(between_s)
 
 
 def _beside(target: Callable[..., None], *arguments: float) -> multiprocessing.Process:
@@ -312,7 +314,9 @@ def main() -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write, and to go on with")
     parser.add_argument("--idle", type=int, default=10, help="idle verifications of each run")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="disturbances; none: --kinds")
+    parser.add_argument(
+        "--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="disturbances; a bare --kinds: none"
+    )
     parser.add_argument("--disturbed", type=Path, nargs="*", help="runs that are disturbed; the first by default")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no disturbance outlives an ended benchmark

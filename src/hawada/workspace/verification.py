@@ -54,7 +54,7 @@ REPEATS = {"cuda": 3}
 REPEATS_ELSEWHERE = 1
 MAX_PASSES = 3  # over the repeats, while the figures do not decide
 MIN_COUNTING = 0.25  # share of the rounds: where fewer count, what disturbed the others may have gone unseen in these
-DISTURBED_MARGIN = 0.25  # by how much of itself disturbed rounds alone must be clear of the target
+DISTURBED_MARGIN = 0.5  # by how much of itself disturbed rounds alone must be clear of the target
 SELF_CHECK, EVERY = "self_check", "every_round"
 
 Measure = Callable[[Sequence[nn.Module], Rounds], Sampled]
