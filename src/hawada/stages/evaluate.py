@@ -141,7 +141,7 @@ def decide(work: Workspace, comparison: Comparison, every: Comparison | None = N
 
 def remedy(work: Workspace) -> str:
     """What helps when the figures do not decide."""
-    seconds = 3 * work.rounds.max_seconds
+    seconds = 3 * work.cfg.measure.max_seconds
     longer = f"stage=evaluate measure.max_seconds={seconds:g} overwrite=true"
     text = f"the same command measures again, and {longer} for longer"
     if work.device.type == "cpu" and torch.get_num_threads() > 1:
