@@ -44,7 +44,7 @@ def run_of(model: str, batch: int, root: Path, overrides: list[str]) -> Run:
     """An experiment with its profile."""
     register_resolvers()
     options = [f"model={model}", f"budget.batch={batch}", f"name={model}-batch{batch}", f"output_dir={root}"]
-    options += ["profile.held_out=2", "budget.target_ratio=null"]  # fidelity has a benchmark of its own
+    options += ["profile.held_out_models=2", "budget.target_ratio=null"]  # fidelity has a benchmark of its own
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [*options, *overrides])
     run = Run(root / cfg.name, cfg)

@@ -20,8 +20,8 @@ TINY = (
     "model.adapter.layers=[1,1,1,1]",
     "budget.batch=16",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
 )
 
 

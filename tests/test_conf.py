@@ -189,9 +189,10 @@ def test_a_pretrained_model_can_come_from_a_local_path(model: str) -> None:
 @pytest.mark.parametrize("mode", ["eager", "cudagraph", "compile"])
 def test_the_runtime_reaches_the_clock_of_every_gpu(mode: str) -> None:
     for gpu in options("gpu"):
-        cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "runtime.mixed_precision=bf16")
+        cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "compute.mixed_precision=bf16")
         assert cfg.gpu.clock.runtime == mode
-        assert cfg.runtime == {"mode": mode, "threads": 1, "mixed_precision": "bf16", "channels_last": False}
+        assert cfg.runtime == {"mode": mode, "threads": 1}
+        assert cfg.compute == {"mixed_precision": "bf16", "channels_last": False}
 
 
 def test_penalty_keys_reach_the_penalties() -> None:

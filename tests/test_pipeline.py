@@ -23,10 +23,10 @@ from torch import nn
 
 import hawada as package
 from hawada.core import files as core_files
+from hawada.core.files import sha256
 from hawada.core.finetune import Finetuner
 from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
-from hawada.experiment.files import sha256
 from hawada.stages.pipeline import can_be_verified_again
 from hawada.workspace import Verification, Workspace
 
@@ -44,11 +44,11 @@ TINY = [
     "schedule.finetune=1",
     "budget.batch=16",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
     "finetune.recalibration_samples=64",
-    "export.quality.samples=64",
-    "export.quality.points=2",
+    "calibration.samples=64",
+    "export.points=2",
 ]
 
 
@@ -310,8 +310,8 @@ def test_models_are_trained_with_channels_last_where_wanted_and_timed_as_saved(
     spy(Finetuner, "fit")
     spy(Workspace, "compare")
     for stage in ("pretrain", "train", "export", "finetune"):
-        given = (f"output_dir={profiled}", f"stage={stage}", "export.quality.samples=0", "overwrite=true")
-        outcome = hawada(*TINY, *given, "runtime.channels_last=true", "train.probe_every=1")
+        given = (f"output_dir={profiled}", f"stage={stage}", "calibration.samples=0", "overwrite=true")
+        outcome = hawada(*TINY, *given, "compute.channels_last=true", "train.probe_every=1")
         assert outcome.code == 0, outcome.err
     assert layouts.count(("fit", False)) == 3 and ("fit", True) not in layouts
     assert ("compare", True) in layouts and ("compare", False) not in layouts
@@ -343,7 +343,7 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
 ) -> None:
     before = times(profiled)
     swept = ("budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
-    outcome = hawada("-m", recipe, f"output_dir={profiled}", "export.quality.samples=0", *swept)
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "calibration.samples=0", *swept)
     assert outcome.code == 0, outcome.err
     jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
     assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}
@@ -391,7 +391,7 @@ def test_fixed_overrides_do_not_stand_in_the_way_of_a_multirun(profiled: Path) -
 
 
 def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, recipe: str, no_reload: None) -> None:
-    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0", "export.quality.samples=0"]
+    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0", "calibration.samples=0"]
     outcome = hawada("-m", recipe, f"output_dir={profiled}", *fixed, "lambda.init=0.1,10")
     assert outcome.code == 0, outcome.err
     results = {}

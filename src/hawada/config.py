@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+GATES = "hawada.core.importance.gates.Gates"  # the only importance whose scores also compare groups
 GPU_SHORTHANDS = {"4090": "rtx4090"}
 
 
@@ -105,8 +106,8 @@ RANGES: dict[str, Range] = {
     "gate.temperature": POSITIVE,
     "gate.start_temperature": POSITIVE,
     "profile.points": Range(2, whole=True),
-    "profile.calibration": COUNT_OR_ZERO,
-    "profile.held_out": Range(2, whole=True),
+    "profile.fitted_models": COUNT_OR_ZERO,
+    "profile.held_out_models": Range(2, whole=True),
     "doctor.points": Range(8, whole=True),
     "doctor.max_seconds": POSITIVE,
     "train.epochs": COUNT_OR_ZERO,
@@ -119,9 +120,9 @@ RANGES: dict[str, Range] = {
     "train.importance.spread": NOT_NEGATIVE,
     "export.threshold": Range(0, 1, above=True),
     "export.max_measurements": COUNT,
-    "export.quality.samples": COUNT_OR_ZERO,
-    "export.quality.batch_size": COUNT,
-    "export.quality.points": Range(2, whole=True),
+    "calibration.samples": COUNT_OR_ZERO,
+    "calibration.batch_size": COUNT,
+    "export.points": Range(2, whole=True),
     "pretrain.batch_size": COUNT,
     "pretrain.trainer.epochs": COUNT_OR_ZERO,
     "pretrain.trainer.lr": POSITIVE,
@@ -171,13 +172,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "gpu.device": ("auto", "cpu", "mps", "cuda"),
     "export.widths": ("allocation", "gates"),
     "export.layout": ("uniform", "heterogeneous"),
-    "export.quality.worth": ("measured", "gates"),
-    "export.quality.order": ("gates", "reconstruction"),
+    "export.sensitivity": ("measured", "gates"),
+    "export.reconstruct": (False, True),
     "export.push": ("slim", "gated"),
     "budget.phase": ("forward", "prefill", "decode", "generate"),
     "runtime.mode": ("eager", "cudagraph", "compile"),
-    "runtime.mixed_precision": ("no", "bf16", "fp16"),
-    "runtime.channels_last": (False, True),
+    "compute.mixed_precision": ("no", "bf16", "fp16"),
+    "compute.channels_last": (False, True),
 }
 
 
@@ -240,13 +241,13 @@ def validate(cfg: DictConfig, *, measures: bool, reads: Iterable[str] = ()) -> N
             "budget.target_ratio: a target in milliseconds (budget.target_ms or latency_target_ms) is given too; "
             "set one of the two and leave the other out"
         )
-    quality = cfg.export.quality
-    if quality.order == "reconstruction" and (
-        quality.worth == "gates" or cfg.export.widths == "gates" or not quality.samples
+    ranked_by = cfg.export.importance.get("_target_")
+    if ranked_by != GATES and (
+        cfg.export.sensitivity == "gates" or cfg.export.widths == "gates" or not cfg.calibration.samples
     ):
         raise ValueError(
-            "export.quality.order: the order of reconstruction says nothing of what widths are worth; set "
-            "export.quality.worth=measured, export.widths=allocation and export.quality.samples above 0"
+            f"importance: the scores of {ranked_by} rank units within a group and do not compare groups; set "
+            "export.sensitivity=measured, export.widths=allocation and calibration.samples above 0"
         )
     if cfg.penalties.floor > cfg.penalties.ceiling:
         raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")

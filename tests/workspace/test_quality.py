@@ -46,10 +46,10 @@ TINY = [
     "budget.target_ratio=0.6",
     "budget.tolerance=0.1",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
-    "export.quality.samples=256",
-    "export.quality.points=3",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
+    "calibration.samples=256",
+    "export.points=3",
 ]
 
 
@@ -94,27 +94,27 @@ def accuracy(work: Workspace, folder: str = "slim", stage: str = "export") -> fl
 
 
 def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
-    work, plain = trained("export.quality.worth=gates", "export.quality.compensate=false")
+    work, plain = trained("export.sensitivity=gates", "export.reconstruct=false")
     before = accuracy(work)
     assert plain["refitted"] == 0 and "sensitivity" not in plain
-    work, refitted = trained("export.quality.worth=gates")
+    work, refitted = trained("export.sensitivity=gates")
     assert refitted["refitted"] > 0 and refitted["widths"] == plain["widths"]
     assert accuracy(work) > before + 0.1
-    work, nothing = trained("export.quality.samples=0")
+    work, nothing = trained("calibration.samples=0")
     assert nothing["refitted"] == 0 and nothing["widths"] == plain["widths"]
     assert accuracy(work) == before
 
 
-@pytest.mark.parametrize("order", ["gates", "reconstruction"])
-def test_measured_worth_is_kept_with_the_result(order: str, trained: Any) -> None:
-    work, result = trained(f"export.quality.order={order}")
+@pytest.mark.parametrize("importance", ["gates", "obs", "magnitude", "fisher"])
+def test_measured_sensitivity_is_kept_with_the_result(importance: str, trained: Any) -> None:
+    work, result = trained(f"importance={importance}")
     assert result["status"] == "on_target"
     assert set(result["sensitivity"]) == {group.name for group in work.groups}
     assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
     assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
     assert result["nats"]["refitted"] < result["nats"]["sliced"]
     measured = accuracy(work)
-    assert measured > accuracy(trained("export.quality.worth=gates")[0]) - 0.02
+    assert measured > accuracy(trained("export.sensitivity=gates")[0]) - 0.02
 
 
 def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
@@ -150,10 +150,10 @@ def test_widths_of_the_gates_are_not_measured(trained: Any) -> None:
     assert "sensitivity" not in trained("export.widths=gates")[1]
 
 
-def test_an_order_without_worth_is_refused() -> None:
+def test_an_importance_that_cannot_compare_groups_needs_a_measured_sensitivity() -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("config", ["export.quality.order=reconstruction", "export.quality.worth=gates"])
-    with pytest.raises(ValueError, match=r"export\.quality\.order: .*set export\.quality\.worth=measured"):
+        cfg = compose("config", ["importance=obs", "export.sensitivity=gates"])
+    with pytest.raises(ValueError, match=r"^importance: .*ObsImportance .*set export\.sensitivity=measured"):
         validate(cfg, measures=False, reads=["export"])
     GlobalHydra.instance().clear()

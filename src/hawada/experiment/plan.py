@@ -53,11 +53,12 @@ def _saved(*folders: str) -> tuple[str, ...]:
     return tuple(f"{place}/{name}" for place in places for name in _MODEL_FILES)
 
 
-_MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
-_TRAINED = (*_MODEL, "runtime.channels_last")
+_MODEL = ("seed", "model", "runtime.threads", "compute.mixed_precision")
+_TRAINED = (*_MODEL, "compute.channels_last")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
-_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
+_RANKED = ("export.importance", "export.sensitivity", "export.reconstruct", "export.points", "calibration")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", *_RANKED, "data", "distill")
 _INTERLINGUA = ("seed", "runtime.threads", "gpu.device")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
@@ -152,7 +153,7 @@ PLANS: dict[str, StagePlan] = {
     )
 }
 # Keys that a group's choices fill, where these are not called the same.
-OF_GROUP = {"feature": "interlingua.features", "teacher": "distill.teacher"}
+OF_GROUP = {"feature": "interlingua.features", "importance": "export.importance", "teacher": "distill.teacher"}
 INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 

@@ -79,7 +79,7 @@ class Workspace:
     def accelerator(self) -> Accelerator:
         """Placement and mixed precision of training."""
         AcceleratorState._reset_state(True)  # it is global, and an earlier stage or job may have chosen otherwise
-        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.runtime.mixed_precision)
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.compute.mixed_precision)
 
     @cached_property
     def adapter(self) -> Adapter:
