@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"core", "experiment"},
     "report": {"core", "experiment"},
     "experiment": {"core", "config"},
-    "config": {"core"},
+    "config": set(),
     "tools": {"api", "config", "experiment"},
     "core": set(),
 }

@@ -19,7 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hawada.config import GPU_SHORTHANDS, build, check_targets, conf_dir, register_resolvers, validate
+from hawada.config import build, validate
+from hawada.config.build import check_targets, conf_dir, register_resolvers
+from hawada.config.spellings import check_spellings, expand, spell_out
+from hawada.config.validate import check_given
+from hawada.core.latency import check_device, check_runtime
 from hawada.experiment import INTERLINGUA, PLANS, Run, planned
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -47,14 +51,19 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _run(cfg: DictConfig) -> dict[str, Any]:
+    spell_out(cfg)
+    validate(cfg)
     stage = cfg.stage.name
     stages = planned(stage, cfg)
     plans = [PLANS[name] for name in stages]
     reads = {key for plan in plans for key in plan.reads}
-    validate(cfg, measures=any(plan.measures for plan in plans), reads=reads)
+    if any(plan.measures for plan in plans) and cfg.gpu.timing == "measured":
+        check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
+        check_runtime(cfg.runtime.mode, gpu=cfg.gpu.name, device=cfg.gpu.device)
+    check_given(cfg, reads)
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    shared = Path(cfg.output_dir) / cfg.name
+    shared = Path(cfg.output_dir) / str(cfg.name)
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
     run.check_writable()
@@ -89,13 +98,14 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: exit code 0 for success, 2 for a mistake in the configuration, 1 for anything else."""
-    sys.argv[1:] = [_expand(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [expand(argument) for argument in sys.argv[1:]]
     if {"-m", "--multirun"} & set(sys.argv):
         sys.argv.append(_name_jobs_by_what_is_swept(sys.argv[1:]))
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines and exiting with 1
     code = 0
     try:
+        check_spellings(sys.argv[1:])
         job()
         if len(_jobs) == 1 and _jobs[0]["error"] is not None:
             raise _jobs[0]["error"]
@@ -121,14 +131,6 @@ def _exit_code(result: dict[str, Any]) -> int:
     verdict, asked = result.get("verdict"), result.get("target_ms") is not None
     unreached = any(point["status"] == "infeasible" for point in result.get("points", ()))
     return FAILURE if unreached or (asked and verdict in ("missed", "unverified", "infeasible")) else 0
-
-
-def _expand(argument: str) -> str:
-    """`gpu=4090` as `gpu=rtx4090`: Hydra refuses a choice that looks like a number."""
-    key, equals, value = argument.partition("=")
-    if key != "gpu" or not equals:
-        return argument
-    return "gpu=" + ",".join(GPU_SHORTHANDS.get(choice, choice) for choice in value.split(","))
 
 
 def _swept_keys(arguments: list[str], swept: bool = True) -> list[str]:

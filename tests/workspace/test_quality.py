@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from hawada.config import conf_dir, register_resolvers, validate
+from hawada.config import validate
+from hawada.config.build import conf_dir, register_resolvers
 from hawada.core.evaluate import score
 from hawada.experiment import Run
 from hawada.report import Progress
@@ -155,5 +156,5 @@ def test_an_importance_that_cannot_compare_groups_needs_a_measured_sensitivity()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", ["importance=obs", "export.sensitivity=gates"])
     with pytest.raises(ValueError, match=r"^importance: .*ObsImportance .*set export\.sensitivity=measured"):
-        validate(cfg, measures=False, reads=["export"])
+        validate(cfg)
     GlobalHydra.instance().clear()
