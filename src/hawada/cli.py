@@ -153,7 +153,11 @@ def _name_jobs_by_what_is_swept(arguments: list[str]) -> str:
 def _sentence(error: BaseException) -> str:
     """An exception as one line that a user understands."""
     text = " ".join(str(error).split())
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    unknown = (
+        re.search(r"full_key: (\S+)", str(error.__cause__) if "Could not override" in text else "")  # within a mapping
+        or re.search(r"Could not override '([^']+)'", text)
+        or re.search(r"Key '([^']+)' is not in struct", text)
+    )
     if unknown:
         return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them, and +{unknown[1]}=... adds one"
     choice = re.search(

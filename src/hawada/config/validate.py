@@ -31,10 +31,8 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ValueError: one sentence with the key, what came, what was expected and the remedy.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    raw = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict) and isinstance(raw, dict)
-    found = list(problems({str(name): value for name, value in plain.items()}))
+    plain, raw = _as_mapping(cfg, resolve=True), _as_mapping(cfg, resolve=False)
+    found = list(problems(plain))
     if found:  # where a key follows another, that one is named
         own = [(key, told) for key, told in found if not _follows(raw, key)]
         raise ValueError((own or found)[0][1])
@@ -118,6 +116,13 @@ def _undeclared(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from _undeclared(value, key)
         elif key not in KEYS and key not in SECTIONS:
             yield key, new_spelling(key) or f"{key}: there is no such key; `hawada --cfg job` lists them"
+
+
+def _as_mapping(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    """The configuration as plain dictionaries."""
+    plain = OmegaConf.to_container(cfg, resolve=resolve)
+    assert isinstance(plain, dict)
+    return {str(name): value for name, value in plain.items()}
 
 
 def _find(plain: Mapping[str, Any], key: str) -> Any:
