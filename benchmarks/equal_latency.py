@@ -46,7 +46,7 @@ from networks import DISTILLATION, Network, Recipe, chosen, network_parser, opti
 from torch import nn
 
 from hawada.adapters import Shape
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers
 from hawada.core.distill import AnswerCache, Distillation, OtherTeacher
 from hawada.core.evaluate import count_macs, count_parameters, score
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm

@@ -16,8 +16,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from hawada.config import build
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import build, conf_dir, register_resolvers
 from hawada.core.latency import calibrate, fidelity
 from hawada.core.structure import widths_of
 from hawada.experiment import Run

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers
 from hawada.core.latency import Comparison, Rounds
 from hawada.core.search import BudgetSearch, search_export
 from hawada.core.search.allocation import Allocation

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers
 from hawada.core.latency import Comparison
 from hawada.core.search import BudgetSearch, search_export
 from hawada.core.structure import keep_all, widths_of

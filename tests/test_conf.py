@@ -15,9 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.config import validate
-from hawada.config.build import conf_dir, register_resolvers
-from hawada.config.validate import check_given
+from hawada.config import check_given, conf_dir, register_resolvers, validate
 from hawada.experiment.plan import OF_GROUP
 
 CONF = Path(conf_dir())

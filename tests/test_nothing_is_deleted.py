@@ -22,7 +22,7 @@ from hawada.adapters import save_model
 from hawada.adapters.base import WEIGHTS
 from hawada.adapters.saved import MANIFEST as MODEL_MANIFEST
 from hawada.adapters.torchvision import ResNetAdapter
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers
 from hawada.core.files import is_signed, partial_path, sha256, signed, whole_name
 from hawada.core.structure import keep_all
 from hawada.experiment import PLANS, MetricsLog, Run, write_json, write_text

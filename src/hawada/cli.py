@@ -19,10 +19,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hawada.config import build, validate
-from hawada.config.build import check_targets, conf_dir, register_resolvers
-from hawada.config.spellings import check_spellings, expand, spell_out
-from hawada.config.validate import check_given
+from hawada.config import (
+    build,
+    check_given,
+    check_spellings,
+    check_targets,
+    conf_dir,
+    expand,
+    register_resolvers,
+    spell_out,
+    validate,
+)
 from hawada.core.latency import check_device, check_runtime
 from hawada.experiment import INTERLINGUA, PLANS, Run, planned
 

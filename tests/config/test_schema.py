@@ -15,9 +15,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from hawada.config import KEYS, OLD_SPELLINGS, check_spellings, check_targets, conf_dir, problems, register_resolvers
+from hawada.config import (
+    KEYS,
+    OLD_SPELLINGS,
+    check_spellings,
+    check_targets,
+    conf_dir,
+    problems,
+    register_resolvers,
+    validate,
+)
 from hawada.config.spellings import STRUCTURED_WEIGHT, spell_out
-from hawada.config.validate import validate
 from hawada.config.values import Choice, Flag, ListOf, MappingOf, Name, Node, Number, Target, Text, Value
 from hawada.tools.configuration_docs import document
 

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import ViTConfig, ViTForImageClassification
 
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers
 from hawada.core.distill import Outputs
 from hawada.experiment import Run
 from hawada.workspace import Workspace, check_distillation, make_distillation

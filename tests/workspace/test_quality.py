@@ -16,8 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
-from hawada.config import validate
-from hawada.config.build import conf_dir, register_resolvers
+from hawada.config import conf_dir, register_resolvers, validate
 from hawada.core.evaluate import score
 from hawada.experiment import Run
 from hawada.report import Progress

@@ -10,12 +10,15 @@ from typing import Any
 from rich.markup import escape
 
 from hawada.adapters.huggingface import hub
+from hawada.core.finetune import NORMS
 from hawada.core.formats import check_formats
 from hawada.core.latency import SUCCESS, Interval
 from hawada.experiment import PLANS, Run, order, upstream
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
 from hawada.workspace import Workspace, check_distillation
+
+COMPUTING = ("pretrain", "train", "export", "front", "finetune")  # stages that compute in compute.mixed_precision
 
 
 def check(stages: list[str], run: Run) -> None:
@@ -43,6 +46,8 @@ def check(stages: list[str], run: Run) -> None:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
     if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
         Workspace(run.settings(stages[-1]), run).adapter.check_teacher()
+    for stage in stages:
+        _check_training(stage, run)
     if any("groups" in plan.reads for plan in plans):
         Workspace(run.settings("train"), run).check_groups()
     if any(plan.measures for plan in plans):
@@ -57,6 +62,28 @@ def check(stages: list[str], run: Run) -> None:
         Workspace(run.settings(reading[0]), run).data  # noqa: B018
     if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
         _check_same_machine(stages, run)
+
+
+def _check_training(stage: str, run: Run) -> None:
+    """Refuse a precision that the device cannot train with, and batches that BatchNorm cannot.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if stage not in COMPUTING:
+        return
+    work = Workspace(run.settings(stage), run)
+    if work.cfg.compute.mixed_precision == "fp16" and work.device.type != "cuda":
+        raise ValueError(
+            f"compute.mixed_precision: fp16 needs an NVIDIA GPU and models train on the {work.device.type} here; set "
+            "compute.mixed_precision=no"
+        )
+    alone = stage in ("pretrain", "finetune") and work.cfg[stage].batch_size == 1
+    if alone and any(isinstance(module, NORMS) for module in work.meta.modules()):
+        raise ValueError(
+            f"{stage}.batch_size: BatchNorm cannot be trained on 1 image at a time; set schedule.batch_size to 2 or "
+            "more"
+        )
 
 
 def _check_same_machine(stages: list[str], run: Run) -> None:
