@@ -117,11 +117,11 @@ KEYS: dict[str, Key] = {
     "output_dir": Key("The folder that experiments are written to", TEXT),
     "overwrite": Key("Whether stages whose results came from another configuration are done again", FLAG),
     "seed": Key("The seed of everything that is drawn", Number(0, 2**32 - 1, whole=True)),
-    "latency_target_ms": Key("The same as `budget.target_ms`", MILLISECONDS, "ms", null="`budget` says"),
+    "latency_target_ms": Key("The same as `budget.target_ms`", MILLISECONDS, "ms", null="those of `budget`"),
     **_under(
         "budget",
         {
-            "target_ms": Key("The latency to reach", MILLISECONDS, "ms", null="`target_ratio` says"),
+            "target_ms": Key("The latency to reach", MILLISECONDS, "ms", null="`target_ratio` is used"),
             "target_ratio": Key(
                 "The latency to reach as a fraction of the measured teacher's; several for one `stage=export`",
                 RATIO,
@@ -269,7 +269,8 @@ KEYS: dict[str, Key] = {
         {
             "layout": Key(
                 "`uniform`: all layers alike, so that stock tools load the folder; `heterogeneous`: each layer has its "
-                "own widths",
+                "own widths, and the folder carries one modelling file, loaded with trust_remote_code=True (ResNets "
+                "have no other)",
                 Choice(LAYOUTS),
             ),
             "widths": Key(
@@ -300,11 +301,14 @@ KEYS: dict[str, Key] = {
             "points": Key("The widths of a group at which its sensitivity is measured", Number(2, 1000, whole=True)),
             "max_measurements": Key("The most sliced models that a search measures", Number(1, 10_000, whole=True)),
             "formats": Key(
-                "What is written: `hf` (the folder that `hawada.load` reads), `onnx`, `pt2`",
+                "What is written: `hf` (the folder that `hawada.load` reads), `onnx` (`hawada[onnx]`), `pt2`; "
+                "each is compared with the model once it is written",
                 ListOf(Choice(("hf", "onnx", "pt2"))),
                 remedy="write a list such as [hf,onnx]",
             ),
-            "push_to": Key("The repository on the Hub that the model is pushed to", TEXT, null="none"),
+            "push_to": Key(
+                "The repository on the Hub that the model is pushed to, made private if it is new", TEXT, null="none"
+            ),
             "push": Key(
                 "What is pushed: the `slim` model, or `gated`: the teacher with its trained gates",
                 Choice(("slim", "gated")),
@@ -401,7 +405,9 @@ KEYS: dict[str, Key] = {
                 Choice(("none", "embed_rms", "fixed", "train_stats")),
             ),
             "fixed_rms": Key("The root mean square of soft tokens, for `scale=fixed`", RATE),
-            "query_aware": Key("Whether the encoder sees the question, too", FLAG),
+            "query_aware": Key(
+                "Whether the encoder sees the question, too; without it latents carry whatever may be asked", FLAG
+            ),
             "max_source_tokens": Key("The most tokens that the encoder sees; a question is never cut", COUNT, "tokens"),
             "max_new_tokens": Key("The most tokens that a model generates", COUNT, "tokens"),
             "sequential_models": Key("Whether one model is read at a time: less memory, the same gradients", FLAG),
@@ -431,7 +437,8 @@ KEYS: dict[str, Key] = {
             ),
             "schedule.shortest": Key("The fraction of their length that contexts start with", POSITIVE_FRACTION),
             "features": Key(
-                "What is trained along (`feature=lora`, `deep_prefix`, `reconstruction`, `text_alignment`, your own)",
+                "What is trained along (`feature=lora`, `deep_prefix`, `reconstruction`, `text_alignment`, your own); "
+                "`deep_prefix` and `text_alignment` are for `injection=soft`",
                 MappingOf(Node()),
             ),
             "save_every": Key("The steps between two checkpoints", COUNT, "steps"),
@@ -598,7 +605,7 @@ KEYS: dict[str, Key] = {
                 "epochs",
             ),
             "importance.samples": Key(
-                "The training samples whose Fisher information says where gates start; 0: all start alike",
+                "The training samples by whose Fisher information gates start; 0: all start alike",
                 COUNT_OR_ZERO,
                 "samples",
             ),

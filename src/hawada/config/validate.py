@@ -40,7 +40,7 @@ def validate(cfg: DictConfig) -> None:
 
 
 def check_given(cfg: DictConfig, reads: Iterable[str]) -> None:
-    """Check that keys without a default have a value, and that the data lie where they are said to.
+    """Check that keys without a default have a value, and that the folder of the data exists.
 
     Args:
         cfg: the composed configuration.
@@ -147,7 +147,7 @@ def _follows(raw: Mapping[str, Any], key: str) -> bool:
 
 
 def _is_foreign(plain: Mapping[str, Any], key: str) -> bool:
-    """Whether a key is an argument of a class of the user's, whose own signature says what it may be."""
+    """Whether a key is an argument of a class of the user's, whose own signature is the schema."""
     parent, _, last = key.rpartition(".")
     while parent:
         target = _find(plain, f"{parent}._target_")

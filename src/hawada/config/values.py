@@ -16,7 +16,7 @@ class Value(Protocol):
     """What a key may be. `str` of it completes "the value is not …"."""
 
     def problem(self, key: str, value: Any) -> str | None:
-        """The beginning of a sentence that says what is wrong with a value, or None where nothing is."""
+        """The beginning of a sentence about what is wrong with a value, or None where nothing is."""
         ...
 
 

@@ -24,7 +24,7 @@ class FisherImportance:
         self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
     ) -> dict[str, Tensor]:
         """The scores by group, each (units,)."""
-        return fisher_importance(student, calibration.batches, calibration.reader, calibration.chunk)
+        return fisher_importance(student, calibration.batches, calibration.outputs, calibration.chunk)
 
 
 def fisher_importance(

@@ -20,12 +20,12 @@ class CalibrationData:
 
     Attributes:
         batches: (inputs, …) or (inputs, labels, …).
-        reader: runs a model on the inputs of a batch; an adapter's `outputs`.
+        outputs: runs a model on the inputs of a batch; an adapter's `outputs`.
         chunk: logits are made for so many tokens at a time; None makes them all at once.
     """
 
     batches: Sequence[Any]
-    reader: Reader = plain_reader
+    outputs: Reader = plain_reader
     chunk: int | None = None
 
 

@@ -19,7 +19,7 @@ AT_ONCE = 16  # one in so many of the units that are left goes before errors are
 class ObsImportance:
     """The order in which a group's consumer can replace its units, see `reconstruction_ranks`.
 
-    Groups that several layers read, or a layer that is not plainly linear, are left to their gates. Ranks of different
+    Groups with several consumers, or one that is not plainly linear, are left to their gates. Ranks of different
     groups cannot be compared: the sensitivity of the groups must be measured.
     """
 
