@@ -23,10 +23,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.latency import Comparison, Rounds
+from hawada.core.latency import Rounds
 from hawada.core.search import BudgetSearch, search_export
 from hawada.core.search.allocation import Allocation
 from hawada.core.structure import Keep, widths_of
+from hawada.core.verdict import Comparison
 from hawada.experiment import Run
 from hawada.stages import profile
 from hawada.workspace import Workspace, load_proxy

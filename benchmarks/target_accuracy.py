@@ -26,9 +26,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.latency import Comparison
 from hawada.core.search import BudgetSearch, search_export
 from hawada.core.structure import keep_all, widths_of
+from hawada.core.verdict import Comparison
 from hawada.experiment import Run
 from hawada.stages import profile
 from hawada.stages.export import measuring

@@ -25,8 +25,8 @@ import hawada as package
 from hawada.core import files as core_files
 from hawada.core.files import sha256
 from hawada.core.finetune import Finetuner
-from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
+from hawada.core.verdict import Comparison
 from hawada.stages.pipeline import can_be_verified_again
 from hawada.workspace import Verification, Workspace
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,16 @@ from torch import nn
 
 from hawada.adapters import Shape, save_model
 from hawada.adapters.torchvision import ResNetAdapter
-from hawada.core.latency import Budget, Comparison, Interval, Latency, MeasurementError, Rounds, Sampled, summarize
+from hawada.core.latency import (
+    Budget,
+    MeasurementError,
+    Rounds,
+    Sampled,
+    SampledComparison,
+    summarize,
+)
 from hawada.core.structure import keep_all
+from hawada.core.verdict import Comparison, Interval, Latency
 from hawada.workspace import (
     Verification,
     as_dict,
@@ -252,13 +259,13 @@ def test_repeats_are_combined_conservatively() -> None:
     verification, script = verified(*repeats * MAX_PASSES, repeats=3)
     assert verdict(verification)[0] == "unverified"  # two of three would have met it
     assert len(script.asked) == 3 * MAX_PASSES
-    assert combine([one]) == replace(one, samples=None)
+    assert combine([one]) == one
 
 
 def test_the_record_holds_every_sample() -> None:
     samples = np.array([[10.0, 4.0], [11.0, 5.0]])
     teacher, slim = summarize(samples[:, 0]), summarize(samples[:, 1])
-    measured = {SELF_CHECK: Comparison(teacher, slim, Interval(0.4, 0.4, 0.5), samples=samples)}
+    measured = {SELF_CHECK: SampledComparison(teacher, slim, Interval(0.4, 0.4, 0.5), samples=samples)}
     record = json.loads(json.dumps(as_dict(Verification(None, failed="lost", measured=measured))))
     assert record["measured"][SELF_CHECK]["samples_ms"] == samples.tolist()
     assert (record["comparison"], record["every"], record["failed"]) == (None, None, "lost")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hawada.core.latency import SUCCESS
+from hawada.core.verdict import Verdict
 from hawada.report.progress import console
 
 
@@ -20,7 +20,7 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         result: what a pipeline or `stage=evaluate` returned.
         root: the experiment's directory.
     """
-    colour = "green" if result["verdict"] in SUCCESS else "red"
+    colour = "green" if Verdict(result["verdict"]).is_success else "red"
     if "slim" not in result:
         console.print(f"[bold {colour}]{result['verdict']}[/]: {escape(result['reason'])}")
         return

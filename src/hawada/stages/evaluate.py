@@ -20,7 +20,8 @@ from torch import nn
 
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
 from hawada.core.files import is_signed
-from hawada.core.latency import Comparison, Interval, MeasurementError, source_of
+from hawada.core.latency import MeasurementError, source_of
+from hawada.core.verdict import Comparison, Interval
 from hawada.experiment import Run, write_json, write_text
 from hawada.report import Progress, console, model_card
 from hawada.stages.export import EQUALITY

@@ -17,9 +17,10 @@ from torch import nn
 
 from hawada.core.evaluate import compare_outputs
 from hawada.core.gates import Student
-from hawada.core.latency import Budget, Comparison, Proxy, source_of
+from hawada.core.latency import Budget, Proxy, source_of
 from hawada.core.search import BudgetSearch, Candidate, SearchResult, search_export
 from hawada.core.structure import Group, Keep, completed, keep_all, keep_from_gates, widths_of
+from hawada.core.verdict import Comparison
 from hawada.experiment import Run, write_json
 from hawada.report import Progress
 from hawada.workspace import Quality, Workspace, compare_in_fresh_process, load_proxy, predicted

@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from hawada.core.latency import Comparison
 from hawada.core.search import search_export
 from hawada.core.structure import Keep, widths_of
+from hawada.core.verdict import Comparison
 from hawada.experiment import Run, write_json
 from hawada.report import Progress, plot_front, print_front
 from hawada.stages.export import described, load_student, make_search, measuring, prove_equivalence, tell

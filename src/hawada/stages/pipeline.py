@@ -12,7 +12,7 @@ from rich.markup import escape
 from hawada.adapters.huggingface import hub
 from hawada.core.finetune import NORMS
 from hawada.core.formats import check_formats
-from hawada.core.latency import SUCCESS, Interval
+from hawada.core.verdict import Interval, Verdict
 from hawada.experiment import PLANS, Run, order, upstream
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
@@ -137,7 +137,7 @@ def run_pipeline(run: Run) -> dict[str, Any]:
         if stage == "pretrain" and (decided := result_of_profile(run)):
             run.conclude(decided)
             return decided
-        if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
+        if stage == "publish" and not Verdict(result["verdict"]).may_be_published:
             console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
             break
         try:

@@ -13,7 +13,6 @@ from torch import nn
 from hawada.config import build
 from hawada.core.latency import (
     Clock,
-    Interval,
     LatencyTable,
     bootstrap_median,
     build_table,
@@ -24,6 +23,7 @@ from hawada.core.latency import (
     summarize,
 )
 from hawada.core.structure import Keep, completed, keep_all, smallest_keep, widths_of
+from hawada.core.verdict import Interval
 from hawada.experiment import Run, write_json
 from hawada.report import Progress
 from hawada.workspace import FILE, Workspace, given_table, predicted, write_table

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from hawada.adapters.huggingface import hub
 from hawada.core.formats import export_onnx, export_pt2
-from hawada.core.latency import SUCCESS
+from hawada.core.verdict import Verdict
 from hawada.experiment import Run
 from hawada.report import Progress
 from hawada.workspace import Workspace
@@ -23,8 +23,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     Raises:
         ValueError: when the slim model missed its budget, or the hub refuses.
     """
-    verdict = run.result("evaluate")["verdict"]
-    if verdict not in (*SUCCESS, "unverified"):
+    verdict = Verdict(run.result("evaluate")["verdict"])
+    if not verdict.may_be_published:
         raise ValueError(f"stage=publish: the verdict is {verdict}; a model that missed its budget is not published")
     work = Workspace(cfg, run)
     slim = work.saved_model("finetune", "slim")

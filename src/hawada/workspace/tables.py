@@ -8,9 +8,6 @@ from typing import Any
 
 from hawada.core.latency import (
     FORMAT,
-    Comparison,
-    Interval,
-    Latency,
     LatencyTable,
     Proxy,
     check_table_file,
@@ -18,6 +15,7 @@ from hawada.core.latency import (
     read_table_file,
 )
 from hawada.core.structure import Keep, full_widths, widths_of
+from hawada.core.verdict import Comparison, Interval, Latency
 from hawada.experiment import write_json
 from hawada.workspace.workspace import Workspace
 

@@ -30,13 +30,11 @@ from hawada.adapters import Shape, load_with_adapter
 from hawada.config import build
 from hawada.core.latency import (
     Budget,
-    Comparison,
     DeviceMonitor,
-    Interval,
-    Latency,
     MeasurementError,
     Rounds,
     Sampled,
+    SampledComparison,
     Samples,
     comparison_of,
     environment,
@@ -45,6 +43,7 @@ from hawada.core.latency import (
     source_of,
     widened,
 )
+from hawada.core.verdict import Comparison, Interval, Latency
 from hawada.experiment import write_json
 
 if TYPE_CHECKING:
@@ -335,7 +334,7 @@ def as_dict(verification: Verification) -> dict[str, Any]:
 
 
 def _listed(comparison: Comparison) -> list[list[float]]:
-    return [] if comparison.samples is None else comparison.samples.tolist()
+    return comparison.samples.tolist() if isinstance(comparison, SampledComparison) else []
 
 
 if __name__ == "__main__":

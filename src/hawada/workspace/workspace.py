@@ -24,7 +24,6 @@ from hawada.core.gates import SigmoidGate
 from hawada.core.latency import (
     Budget,
     Clock,
-    Comparison,
     DeviceMonitor,
     LatencyTable,
     Monitor,
@@ -37,6 +36,7 @@ from hawada.core.latency import (
     source_of,
 )
 from hawada.core.structure import ExportPolicy, Group, Inputs, Keep, Rounding, Site
+from hawada.core.verdict import Comparison
 from hawada.data import TextData, VisionData
 from hawada.experiment import Run, write_json
 

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from hawada.core.latency import SUCCESS, Budget, Comparison, Interval, Latency
+from hawada.core.latency import Budget
+from hawada.core.verdict import Comparison, Interval, Latency, Verdict
 
 
 def measured(median, half=0.0, *, teacher_ms=10.0, source="measured", noisy=None):
@@ -54,7 +55,7 @@ def test_a_search_stops_only_clearly_below_the_target_and_within_the_tolerance(b
 def test_only_a_whole_interval_below_the_target_meets_it(comparison, verdict, reason):
     said, why = Budget(None, 0.5, 0.05).verdict(comparison)
     assert said == verdict and reason in why
-    assert (said in SUCCESS) == (verdict in ("met", "simulated"))
+    assert Verdict(said).is_success == (verdict in ("met", "simulated"))
 
 
 def test_a_target_in_milliseconds_is_compared_in_milliseconds():

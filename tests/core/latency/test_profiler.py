@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from hawada.core.latency import (
-    Comparison,
     DeviceClock,
-    Interval,
     MeasurementError,
     Rounds,
     bootstrap_median,
@@ -24,6 +22,7 @@ from hawada.core.latency import (
 )
 from hawada.core.latency.monitor import Conditions
 from hawada.core.latency.profiler import measure_rounds, relative_medians
+from hawada.core.verdict import Comparison, Interval
 
 ROUNDS = Rounds(precision=0.0, min_rounds=9, max_rounds=60, max_seconds=60.0)
 
@@ -202,7 +201,7 @@ def test_a_comparison_says_what_was_wrong_and_keeps_its_samples(pair):
     assert found.notes == (f"2 of {len(found.samples) + 2} rounds discarded: too hot", "a note")
     assert found.samples.shape == (found.baseline.samples, 2)
     assert float(np.median(found.samples[:, 0])) == found.baseline.median
-    assert Comparison.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    assert Comparison.from_dict(json.loads(json.dumps(found.as_dict()))).as_dict() == found.as_dict()
 
 
 @pytest.mark.parametrize(("source", "simulated"), [("measured", False), ("simulated", True), ("table", False)])

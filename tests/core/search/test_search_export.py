@@ -3,10 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hawada.core.latency import Budget, Comparison, Interval, Latency, LatencyProxy, LatencyTable
+from hawada.core.latency import Budget, LatencyProxy, LatencyTable
 from hawada.core.latency.site_table import SiteTable
 from hawada.core.search import BudgetSearch, grid_search_latency, search_export
 from hawada.core.structure import ExportPolicy, Group, Removal, Rounding, Site, full_widths, keep_all, widths_of
+from hawada.core.verdict import Comparison, Interval, Latency
 
 
 def fake_measure(groups, linear_proxy, calls, *, offset, scale, noise=0.002):

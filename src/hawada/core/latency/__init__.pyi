@@ -1,4 +1,4 @@
-from .budget import MARGIN as MARGIN, SUCCESS as SUCCESS, Budget as Budget
+from .budget import MARGIN as MARGIN, Budget as Budget
 from .clock import Clock as Clock, DeviceClock as DeviceClock, source_of as source_of
 from .device import (
     check_device as check_device,
@@ -24,12 +24,10 @@ from .monitor import DeviceMonitor as DeviceMonitor, Monitor as Monitor
 from .operators import list_operators as list_operators
 from .profiler import (
     TINY_MS as TINY_MS,
-    Comparison as Comparison,
-    Interval as Interval,
-    Latency as Latency,
     MeasurementError as MeasurementError,
     Rounds as Rounds,
     Sampled as Sampled,
+    SampledComparison as SampledComparison,
     Samples as Samples,
     averaged as averaged,
     bootstrap_median as bootstrap_median,

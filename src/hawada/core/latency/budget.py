@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hawada.core.latency.profiler import Comparison, Interval
+from hawada.core.verdict import Comparison, Interval, Verdict
 
-# The verdicts of a finished run that are a success; only these three are a success.
-SUCCESS = ("met", "already_met", "simulated")
 PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
 MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
 
@@ -64,7 +62,7 @@ class Budget:
             raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
         return Interval(measured.median / target, measured.low / target, measured.high / target)
 
-    def decided_by_profile(self, teacher: Interval, fastest: Interval) -> tuple[str, str] | None:
+    def decided_by_profile(self, teacher: Interval, fastest: Interval) -> tuple[Verdict, str] | None:
         """(verdict, reason) when profiling alone decides, before anything is trained; else None.
 
         Args:
@@ -76,12 +74,12 @@ class Budget:
         goal = self.ratio(teacher.median)
         target = f"the target is {goal * teacher.median:.3f} ms"
         if goal >= (1 if self.target_ratio is not None else teacher.high / teacher.median):
-            return "already_met", f"the teacher takes {teacher.median:.3f} ms, {target}"
+            return Verdict.ALREADY_MET, f"the teacher takes {teacher.median:.3f} ms, {target}"
         if goal < fastest.low:
-            return "infeasible", f"the fastest is {fastest.median * teacher.median:.3f} ms, {target}"
+            return Verdict.INFEASIBLE, f"the fastest is {fastest.median * teacher.median:.3f} ms, {target}"
         return None
 
-    def verdict(self, comparison: Comparison, every: Comparison | None = None) -> tuple[str, str]:
+    def verdict(self, comparison: Comparison, every: Comparison | None = None) -> tuple[Verdict, str]:
         """(verdict, reason) for a fresh measurement of the teacher against the slim model.
 
         Args:
@@ -89,23 +87,23 @@ class Budget:
             every: of all rounds, those that were disturbed included; None when that is the same.
         """
         if not self.has_target:
-            return "unverified", "no target was set"
+            return Verdict.UNVERIFIED, "no target was set"
         if comparison.simulated:
-            return "simulated", "the latency comes from a simulated device"
+            return Verdict.SIMULATED, "the latency comes from a simulated device"
         if comparison.source != "measured":
-            return "unverified", PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
+            return Verdict.UNVERIFIED, PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
         if comparison.noisy is not None:
-            return "unverified", f"noisy: {comparison.noisy}"
+            return Verdict.UNVERIFIED, f"noisy: {comparison.noisy}"
         figures = self._described(comparison)
         both = [self._of_target(known) for known in (comparison, every) if known is not None]
         if all(reached.high <= 1 for reached in both):
-            return "met", figures
+            return Verdict.MET, figures
         if all(reached.low > 1 for reached in both):
-            return "missed", figures
+            return Verdict.MISSED, figures
         one_sided = both[0].high <= 1 or both[0].low > 1
         if every is not None and one_sided:
             figures += f", and {self._described(every, short=True)} with the rounds that were disturbed"
-        return "unverified", f"too noisy to tell: {figures}"
+        return Verdict.UNVERIFIED, f"too noisy to tell: {figures}"
 
     def _described(self, comparison: Comparison, *, short: bool = False) -> str:
         """The figures that are compared with the target, and unless it is to be short the target."""

@@ -6,8 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,35 +16,10 @@ from torch import nn
 from hawada.core.latency.clock import Clock, DeviceClock, source_of
 from hawada.core.latency.monitor import Conditions, Monitor
 from hawada.core.structure import Inputs
+from hawada.core.verdict import Comparison, Interval, Latency
 
 TINY_MS = 1e-9  # an identity takes no time on a simulated device; ratios to it must not divide by zero
 Samples = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A median and its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        """Half the interval relative to the median; 0 for what takes no time."""
-        return (self.high - self.low) / 2 / self.median if self.median > 0 else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Latency(Interval):
-    """Milliseconds per forward pass: median with interval, 95th percentile, and how many samples."""
-
-    p95: float
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -241,48 +215,14 @@ def sample_rounds(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Interleaved measurement of a candidate against a baseline.
+class SampledComparison(Comparison):
+    """A comparison with what it was made of.
 
     Attributes:
-        baseline: usually the teacher's latency.
-        candidate: usually the slim model's.
-        ratio: of candidate to baseline within rounds.
-        source: `measured`, `simulated` or `table`; a verdict needs what was measured.
-        notes: what else was seen meanwhile.
-        noisy: why no verdict may rest on the figures, or None.
-        samples: milliseconds of both, (rounds, 2).
+        samples: milliseconds of baseline and candidate, (rounds, 2).
     """
 
-    baseline: Latency
-    candidate: Latency
-    ratio: Interval
-    source: str = "measured"
-    notes: tuple[str, ...] = ()
-    noisy: str | None = None
-    samples: Samples | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def simulated(self) -> bool:
-        """Whether no device was timed but a simulation of one."""
-        return self.source == "simulated"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, without the samples."""
-        record = asdict(replace(self, samples=None)) | {"notes": list(self.notes)}
-        return {name: value for name, value in record.items() if name != "samples"}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """The inverse of `as_dict`."""
-        return cls(
-            Latency(**record["baseline"]),
-            Latency(**record["candidate"]),
-            Interval(**record["ratio"]),
-            record["source"],
-            tuple(record["notes"]),
-            record["noisy"],
-        )
+    samples: Samples = field(kw_only=True, repr=False, compare=False)
 
 
 def averaged(known: Comparison, other: Comparison, *, share: float = 0.5) -> Comparison:
@@ -352,11 +292,14 @@ def measure_together(
     return measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source_of(clock) != "measured")
 
 
-def comparison_of(samples: Samples, source: str, *, notes: Sequence[str] = (), noisy: str | None = None) -> Comparison:
+def comparison_of(
+    samples: Samples, source: str, *, notes: Sequence[str] = (), noisy: str | None = None
+) -> SampledComparison:
     """The comparison that samples of a baseline and a candidate make, (rounds, 2)."""
     baseline, candidate = samples.T
     ratio = bootstrap_median(candidate / np.maximum(baseline, TINY_MS))
-    return Comparison(summarize(baseline), summarize(candidate), ratio, source, tuple(notes), noisy, samples)
+    teacher, slim = summarize(baseline), summarize(candidate)
+    return SampledComparison(teacher, slim, ratio, source, tuple(notes), noisy, samples=samples)
 
 
 def widened(known: Comparison, share: float) -> Comparison:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from hawada.core.latency import MARGIN, Budget, Comparison, Proxy, averaged
+from hawada.core.latency import MARGIN, Budget, Proxy, averaged
 from hawada.core.search.allocation import Allocation, Worths
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
+from hawada.core.verdict import Comparison
 
 CLOSE = 2.0  # tolerances from the goal: a model as near as that is changed, not chosen anew
 # Of a measurement of the search in the proxy's fit, where a random calibration model has 1: what the search measures
