@@ -14,7 +14,7 @@ from networks import Network
 from torch import nn
 
 from hawada.core.structure import completed, keep_first, widths_of
-from hawada.workspace import Workspace
+from hawada.workspace import ModelStopwatch
 
 STEPS = 7  # bisections of a baseline's ratio
 HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
@@ -22,11 +22,11 @@ HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leav
 Pruner = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
 
 
-def of_torch_pruning(name: str, network: Network, work: Workspace, teacher: nn.Module) -> Pruner:
+def of_torch_pruning(name: str, network: Network, watch: ModelStopwatch, teacher: nn.Module) -> Pruner:
     """Torch-Pruning, global, on every layer but the classifier, or on channels inside blocks alone."""
     layers = {path for path, module in teacher.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     classifier = next(path for path in reversed(list(dict(teacher.named_modules()))) if path in layers)
-    inner = {group.name for group in work.groups if group.kind == "channel"}
+    inner = {group.name for group in watch.subject.groups if group.kind == "channel"}
     pruned = inner if network.inner else layers - {classifier}
     importances: dict[str, Callable[[], Any]] = {
         "taylor": tp.importance.GroupTaylorImportance,
@@ -38,14 +38,14 @@ def of_torch_pruning(name: str, network: Network, work: Workspace, teacher: nn.M
         torch.manual_seed(0)
         model = copy.deepcopy(teacher).cpu()
         if name == "taylor":
-            for images, labels in work.data.calibration_loader(network.recipe.batch, network.calibration):
+            for images, labels in watch.subject.data.calibration_loader(network.recipe.batch, network.calibration):
                 F.cross_entropy(model(images.cpu()), labels.cpu()).backward()
         ignored = [model.get_submodule(path) for path in layers - pruned]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = tp.pruner.BasePruner(
                 model,
-                work.check_inputs()[0],
+                watch.subject.check_inputs()[0],
                 importances[name](),
                 global_pruning=True,
                 pruning_ratio=ratio,
@@ -60,18 +60,20 @@ def of_torch_pruning(name: str, network: Network, work: Workspace, teacher: nn.M
     return prune
 
 
-def of_uniform(_: str, network: Network, work: Workspace, teacher: nn.Module) -> Pruner:
+def of_uniform(_: str, network: Network, watch: ModelStopwatch, teacher: nn.Module) -> Pruner:
     """The same fraction of every inner convolution's filters, the largest ones."""
-    sizes = {g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in work.groups if g.cuts}
+    sizes = {
+        g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in watch.subject.groups if g.cuts
+    }
     order = {name: size.argsort(descending=True).tolist() for name, size in sizes.items()}
 
     def prune(ratio: float) -> nn.Module:
-        widths = widths_of(completed({}, work.groups), work.groups)
-        for group in work.groups:
+        widths = widths_of(completed({}, watch.subject.groups), watch.subject.groups)
+        for group in watch.subject.groups:
             if group.cuts:
                 kept = round((1 - ratio) * group.units / network.multiple) * network.multiple
                 widths[group.name] = min(max(kept, network.multiple), group.units)
-        return work.slim(teacher, keep_first(work.groups, widths, order))
+        return watch.subject.slim(teacher, keep_first(watch.subject.groups, widths, order))
 
     return prune
 

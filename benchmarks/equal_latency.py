@@ -55,14 +55,14 @@ from hawada.core.latency.profiler import measure_rounds
 from hawada.data import VisionData
 from hawada.experiment import Run
 from hawada.stages import front, profile, train
-from hawada.workspace import Workspace
+from hawada.workspace import ModelStopwatch, open_stage
 
 matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
 LONGEST = 60.0  # seconds that the models of one target are measured together
 
 
-def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> Workspace:
+def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> ModelStopwatch:
     """HawAda, profiled, with its gates trained as configured for the middle target, ready for a front of all."""
     register_resolvers()
     overrides = list({override.partition("=")[0]: override for override in overrides}.values())  # Hydra takes one a key
@@ -77,21 +77,23 @@ def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) ->
         if not run.check(name):
             stage.run(run.settings(name), run)
     run = Run(root / one.name, many)
-    return Workspace(run.settings("front"), run)
+    return open_stage(run.settings("front"), run)[1]
 
 
-def of_hawada(work: Workspace) -> dict[float, nn.Module]:
+def of_hawada(watch: ModelStopwatch) -> dict[float, nn.Module]:
     """What `stage=export` makes for every target."""
-    points = (work.run.result("front") if work.run.check("front") else front.run(work.cfg, work.run))["points"]
+    points = (watch.store.result("front") if watch.store.run.check("front") else front.run(watch.cfg, watch.store.run))[
+        "points"
+    ]
     return {
-        point["target_ratio"]: work.saved_model("front", f"{point['target_ratio']:g}/slim")
+        point["target_ratio"]: watch.subject.saved_model("front", f"{point['target_ratio']:g}/slim")
         for point in points
         if point["status"] != "infeasible"
     }
 
 
 def finetuned(
-    work: Workspace,
+    watch: ModelStopwatch,
     model: nn.Module,
     teacher: nn.Module,
     data: VisionData,
@@ -119,44 +121,48 @@ def finetuned(
         1, recipe.lr, recipe.weight_decay, label_weight=recipe.label_weight, warm_up=recipe.warm_up
     )  # one pass over so many
     distillation = Distillation(
-        DISTILLATION, reader=work.adapter.outputs, hidden_weight=recipe.hidden_weight, cache=cache, other=other
+        DISTILLATION, reader=watch.subject.adapter.outputs, hidden_weight=recipe.hidden_weight, cache=cache, other=other
     )
-    trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=work.accelerator)
+    trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=watch.subject.accelerator)
     return model.cpu().eval()
 
 
-def together(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+def together(watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
     """Ratio of each model to the teacher, with its interval, all in the same rounds."""
-    samplers = [work.clock.prepare(work.timed(model), work.inputs()) for model in (teacher, *models.values())]
-    rounds = replace(work.rounds, max_seconds=LONGEST)
-    samples = measure_rounds(samplers, rounds, monitor=work.monitor).samples
+    samplers = [watch.clock.prepare(watch.timed(model), watch.inputs()) for model in (teacher, *models.values())]
+    rounds = replace(watch.rounds, max_seconds=LONGEST)
+    samples = measure_rounds(samplers, rounds, monitor=watch.monitor).samples
     return {
         name: bootstrap_median(samples[:, index] / samples[:, 0]).as_dict()
         for index, name in enumerate(models, start=1)
     }
 
 
-def accuracy(work: Workspace, model: nn.Module) -> float:
+def accuracy(watch: ModelStopwatch, model: nn.Module) -> float:
     """On the test images, in percent."""
-    return 100 * score(model.to(work.device), work.data.test_loader(500), work.adapter.logits).accuracy
+    return (
+        100 * score(model.to(watch.device), watch.subject.data.test_loader(500), watch.subject.adapter.logits).accuracy
+    )
 
 
 def candidates(
     methods: Sequence[str],
     network: Network,
-    work: Workspace,
-    hawada: Mapping[str, Workspace],
+    watch: ModelStopwatch,
+    hawada: Mapping[str, ModelStopwatch],
     teacher: nn.Module,
     kept: Kept,
 ) -> dict[tuple[str, float], nn.Module]:
     """By method and target, what reached it, before finetuning."""
-    reference = work.timed(copy.deepcopy(teacher))
+    reference = watch.timed(copy.deepcopy(teacher))
     seen: dict[str, float] = {}
 
     def ratio_of(model: nn.Module) -> float:
         shape = str([tuple(parameter.shape) for parameter in model.parameters()])
         if shape not in seen:
-            seen[shape] = work.compare(reference, work.timed(copy.deepcopy(model)), work.quick_rounds).ratio.median
+            seen[shape] = watch.compare(
+                reference, watch.timed(copy.deepcopy(model)), watch.inputs(), watch.quick_rounds
+            ).ratio.median
         return seen[shape]
 
     found: dict[tuple[str, float], nn.Module] = {}
@@ -165,7 +171,7 @@ def candidates(
             found |= {(method, target): model for target, model in of_hawada(hawada[method]).items()}
             continue
         make = of_uniform if method == "uniform" else of_torch_pruning
-        prune = make(method, network, work, teacher)
+        prune = make(method, network, watch, teacher)
         for target in network.targets:
             name = f"{method} {target} of {fingerprint(teacher)}"
             pruning = kept.take(name, lambda: brought_to(target, prune, ratio_of))  # noqa: B023
@@ -177,35 +183,35 @@ def candidates(
 def measured(
     methods: Sequence[str],
     network: Network,
-    work: Workspace,
+    watch: ModelStopwatch,
     teacher: nn.Module,
     found: Mapping[tuple[str, float], nn.Module],
 ) -> list[dict[str, Any]]:
     """One record for each method and target: what it measures and how good it is before finetuning."""
-    one = work.adapter.example_inputs(Shape(1))
+    one = watch.subject.adapter.example_inputs(Shape(1))
     records: list[dict[str, Any]] = []
     for target in network.targets:
         models = {method: model for (method, wanted), model in found.items() if wanted == target}
-        ratios = together(work, copy.deepcopy(teacher), copy.deepcopy(models))
+        ratios = together(watch, copy.deepcopy(teacher), copy.deepcopy(models))
         for method in methods:
             records.append({"method": method, "target_ratio": target, "reached": method in models})
             if method not in models:
                 continue
             model = models[method]
-            recalibrated = recalibrate_batchnorm(copy.deepcopy(model), calibration(work, network))
+            recalibrated = recalibrate_batchnorm(copy.deepcopy(model), calibration(watch, network))
             records[-1] |= {
                 "ratio": ratios[method],
                 "macs": count_macs(model, one),
                 "parameters": count_parameters(model),
-                "before": {"exported": accuracy(work, model), "recalibrated": accuracy(work, recalibrated)},
+                "before": {"exported": accuracy(watch, model), "recalibrated": accuracy(watch, recalibrated)},
                 "after": [],
             }
     return records
 
 
-def calibration(work: Workspace, network: Network) -> Any:
+def calibration(watch: ModelStopwatch, network: Network) -> Any:
     """Batches of training images."""
-    return work.data.calibration_loader(2 * network.recipe.batch, network.calibration)
+    return watch.subject.data.calibration_loader(2 * network.recipe.batch, network.calibration)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -216,14 +222,14 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def shown_in_finetuning(work: Workspace, network: Network) -> VisionData:
+def shown_in_finetuning(watch: ModelStopwatch, network: Network) -> VisionData:
     """Images as they are where none is seen twice, else augmented if the data are."""
-    return work.data if network.samples > len(work.data.plain) else unaugmented(work.data)
+    return watch.subject.data if network.samples > len(watch.subject.data.plain) else unaugmented(watch.subject.data)
 
 
 def finetune_all(
     network: Network,
-    work: Workspace,
+    watch: ModelStopwatch,
     teacher: nn.Module,
     found: Mapping[tuple[str, float], nn.Module],
     records: Sequence[dict[str, Any]],
@@ -231,8 +237,8 @@ def finetune_all(
     kept: Kept,
 ) -> None:
     """Add to each record what its model reaches with one seed."""
-    data, recipe = shown_in_finetuning(work, network), network.recipe
-    cache = AnswerCache(len(work.data.plain))  # every method asks the teacher about the same images
+    data, recipe = shown_in_finetuning(watch, network), network.recipe
+    cache = AnswerCache(len(watch.subject.data.plain))  # every method asks the teacher about the same images
     for record in records:
         if not record["reached"]:
             continue
@@ -242,11 +248,11 @@ def finetune_all(
 
         def result(method: str = method, target: float = target, samples: int = samples) -> float:
             model = copy.deepcopy(found[method, target])
-            recalibrate_batchnorm(model, calibration(work, network))
-            model = finetuned(work, model, teacher, data, samples, seed, recipe, cache=cache)
+            recalibrate_batchnorm(model, calibration(watch, network))
+            model = finetuned(watch, model, teacher, data, samples, seed, recipe, cache=cache)
             if recipe.recalibrated:
-                recalibrate_batchnorm(model, calibration(work, network))
-            return accuracy(work, model)
+                recalibrate_batchnorm(model, calibration(watch, network))
+            return accuracy(watch, model)
 
         name = f"{method} {target} {fingerprint(found[method, target])}: {samples} images, seed {seed}, {recipe}"
         record["after"].append(kept.take(name, result))
@@ -297,31 +303,31 @@ def main() -> None:
     start = time.perf_counter()
     with nullcontext(arguments.root) if arguments.root else tempfile.TemporaryDirectory() as root:
         overrides = [*options(arguments, network, Path(root)), *arguments.overrides]
-        work = workspace(overrides, network.targets, Path(root))
-        hawada = {"hawada": work}
+        watch = workspace(overrides, network.targets, Path(root))
+        hawada = {"hawada": watch}
         if "hawada-width" in arguments.methods:
             narrow = [*overrides, "groups.kind=[channel]"]
             hawada["hawada-width"] = workspace(narrow, network.targets, Path(root) / "width")
-        teacher = work.teacher()
+        teacher = watch.subject.teacher()
         whole: dict[str, Any] = {
-            "environment": work.environment() | {"torch_pruning": torch_pruning.__version__},
-            "timed_as": work.timed_as,
+            "environment": watch.store.environment | {"torch_pruning": torch_pruning.__version__},
+            "timed_as": watch.timed_as,
             "network": arguments.network,
             "depth": arguments.depth,
             "teacher_epochs": arguments.teacher_epochs,
             "recipe": network.recipe.as_dict()
             | {"samples": network.samples, "refit_samples": network.calibration}
-            | {"augmentation": not shown_in_finetuning(work, network).repeats},
-            "teacher_accuracy": accuracy(work, teacher),
+            | {"augmentation": not shown_in_finetuning(watch, network).repeats},
+            "teacher_accuracy": accuracy(watch, teacher),
         }
         print(f"teacher {whole['teacher_accuracy']:.2f} %", flush=True)
         kept = Kept(Path(root) / "kept.json")
-        found = candidates(arguments.methods, network, work, hawada, teacher, kept)
-        whole["records"] = measured(arguments.methods, network, work, teacher, found)
+        found = candidates(arguments.methods, network, watch, hawada, teacher, kept)
+        whole["records"] = measured(arguments.methods, network, watch, teacher, found)
         print("everything is measured; what follows may share the machine", flush=True)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         for seed in range(arguments.seeds):
-            finetune_all(network, work, teacher, found, whole["records"], seed, kept)
+            finetune_all(network, watch, teacher, found, whole["records"], seed, kept)
             whole["seconds"] = time.perf_counter() - start
             arguments.output.write_text(json.dumps(whole, indent=1) + "\n")
     plot(whole["records"], whole["teacher_accuracy"], arguments.output.with_suffix(".png"))

@@ -22,43 +22,43 @@ from hawada.core.structure import widths_of
 from hawada.experiment import Run
 from hawada.report import Progress
 from hawada.stages.profile import choose_models, measure_models, time_sites
-from hawada.workspace import Workspace
+from hawada.workspace import ModelStopwatch, open_stage
 
 PROXIES = ("lookup", "roofline", "macs")
 
 
-def workspace(model: str, proxy: str, root: Path, overrides: list[str]) -> Workspace:
+def workspace(model: str, proxy: str, root: Path, overrides: list[str]) -> ModelStopwatch:
     """What stage=profile works with."""
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"proxy={proxy}", f"output_dir={root}", *overrides])
     run = Run(root / cfg.name, cfg)
-    return Workspace(run.settings("profile"), run)
+    return open_stage(run.settings("profile"), run)[1]
 
 
 def judge(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
     """Fidelity of every proxy on the same measured models."""
     spaces = {proxy: workspace(model, proxy, root, overrides) for proxy in PROXIES}
-    work = spaces["lookup"]
-    teacher = work.placed(work.adapter.skeleton())
+    watch = spaces["lookup"]
+    teacher = watch.placed(watch.subject.adapter.skeleton())
     tables = {}
     with Progress(model, 100) as progress:
         for proxy, space in spaces.items():
             clock = build(space.cfg.proxy.clock) if space.cfg.proxy.get("clock") else space.clock
             tables[proxy] = time_sites(space, teacher, clock, progress)
-        keeps = choose_models(work)
-        measured = measure_models(work, teacher, keeps, progress)
+        keeps = choose_models(watch.subject)
+        measured = measure_models(watch, teacher, keeps, progress)
     teacher_ms = measured[0]["latency_ms"]["median"]
     samples = [
-        (widths_of(keep, work.groups), record["ratio"]["median"] * teacher_ms)
+        (widths_of(keep, watch.subject.groups), record["ratio"]["median"] * teacher_ms)
         for keep, record in zip(keeps, measured, strict=True)
     ]
-    record: dict[str, Any] = {"model": model, "teacher_ms": teacher_ms, "timed_as": work.timed_as, "proxies": {}}
+    record: dict[str, Any] = {"model": model, "teacher_ms": teacher_ms, "timed_as": watch.timed_as, "proxies": {}}
     for proxy, space in spaces.items():
-        predicted, real = calibrate(space.new_proxy(tables[proxy]), samples, fitted=2 + work.cfg.profile.fitted_models)
+        predicted, real = calibrate(space.new_proxy(tables[proxy]), samples, fitted=2 + watch.cfg.profile.fitted_models)
         record["proxies"][proxy] = fidelity(predicted, real) | {"predicted_ms": predicted}
         record["measured_ms"] = real
-    return record | {"environment": work.environment()}
+    return record | {"environment": watch.store.environment}
 
 
 def main() -> None:

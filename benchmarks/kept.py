@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hawada.experiment import write_json
+from hawada.core.files import write_json
 
 
 class Kept:

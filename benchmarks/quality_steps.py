@@ -35,7 +35,7 @@ from hawada.core.evaluate import score
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.data import cifar10
 from hawada.stages import front
-from hawada.workspace import Workspace
+from hawada.workspace import ModelStopwatch
 
 HELD_OUT = 5120  # training images
 TRAINED = ["train.epochs=10", "train.steps_per_epoch=10", "train.patience=0"]  # of gates, at batch 64: 6,400 images
@@ -99,59 +99,61 @@ def held_out(data: Path) -> list[Any]:
     return [plain.__getitems__(rows.tolist()) for rows in order[-HELD_OUT:].split(512)]
 
 
-def accuracy(work: Workspace, model: nn.Module, batches: Sequence[Any]) -> float:
+def accuracy(watch: ModelStopwatch, model: nn.Module, batches: Sequence[Any]) -> float:
     """In percent."""
-    return 100 * score(model, batches, work.adapter.logits).accuracy
+    return 100 * score(model, batches, watch.subject.adapter.logits).accuracy
 
 
-def sliced(name: str, work: Workspace, network: Network, batches: Sequence[Any]) -> list[dict[str, Any]]:
+def sliced(name: str, watch: ModelStopwatch, network: Network, batches: Sequence[Any]) -> list[dict[str, Any]]:
     """Accuracy at every target before any finetuning."""
-    points = (work.run.result("front") if work.run.check("front") else front.run(work.cfg, work.run))["points"]
+    points = (watch.store.result("front") if watch.store.run.check("front") else front.run(watch.cfg, watch.store.run))[
+        "points"
+    ]
     records: list[dict[str, Any]] = []
     for point in points:
         target, reached = point["target_ratio"], point["status"] != "infeasible"
         records.append({"step": name, "target_ratio": target, "reached": reached})
         if reached:
-            model = work.saved_model("front", f"{target:g}/slim")
-            exported = accuracy(work, model, batches)
-            recalibrate_batchnorm(model, calibration(work, network))
+            model = watch.subject.saved_model("front", f"{target:g}/slim")
+            exported = accuracy(watch, model, batches)
+            recalibrate_batchnorm(model, calibration(watch, network))
             records[-1] |= {
                 "predicted_ratio": point["measured"]["ratio"]["median"],
                 "exported": exported,
-                "recalibrated": accuracy(work, model, batches),
+                "recalibrated": accuracy(watch, model, batches),
                 "widths": point["widths"],
             }
     return records
 
 
 def finetuning(
-    name: str, work: Workspace, network: Network, seeds: int, batches: Sequence[Any], larger: nn.Module | None
+    name: str, watch: ModelStopwatch, network: Network, seeds: int, batches: Sequence[Any], larger: nn.Module | None
 ) -> dict[str, Any]:
     """Accuracy after one way of finetuning an exported model."""
     way = FINETUNING[name]
     target = min(network.targets) if way.smallest else max(network.targets)
-    teacher, data = work.teacher(), work.data if way.augmented else unaugmented(work.data)
+    teacher, data = watch.subject.teacher(), watch.subject.data if way.augmented else unaugmented(watch.subject.data)
     recipe = network.recipe if way.blocks else replace(network.recipe, hidden_weight=0.0)
-    other = OtherTeacher(larger.to(work.accelerator.device)) if way.larger and larger is not None else None
+    other = OtherTeacher(larger.to(watch.subject.accelerator.device)) if way.larger and larger is not None else None
     samples = network.samples - network.calibration * (1 if way.between is None else 2)  # refits change weights too
     found, predicted = [], []
     for seed in range(seeds):
-        finetune = partial(finetuned, work, teacher=teacher, data=data, seed=seed, recipe=recipe, other=other)
+        finetune = partial(finetuned, watch, teacher=teacher, data=data, seed=seed, recipe=recipe, other=other)
         if way.between is None:
-            model = work.saved_model("front", f"{target:g}/slim")
-            recalibrate_batchnorm(model, calibration(work, network))
+            model = watch.subject.saved_model("front", f"{target:g}/slim")
+            recalibrate_batchnorm(model, calibration(watch, network))
             model = finetune(model, samples=samples)
         else:
             first = 3 * samples // 10
             model, ratio = in_steps(
-                work,
+                watch,
                 (way.between, target),
                 (first, samples - first),
-                partial(calibration, work, network),
+                partial(calibration, watch, network),
                 lambda model, count: finetune(model, samples=count),  # noqa: B023
             )
             predicted.append(ratio)
-        found.append(accuracy(work, model, batches))
+        found.append(accuracy(watch, model, batches))
     record = {"step": name, "target_ratio": target, **asdict(way), "finetuned": found}
     return record | ({"predicted_ratio": predicted} if predicted else {})
 
@@ -220,13 +222,13 @@ def main() -> None:
 
         for name in [each for each in STEPS if each in asked(list(STEPS)) or each == LAST]:
             told = [*base, "gpu.timing=table", f"gpu.table={latencies}", *STEPS[name]]
-            work = workspace(told, network.targets, root / re.sub(r"\W+", "_", name))
-            keep("records", sliced(name, work, network, batches))
+            watch = workspace(told, network.targets, root / re.sub(r"\W+", "_", name))
+            keep("records", sliced(name, watch, network, batches))
         larger = None if arguments.larger is None else resnet56(arguments.larger, arguments.data, root)
         if larger is not None:
-            whole["larger_teacher_accuracy"] = accuracy(work, larger, batches)
+            whole["larger_teacher_accuracy"] = accuracy(watch, larger, batches)
         for name in asked([each for each, way in FINETUNING.items() if larger is not None or not way.larger]):
-            keep("finetuning", [finetuning(name, work, network, arguments.seeds, batches, larger)])
+            keep("finetuning", [finetuning(name, watch, network, arguments.seeds, batches, larger)])
     rows = {r["step"]: [cell(o) for o in whole["records"] if o["step"] == r["step"]] for r in whole["records"]}
     print(table(rows, [f"at {target:g}" for target in network.targets]))
     ways = {

@@ -30,7 +30,7 @@ from hawada.core.structure import Keep, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
 from hawada.stages import profile
-from hawada.workspace import Workspace, load_proxy
+from hawada.workspace import ModelStopwatch, load_proxy, open_stage
 
 TOLERANCE = 0.03
 FAMILIES = {"tiny_resnet": [], "tiny_vit": ["export.layout=heterogeneous"], "tiny_llama": ["budget.prompt=64"]}
@@ -44,14 +44,14 @@ OPTIONS = [
 ALL = 20_000  # choices that are all tried, at most
 
 
-def profiled(model: str, root: Path) -> Workspace:
+def profiled(model: str, root: Path) -> ModelStopwatch:
     """A family with its table, on a device without noise."""
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"output_dir={root}", *OPTIONS, *FAMILIES[model]])
     run = Run(root / cfg.name, cfg)
     profile.run(run.settings("profile"), run)
-    return Workspace(run.settings("export"), run)
+    return open_stage(run.settings("export"), run)[1]
 
 
 def problems(count: int) -> Iterator[tuple[float, float, int]]:
@@ -61,39 +61,39 @@ def problems(count: int) -> Iterator[tuple[float, float, int]]:
         yield float(random.uniform(0.3, 0.9)), float(random.choice([0.0, 0.005, 0.01, 0.02])), seed
 
 
-def solve(work: Workspace, ratio: float, noise: float, seed: int) -> dict[str, Any]:
+def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[str, Any]:
     """Search for one target; what was found, timed without noise, and how good the choice of widths is."""
     generator = torch.Generator().manual_seed(seed)
-    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
-    teacher, inputs = work.timed(work.adapter.skeleton()), work.inputs()
-    noisy = copy.copy(work.clock)
+    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
+    teacher, inputs = watch.timed(watch.subject.adapter.skeleton()), watch.inputs()
+    noisy = copy.copy(watch.clock)
     noisy.noise, noisy._random = noise, np.random.default_rng(seed)
-    teacher_ms = work.clock.prepare(teacher, inputs)()
+    teacher_ms = watch.clock.prepare(teacher, inputs)()
     truth: list[tuple[Keep, float]] = []
 
     def measure(keep: Keep) -> Comparison:
-        slim = work.timed(work.slim(work.adapter.skeleton(), keep))
-        truth.append((keep, work.clock.prepare(slim, inputs)() / teacher_ms))
-        exact, work.clock = work.clock, noisy
+        slim = watch.timed(watch.subject.slim(watch.subject.adapter.skeleton(), keep))
+        truth.append((keep, watch.clock.prepare(slim, inputs)() / teacher_ms))
+        exact, watch.clock = watch.clock, noisy
         try:
-            return work.compare(teacher, slim, Rounds(precision=0.004) if noise else None)
+            return watch.compare(teacher, slim, inputs, Rounds(precision=0.004) if noise else None)
         finally:
-            work.clock = exact
+            watch.clock = exact
 
-    proxy = load_proxy(work, "profile")
+    proxy = load_proxy(watch.subject, "profile")
     search = BudgetSearch(
-        groups=work.groups,
+        groups=watch.subject.groups,
         saliency=saliency,
         proxy=proxy,
-        policies=work.policies,
+        policies=watch.subject.policies,
         measure=measure,
-        budget=work.budget_for(ratio),
-        teacher_ms=work.run.result("profile")["teacher_ms"],
+        budget=watch.budget_for(ratio),
+        teacher_ms=watch.store.result("profile")["teacher_ms"],
         confirmations=1 if noise else 0,
     )
     found = search_export(search)
     reached = next(true for keep, true in truth if keep == found.chosen.keep)
-    fastest = work.run.result("profile")["fastest_ratio"]["median"]
+    fastest = watch.store.result("profile")["fastest_ratio"]["median"]
     record = {"target_ratio": ratio, "noise": noise, "seed": seed, "status": found.status, "reached_ratio": reached}
     record |= {"of_target": reached / ratio, "measurements": len(truth), "fastest_ratio": fastest}
     if found.status != "infeasible" and reached < (1 - TOLERANCE) * ratio:
@@ -103,7 +103,7 @@ def solve(work: Workspace, ratio: float, noise: float, seed: int) -> dict[str, A
         if found.status == "infeasible"
         else reached <= ratio and reached >= (1 - TOLERANCE) * record.get("slowest_below", ratio)
     )
-    return record | {"of_brute_force": against_brute_force(work, saliency, ratio, seed)}
+    return record | {"of_brute_force": against_brute_force(watch, saliency, ratio, seed)}
 
 
 def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, float]]) -> float:
@@ -115,23 +115,25 @@ def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, fl
     return max(float(search.proxy.predict(choice)) for choice in widths) / search.teacher_ms
 
 
-def against_brute_force(work: Workspace, saliency: dict[str, torch.Tensor], ratio: float, seed: int) -> float | None:
+def against_brute_force(
+    watch: ModelStopwatch, saliency: dict[str, torch.Tensor], ratio: float, seed: int
+) -> float | None:
     """Worth of the chosen widths as a fraction of the best there are, with few groups gated; None where none fits."""
     random = np.random.default_rng(seed)
-    whole = Allocation(work.groups, saliency, load_proxy(work, "profile"), work.policies[-1])
+    whole = Allocation(watch.subject.groups, saliency, load_proxy(watch.subject, "profile"), watch.subject.policies[-1])
     gated: list[str] = []
     for name in random.permutation(list(whole.blocks)):
         chosen = [*gated, str(name)]
         if math.prod(len(whole.allowed[block]) for block in chosen) <= ALL:
             gated = chosen
     some = {member: saliency[member] for name in gated for member in whole.blocks[name]}
-    proxy = load_proxy(work, "profile")
-    allocation = Allocation(work.groups, some, proxy, work.policies[-1])
+    proxy = load_proxy(watch.subject, "profile")
+    allocation = Allocation(watch.subject.groups, some, proxy, watch.subject.policies[-1])
     every = []
     for widths in itertools.product(*[allocation.allowed[name] for name in allocation.blocks]):
         by_block = dict(zip(allocation.blocks, widths, strict=True))
         choice = {member: by_block[name] for name, members in allocation.blocks.items() for member in members}
-        if not allocation.policy.lacking(choice, work.groups):
+        if not allocation.policy.lacking(choice, watch.subject.groups):
             # What lies inside a branch or layer goes with it; nothing here lies inside anything else that thins.
             choice = {name: width if allocation._stays(name, choice) else 0 for name, width in choice.items()}
             every.append((float(proxy.predict(choice)), allocation.worth(choice)))
@@ -150,9 +152,9 @@ def main() -> None:
     records = []
     with tempfile.TemporaryDirectory() as root:
         for model in FAMILIES:
-            work = profiled(model, Path(root))
+            watch = profiled(model, Path(root))
             for problem in problems(arguments.problems):
-                record = {"model": model} | solve(work, *problem)
+                record = {"model": model} | solve(watch, *problem)
                 records.append(record)
                 print(
                     f"{model:12} target {record['target_ratio']:.3f} noise {record['noise']:.3f}: {record['status']}, "
@@ -162,7 +164,7 @@ def main() -> None:
                 )
     kept = sum(record["kept"] for record in records)
     print(f"kept in {kept} of {len(records)}; least worth {min(r['of_brute_force'] for r in records):.4f}")
-    record = {"environment": work.environment(), "kept": kept, "problems": records}
+    record = {"environment": watch.store.environment, "kept": kept, "problems": records}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["environment"]))
 

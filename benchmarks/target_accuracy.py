@@ -32,7 +32,7 @@ from hawada.core.verdict import Comparison
 from hawada.experiment import Run
 from hawada.stages import profile
 from hawada.stages.export import measuring
-from hawada.workspace import Workspace, load_proxy, verify_in_fresh_process
+from hawada.workspace import load_proxy, open_stage, verify_in_fresh_process
 from hawada.workspace.verification import combine
 
 ENOUGH = 3  # allocations in the window
@@ -54,15 +54,15 @@ def run_of(model: str, batch: int, root: Path, overrides: list[str]) -> Run:
 
 def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     """Search for one target and save what was found."""
-    work = Workspace(run.settings("evaluate"), run)
-    choosing = Workspace(run.settings("export"), run)
+    watch = open_stage(run.settings("evaluate"), run)[1]
+    choosing = open_stage(run.settings("export"), run)[1]
     generator = torch.Generator().manual_seed(seed)
-    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
-    teacher = work.adapter.skeleton()
+    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
+    teacher = watch.subject.adapter.skeleton()
     start = time.perf_counter()
     with measuring(choosing, teacher, teacher) as measure:
         search = BudgetSearch(
-            groups=work.groups,
+            groups=watch.subject.groups,
             saliency=saliency,
             proxy=load_proxy(choosing, "profile"),
             policies=choosing.policies,
@@ -76,8 +76,8 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     folder = run.root / "verified" / f"{ratio:g}"
     folder.mkdir(parents=True)
-    work.save(folder / "teacher", teacher, keep_all(work.groups))
-    work.save(folder / "slim", work.slim(teacher, found.chosen.keep), found.chosen.keep)
+    watch.subject.save(folder / "teacher", teacher, keep_all(watch.subject.groups))
+    watch.subject.save(folder / "slim", watch.subject.slim(teacher, found.chosen.keep), found.chosen.keep)
     return {
         "target_ratio": ratio,
         "status": found.status,
@@ -90,19 +90,19 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
 
 def verify(run: Run, records: list[dict[str, Any]]) -> None:
     """Measure what was found for each target afresh, all targets in turn, and add what came out to the records."""
-    work = Workspace(run.settings("evaluate"), run)
+    watch = open_stage(run.settings("evaluate"), run)[1]
     again: dict[float, list[Comparison]] = {}
     for _ in range(PROCESSES):
         for record in records:
             folder = run.root / "verified" / f"{record['target_ratio']:g}"
-            comparison = verify_in_fresh_process(work, folder / "teacher", folder / "slim", folder).comparison
+            comparison = verify_in_fresh_process(watch, folder / "teacher", folder / "slim", folder).comparison
             if comparison is None:
                 raise RuntimeError(f"{folder}: nothing was measured")
             again.setdefault(record["target_ratio"], []).append(comparison)
     for record in records:
         ratio = record["target_ratio"]
         whole = combine(again[ratio])
-        low = 1 - work.budget_for(ratio).tolerance
+        low = 1 - watch.budget_for(ratio).tolerance
         record |= {
             "ratio": whole.ratio.as_dict(),
             "ratios": [comparison.ratio.median for comparison in again[ratio]],

@@ -14,11 +14,11 @@ from hawada.core.search import search_export
 from hawada.core.structure import Keep, plan_edits
 from hawada.report import Progress
 from hawada.stages.export import load_student, make_search, measuring
-from hawada.workspace import Quality, Workspace, load_proxy
+from hawada.workspace import ModelStopwatch, Quality, load_proxy
 
 
 def in_steps(
-    work: Workspace,
+    watch: ModelStopwatch,
     ratios: tuple[float, ...],
     samples: tuple[int, ...],
     calibration: Callable[[], DataLoader],
@@ -32,43 +32,45 @@ def in_steps(
     Raises:
         ValueError: when a fraction cannot be reached.
     """
-    model, slim, predicted = work.teacher(), work.teacher(), 1.0
+    model, slim, predicted = watch.subject.teacher(), watch.subject.teacher(), 1.0
     for ratio, count in zip(ratios, samples, strict=True):
-        keep, slim, predicted = _exported(work, model, ratio)
+        keep, slim, predicted = _exported(watch, model, ratio)
         recalibrate_batchnorm(slim, calibration())
         slim = finetune(slim, count)
-        model = spread(work, model, slim, keep)
+        model = spread(watch, model, slim, keep)
     return slim, predicted
 
 
-def _exported(work: Workspace, model: nn.Module, ratio: float) -> tuple[Keep, nn.Module, float]:
+def _exported(watch: ModelStopwatch, model: nn.Module, ratio: float) -> tuple[Keep, nn.Module, float]:
     """What `stage=export` makes of a model instead of the teacher."""
-    teacher = work.teacher()
-    student = load_student(work, teacher)
+    teacher = watch.subject.teacher()
+    student = load_student(watch.subject, teacher)
     student.model.load_state_dict(model.state_dict())
-    with Progress("step", 1) as progress, measuring(work, student.model, teacher) as measure:
-        quality = Quality(work, student, teacher, progress)
-        search = make_search(work, student, quality, measure, work.budget_for(ratio), load_proxy(work, "train"))
-        found = search_export(search, work.cfg.export.max_measurements)
+    with Progress("step", 1) as progress, measuring(watch, student.model, teacher) as measure:
+        quality = Quality(watch.subject, student, teacher, progress, has_target=True)
+        search = make_search(
+            watch, student, quality, measure, watch.budget_for(ratio), load_proxy(watch.subject, "train")
+        )
+        found = search_export(search, watch.cfg.export.max_measurements)
     if found.status == "infeasible":
         raise ValueError(f"{ratio} of the teacher's time cannot be reached")
     chosen = found.chosen
-    slim, _ = quality.compensated(work.slim(student.model, chosen.keep), chosen.keep)
+    slim, _ = quality.compensated(watch.subject.slim(student.model, chosen.keep), chosen.keep)
     return chosen.keep, slim, chosen.comparison.ratio.median
 
 
 @torch.no_grad()
-def spread(work: Workspace, model: nn.Module, slim: nn.Module, keep: Keep) -> nn.Module:
+def spread(watch: ModelStopwatch, model: nn.Module, slim: nn.Module, keep: Keep) -> nn.Module:
     """A network of the full size that computes what the slim one does: what it lacks is zero."""
     whole = copy.deepcopy(model)
-    removed, small = plan_edits(whole, work.groups, keep).removed, slim.state_dict()
+    removed, small = plan_edits(whole, watch.subject.groups, keep).removed, slim.state_dict()
     for name, tensor in whole.state_dict().items():
         if name in small:
             places = _staying(tensor, removed.get(name, {}))
             if name in removed:
                 tensor.fill_(1.0 if name.endswith("running_var") else 0.0)
             tensor[torch.meshgrid(*places, indexing="ij") if places else ()] = small[name]
-    for group in work.groups:
+    for group in watch.subject.groups:
         if group.removes and not keep[group.name]:
             norm = whole.get_submodule(group.gated_at[0].module)
             for parameter in norm.parameters():

@@ -34,7 +34,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from hawada.experiment import Run
-from hawada.workspace import Workspace, verify_in_fresh_process
+from hawada.workspace import open_stage, verify_in_fresh_process
 
 STOLEN = 0.05  # share of the CPUs' time above which an idle verification is repeated
 TRIES = 4  # of an idle verification, before it is kept as it is
@@ -172,15 +172,15 @@ def cpu_times() -> tuple[float, float]:
 def verify(root: Path, target_ratio: float | None = None, kind: str | None = None) -> dict[str, Any]:
     """Verify a finished run once, as stage=evaluate does; with a kind of disturbance beside it."""
     run = settings(root, target_ratio)
-    work = Workspace(run.settings("evaluate"), run)
-    work.inputs()  # what the measuring process is handed is made before the clock runs
+    watch = open_stage(run.settings("evaluate"), run)[1]
+    watch.inputs()  # what the measuring process is handed is made before the clock runs
     disturbance = None if kind is None else Disturbance(kind)
     (all_before, stolen_before), start = cpu_times(), time.perf_counter()
     if disturbance is not None:
         disturbance.start()
     with tempfile.TemporaryDirectory() as folder:
         models = root / "export" / "teacher", root / "finetune" / "slim"
-        verification = verify_in_fresh_process(work, *models, Path(folder))
+        verification = verify_in_fresh_process(watch, *models, Path(folder))
     seconds = time.perf_counter() - start
     all_after, stolen_after = cpu_times()
     if disturbance is not None:
@@ -189,9 +189,9 @@ def verify(root: Path, target_ratio: float | None = None, kind: str | None = Non
             raise RuntimeError(f"{kind}: the measuring process was not found")
     if verification.comparison is None:
         raise RuntimeError(f"{root}: {verification.failed}")
-    verdict, reason = work.budget.verdict(verification.comparison, verification.every)
+    verdict, reason = watch.budget.verdict(verification.comparison, verification.every)
     return {
-        "target_ratio": work.budget.target_ratio,
+        "target_ratio": watch.budget.target_ratio,
         "verdict": verdict,
         "reason": reason,
         "ratio": verification.comparison.ratio.as_dict(),

@@ -23,9 +23,9 @@ from hawada.adapters.base import WEIGHTS
 from hawada.adapters.saved import MANIFEST as MODEL_MANIFEST
 from hawada.adapters.torchvision import ResNetAdapter
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.files import is_signed, partial_path, sha256, signed, whole_name
+from hawada.core.files import is_signed, partial_path, sha256, signed, whole_name, write_json, write_text
 from hawada.core.structure import keep_all
-from hawada.experiment import PLANS, MetricsLog, Run, write_json, write_text
+from hawada.experiment import PLANS, MetricsLog, Run
 from hawada.interlingua.checkpoint import STATE, TENSORS, load_checkpoint, save_checkpoint
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -28,7 +28,7 @@ from hawada.core.finetune import Finetuner
 from hawada.core.train import LagrangeTrainer
 from hawada.core.verdict import Comparison
 from hawada.stages.pipeline import can_be_verified_again
-from hawada.workspace import Verification, Workspace
+from hawada.workspace import ModelStopwatch, Verification
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -308,7 +308,7 @@ def test_models_are_trained_with_channels_last_where_wanted_and_timed_as_saved(
 
     spy(LagrangeTrainer, "fit")
     spy(Finetuner, "fit")
-    spy(Workspace, "compare")
+    spy(ModelStopwatch, "compare")
     for stage in ("pretrain", "train", "export", "finetune"):
         given = (f"output_dir={profiled}", f"stage={stage}", "calibration.samples=0", "overwrite=true")
         outcome = hawada(*TINY, *given, "compute.channels_last=true", "train.probe_every=1")
@@ -410,8 +410,8 @@ def test_a_measurement_without_a_verdict_fails_the_run_after_everything_is_saved
     shutil.copytree(finished.root, root)
     (root / "evaluate" / "manifest.json").unlink()
 
-    def lose(work: Workspace, *_: Any) -> Verification:
-        earlier = Comparison.from_dict(work.run.result("export")["measured"])
+    def lose(watch: ModelStopwatch, *_: Any) -> Verification:
+        earlier = Comparison.from_dict(watch.store.result("export")["measured"])
         return Verification(replace(earlier, source="measured", noisy="device lost"), failed="device lost")
 
     with mock.patch("hawada.stages.evaluate.measure_for_verdict", lose):

@@ -52,7 +52,7 @@ def test_a_language_model_is_slimmed_scored_and_proved(llama: Path) -> None:
     reload = result["equivalence"]["reload"]
     assert reload["stock"] and reload["same_tokens"]
     assert reload["max_abs_diff"] <= 1e-5 * reload["max_abs_logit"]
-    assert load_file(llama / "finetune" / "answers.safetensors")["tokens"].shape == (4, 32)
+    assert load_file(llama / "finetune" / "check_outputs.safetensors")["tokens"].shape == (4, 32)
     pretrain = json.loads((llama / "pretrain" / "result.json").read_text())
     assert 0 < pretrain["bits_per_byte"]["ngram"] < 8 and pretrain["bits_per_byte"]["model"] > 0
 

@@ -14,18 +14,18 @@ from transformers import ViTConfig, ViTForImageClassification
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.distill import Outputs
 from hawada.experiment import Run
-from hawada.workspace import Workspace, check_distillation, make_distillation
+from hawada.workspace import Subject, check_distillation, make_distillation, open_stage
 from hawada.workspace.distillation import _Renormalised
 
 OURS, THEIRS = ((0.3,) * 3, (0.35,) * 3), ((0.5,) * 3, (0.25,) * 3)
 
 
-def work(tmp_path: Path, *overrides: str) -> Workspace:
+def configured(tmp_path: Path, *overrides: str) -> Subject:
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", ["gpu.timing=simulated", "runtime.threads=1", f"output_dir={tmp_path}", *overrides])
     run = Run(tmp_path / "run", cfg)
-    return Workspace(run.settings("train"), run)
+    return open_stage(run.settings("train"), run)[0]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_images_reach_it_as_it_knows_them() -> None:
 
 
 def test_a_vit_teaches_a_resnet_on_the_same_pixels(vit: Path, tmp_path: Path) -> None:
-    taught = work(tmp_path, "teacher=vit", f"distill.teacher.path={vit}")
+    taught = configured(tmp_path, "teacher=vit", f"distill.teacher.path={vit}")
     check_distillation(taught, trains=True)
     distillation = make_distillation(taught)
     images, _ = next(iter(taught.data.calibration_loader(8, 8)))
@@ -75,7 +75,7 @@ def test_a_vit_teaches_a_resnet_on_the_same_pixels(vit: Path, tmp_path: Path) ->
     ],
 )
 def test_a_teacher_that_does_not_fit_is_refused(vit: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
-    refused = work(tmp_path, "teacher=vit", f"distill.teacher.path={vit}", *overrides)
+    refused = configured(tmp_path, "teacher=vit", f"distill.teacher.path={vit}", *overrides)
     with pytest.raises(ValueError, match=message):
         check_distillation(refused, trains=True)
     check_distillation(refused, trains=False)  # a stage that learns from nobody asks nothing of it

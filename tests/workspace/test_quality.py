@@ -21,7 +21,7 @@ from hawada.core.evaluate import score
 from hawada.experiment import Run
 from hawada.report import Progress
 from hawada.stages import export, front, pretrain, profile, train
-from hawada.workspace import Quality, Workspace
+from hawada.workspace import Quality, Subject, open_stage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # a network of 16 to 64 channels: reconstruction is quick
 TINY = [
@@ -54,7 +54,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Workspace, dict[str, Any]]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Subject, dict[str, Any]]]]:
     """Run stage=export (or front) with overrides, behind a teacher of some epochs and gates that were not trained."""
     threads = torch.get_num_threads()
     GlobalHydra.instance().clear()
@@ -73,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         for stage in (profile, pretrain, train):
             stage.run(run.settings(stage.__name__.rpartition(".")[2]), run)
 
-        def export_with(*overrides: str) -> tuple[Workspace, dict[str, Any]]:
+        def export_with(*overrides: str) -> tuple[Subject, dict[str, Any]]:
             cfg = configured(*overrides)
             again = Run(root / "tiny", cfg)
             many = "[" in str(cfg.budget.target_ratio)
@@ -81,64 +81,65 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             result = (front if many else export).run(settings, again)
             with open_dict(settings):
                 settings.evaluate = {"batch_size": 500}
-            return Workspace(settings, again), result
+            return open_stage(settings, again)[0], result
 
         yield export_with
     torch.set_num_threads(threads)
     GlobalHydra.instance().clear()
 
 
-def accuracy(work: Workspace, folder: str = "slim", stage: str = "export") -> float:
-    model = work.saved_model(stage, folder)
-    return score(model, work.data.calibration_loader(128, 600), work.adapter.logits).accuracy
+def accuracy(subject: Subject, folder: str = "slim", stage: str = "export") -> float:
+    model = subject.saved_model(stage, folder)
+    return score(model, subject.data.calibration_loader(128, 600), subject.adapter.logits).accuracy
 
 
 def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
-    work, plain = trained("export.sensitivity=gates", "export.reconstruct=false")
-    before = accuracy(work)
+    subject, plain = trained("export.sensitivity=gates", "export.reconstruct=false")
+    before = accuracy(subject)
     assert plain["refitted"] == 0 and "sensitivity" not in plain
-    work, refitted = trained("export.sensitivity=gates")
+    subject, refitted = trained("export.sensitivity=gates")
     assert refitted["refitted"] > 0 and refitted["widths"] == plain["widths"]
-    assert accuracy(work) > before + 0.1
-    work, nothing = trained("calibration.samples=0")
+    assert accuracy(subject) > before + 0.1
+    subject, nothing = trained("calibration.samples=0")
     assert nothing["refitted"] == 0 and nothing["widths"] == plain["widths"]
-    assert accuracy(work) == before
+    assert accuracy(subject) == before
 
 
 @pytest.mark.parametrize("importance", ["gates", "obs", "magnitude", "fisher"])
 def test_measured_sensitivity_is_kept_with_the_result(importance: str, trained: Any) -> None:
-    work, result = trained(f"importance={importance}")
+    subject, result = trained(f"importance={importance}")
     assert result["status"] == "on_target"
-    assert set(result["sensitivity"]) == {group.name for group in work.groups}
+    assert set(result["sensitivity"]) == {group.name for group in subject.groups}
     assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
     assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
     assert result["nats"]["refitted"] < result["nats"]["sliced"]
-    measured = accuracy(work)
+    measured = accuracy(subject)
     assert measured > accuracy(trained("export.sensitivity=gates")[0]) - 0.02
 
 
 def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
-    work, result = trained("budget.target_ratio=[0.8,0.6]")
+    subject, result = trained("budget.target_ratio=[0.8,0.6]")
     assert [point["refitted"] > 0 for point in result["points"]] == [True, True]
     assert 0 < result["seconds"]["measuring"] < result["seconds"]["all"]
-    assert set(result["sensitivity"]) == {group.name for group in work.groups}
-    assert accuracy(work, "0.8/slim", "front") >= accuracy(work, "0.6/slim", "front") - 0.02
+    assert set(result["sensitivity"]) == {group.name for group in subject.groups}
+    assert accuracy(subject, "0.8/slim", "front") >= accuracy(subject, "0.6/slim", "front") - 0.02
 
 
 def test_quality_is_measured_in_eval_mode_however_the_models_come(trained: Any) -> None:
     """BatchNorm of a teacher in training mode would read other statistics, and change them."""
-    work, result = trained()
+    subject, result = trained()
     keep = {
-        name: tuple(kept) for name, kept in json.loads((work.run.folder("export") / "keep.json").read_text()).items()
+        name: tuple(kept)
+        for name, kept in json.loads((subject.store.folder("export") / "keep.json").read_text()).items()
     }
     sensitivities, refits = [], []
     for training in (False, True):
-        teacher = work.teacher()
-        student = export.load_student(work, teacher).train(training)
+        teacher = subject.teacher()
+        student = export.load_student(subject, teacher).train(training)
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         with Progress("export", 1) as progress:
-            quality = Quality(work, student, teacher.train(training), progress)
-            slim, _ = quality.compensated(work.slim(student.model, keep), keep)
+            quality = Quality(subject, student, teacher.train(training), progress, has_target=True)
+            slim, _ = quality.compensated(subject.slim(student.model, keep), keep)
         assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
         sensitivities.append(quality.as_dict())
         refits.append(slim.state_dict())

@@ -347,11 +347,11 @@ def saved(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "outside_clocks.py").write_text(CLOCKS)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
-    work = SimpleNamespace(
+    watch = SimpleNamespace(
         cfg=OmegaConf.create({"gpu": {"clock": {"_target_": ""}, "dtype": "float32"}, "seed": 0}),
         inputs=lambda: adapter.example_inputs(Shape(2)),
         device=torch.device("cpu"),
-        trust=[TARGET["_target_"]],
+        subject=SimpleNamespace(trust=[TARGET["_target_"]]),
         shape=Shape(2),
         rounds=ROUNDS,
         handover_us=None,
@@ -360,10 +360,10 @@ def saved(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
     def place(clock: str) -> tuple[Any, Path, Path, Path]:
-        work.cfg.gpu.clock._target_ = f"outside_clocks.{clock}"
+        watch.cfg.gpu.clock._target_ = f"outside_clocks.{clock}"
         folder = tmp_path / clock
         folder.mkdir()
-        return work, models / "teacher", models / "slim", folder
+        return watch, models / "teacher", models / "slim", folder
 
     def verify(clock: str) -> tuple[Verification, Path]:
         asked = place(clock)
@@ -373,7 +373,7 @@ def saved(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         asked = place(clock)
         return compare_in_fresh_process(*asked), asked[-1]
 
-    return SimpleNamespace(verify=verify, measure=measure, budget=work.budget)
+    return SimpleNamespace(verify=verify, measure=measure, budget=watch.budget)
 
 
 @pytest.fixture

@@ -1,12 +1,19 @@
-"""Files that this program writes: their checksums, computed once, and names for what is not whole yet. No torch."""
+"""Files that this program writes: whole or not at all, under names of their own until then; checksums, computed once.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SETTLED_NS = 20_000_000  # longer than the coarsest tick of a file system's clock that is still in use
 SIGNATURE = re.compile(r"<!-- written by hawada, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -40,6 +47,21 @@ def _identity(path: Path) -> tuple[str, int, int, int, int]:
 def partial_path(path: Path) -> Path:
     """A new hidden name beside `path` for what will be renamed to it once it is whole; nobody else's file has it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = partial_path(path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def whole_name(name: str) -> str:

@@ -1,4 +1,3 @@
-from .files import write_json as write_json, write_text as write_text
 from .plan import INTERLINGUA as INTERLINGUA, PLANS as PLANS, order as order, planned as planned, upstream as upstream
 from .run import Run as Run
 from .tracking import MetricsLog as MetricsLog

@@ -109,7 +109,7 @@ PLANS: dict[str, StagePlan] = {
             reads=(*_TRAINED, "gpu.device", "data", "kd", "distill", "finetune"),
             needs=("export",),
             teacher=True,
-            writes=("metrics.jsonl", "answers.safetensors", *_saved("slim")),
+            writes=("metrics.jsonl", "check_outputs.safetensors", *_saved("slim")),
         ),
         StagePlan(
             "evaluate",

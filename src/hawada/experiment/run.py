@@ -15,8 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.core.files import is_signed, sha256, whole_name
-from hawada.experiment.files import write_json, write_text
+from hawada.core.files import is_signed, sha256, whole_name, write_json, write_text
 from hawada.experiment.plan import EVERY_STAGE_WRITES, INTERLINGUA, OF_GROUP, PLANS, TARGET, everything_read, upstream
 
 MANIFEST = "manifest.json"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hawada.experiment.files import write_text
+from hawada.core.files import write_text
 
 
 class MetricsLog:

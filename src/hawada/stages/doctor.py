@@ -12,9 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from hawada.config import build
 from hawada.core.latency import (
-    Clock,
     Peaks,
     Rounds,
     Staircase,
@@ -27,7 +25,6 @@ from hawada.core.latency import (
     measure_peaks,
     measure_staircase,
     removed_fraction,
-    sample_rounds,
     sensible_ratios,
     stair_axes,
     summarize,
@@ -35,7 +32,7 @@ from hawada.core.latency import (
 from hawada.core.structure import Keep, keep_all, widths_of
 from hawada.experiment import Run
 from hawada.report import Progress, describe, plot_staircases, summarize_findings
-from hawada.workspace import Workspace
+from hawada.workspace import ModelStopwatch, Subject, open_stage
 
 PROBED_AGAIN = 2  # times at most, where the model did better than the probes said was possible
 REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
@@ -43,31 +40,31 @@ REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime rai
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `doctor/result.json` and `doctor/staircase.png`."""
-    work = Workspace(cfg, run)
-    work.adapter.check_layout(cfg.export.layout, work.groups)
-    axes = stair_axes(work.sites, work.groups)
-    with work.writing("doctor") as folder, Progress("doctor", 3 + len(axes)) as progress:
+    subject, watch, store = open_stage(cfg, run)
+    subject.adapter.check_layout(cfg.export.layout, subject.groups)
+    axes = stair_axes(subject.sites, subject.groups)
+    with store.writing("doctor") as folder, Progress("doctor", 3 + len(axes)) as progress:
         progress.say("measuring what the device can do")
-        peaks = measure_peaks(work.clock, work.device, work.dtype)
-        teacher = work.placed(work.adapter.skeleton())
-        operators = list_operators(work.timed(teacher), work.inputs(), on_shapes=work.clock.simulated)
+        peaks = measure_peaks(watch.clock, watch.device, watch.dtype)
+        teacher = watch.placed(subject.adapter.skeleton())
+        operators = list_operators(watch.timed(teacher), watch.inputs(), on_shapes=watch.clock.simulated)
         progress.step("measuring the smallest models")
-        keeps = _slices(work)
-        models = {name: work.timed(work.slim(teacher, keep)) for name, keep in keeps.items()}
-        measured = _compare(work, work.timed(teacher), models)
+        keeps = _slices(subject)
+        models = {name: watch.timed(subject.slim(teacher, keep)) for name, keep in keeps.items()}
+        measured = _compare(watch, watch.timed(teacher), models)
         teacher_ms = measured["teacher"]["latency_ms"]["median"]
         bottleneck = find_bottleneck(operators, peaks, teacher_ms)
         for _ in range(PROBED_AGAIN):
             if bottleneck.impossible:
-                peaks = peaks.best_of(measure_peaks(work.clock, work.device, work.dtype))
+                peaks = peaks.best_of(measure_peaks(watch.clock, watch.device, watch.dtype))
                 bottleneck = find_bottleneck(operators, peaks, teacher_ms)
         progress.step("comparing runtimes")
-        runtimes = _compare_runtimes(work, work.timed(teacher), models.get("half"))
+        runtimes = _compare_runtimes(watch, watch.timed(teacher), models.get("half"))
         progress.step()
         stairs = []
         for axis in axes:
             progress.say(f"widths of {axis[1].name}")
-            stairs.append(_staircase(work, teacher, axis))
+            stairs.append(_staircase(watch, teacher, axis))
             progress.step()
         result: dict[str, Any] = {
             "bottleneck": bottleneck.as_dict(),
@@ -75,8 +72,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "teacher": measured.pop("teacher"),
             "slices": {
                 name: {
-                    "removed": removed_fraction(keeps[name], work.groups),
-                    "widths": widths_of(keeps[name], work.groups),
+                    "removed": removed_fraction(keeps[name], subject.groups),
+                    "widths": widths_of(keeps[name], subject.groups),
                     **measured[name],
                 }
                 for name in keeps
@@ -84,19 +81,19 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "runtimes": runtimes,
             "stairs": [asdict(stair) for stair in stairs],
             "target": _target(measured, teacher_ms),
-            "timed_as": {**work.timed_as, "device": _device(work), "runtime": _runtimes(work)[0]},
-            "units": _units(work, keeps.get("half")),
-            "simulated": work.clock.simulated,
-            "environment": work.environment(),
+            "timed_as": {**watch.timed_as, "device": watch.kind, "runtime": _runtimes(watch)[0]},
+            "units": _units(subject, keeps.get("half")),
+            "simulated": watch.clock.simulated,
+            "environment": store.environment,
         }
-        plot_staircases(folder / "staircase.png", result["stairs"], title=_title(work))
+        plot_staircases(folder / "staircase.png", result["stairs"], title=_title(watch))
         words = describe(result)
         return run.finish("doctor", {"summary": summarize_findings(result), "words": words, **result})
 
 
-def _slices(work: Workspace) -> dict[str, Keep]:
+def _slices(subject: Subject) -> dict[str, Keep]:
     """The slices that tell what pruning can buy; those that remove nothing are left out."""
-    groups, policy = work.groups, work.policy
+    groups, policy = subject.groups, subject.policy
     keeps = {
         "half": half_keep(groups, policy),
         "width": extreme_keep(groups, policy, width=True, depth=False),
@@ -107,15 +104,15 @@ def _slices(work: Workspace) -> dict[str, Keep]:
     return {name: keep for name, keep in keeps.items() if keep != whole}
 
 
-def _rounds(work: Workspace) -> Rounds:
-    return replace(work.rounds, max_seconds=min(work.rounds.max_seconds, work.cfg.doctor.max_seconds))
+def _rounds(watch: ModelStopwatch) -> Rounds:
+    return replace(watch.rounds, max_seconds=min(watch.rounds.max_seconds, watch.cfg.doctor.max_seconds))
 
 
-def _compare(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+def _compare(watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """Latency of the teacher and of each model, and their ratios to the teacher, in the same interleaved rounds."""
-    inputs = work.inputs()
-    samplers = [work.clock.prepare(model, inputs) for model in (teacher, *models.values())]
-    samples = sample_rounds(samplers, _rounds(work), work.cfg.seed)
+    inputs = watch.inputs()
+    samplers = [watch.clock.prepare(model, inputs) for model in (teacher, *models.values())]
+    samples = watch.sample(samplers, _rounds(watch))
     return {
         name: {
             "latency_ms": summarize(samples[:, column]).as_dict(),
@@ -125,36 +122,27 @@ def _compare(work: Workspace, teacher: nn.Module, models: Mapping[str, nn.Module
     }
 
 
-def _runtimes(work: Workspace) -> list[str]:
+def _runtimes(watch: ModelStopwatch) -> list[str]:
     """The runtimes to compare; the first is the one that everything else is measured in."""
-    own = work.cfg.runtime.get("mode", "eager")
-    if work.clock.simulated:
+    own = watch.cfg.runtime.get("mode", "eager")
+    if watch.clock.simulated:
         return [own]
-    others = ("eager", "cudagraph") if work.device.type == "cuda" else ()
-    return list(dict.fromkeys((own, *(work.cfg.doctor.runtimes or others))))
+    others = ("eager", "cudagraph") if watch.device.type == "cuda" else ()
+    return list(dict.fromkeys((own, *(watch.cfg.doctor.runtimes or others))))
 
 
-def _device(work: Workspace) -> str:
-    """The kind of device that the times are for, which in a rehearsal is not the one here."""
-    return work.device.type if work.cfg.gpu.device == "auto" else work.cfg.gpu.device
-
-
-def _clock(work: Workspace, runtime: str) -> Clock:
-    return build(work.cfg.gpu.clock, runtime=runtime)
-
-
-def _compare_runtimes(work: Workspace, teacher: nn.Module, half: nn.Module | None) -> dict[str, dict[str, Any]]:
+def _compare_runtimes(watch: ModelStopwatch, teacher: nn.Module, half: nn.Module | None) -> dict[str, dict[str, Any]]:
     """For each further runtime, the teacher's ratio to its time in the first, and the half-width model's to the
     teacher's in the same; or why it cannot be used."""
-    own, *others = _runtimes(work)
-    inputs = work.inputs()
+    own, *others = _runtimes(watch)
+    inputs = watch.inputs()
     found: dict[str, dict[str, Any]] = {}
     for runtime in others:
         try:
-            clock = _clock(work, runtime)
+            clock = watch.clock_of(runtime)
             models = [teacher] if half is None else [teacher, half]
-            samplers = [work.clock.prepare(teacher, inputs), *(clock.prepare(model, inputs) for model in models)]
-            samples = sample_rounds(samplers, _rounds(work), work.cfg.seed)
+            samplers = [watch.clock.prepare(teacher, inputs), *(clock.prepare(model, inputs) for model in models)]
+            samples = watch.sample(samplers, _rounds(watch))
         except REFUSALS as error:
             found[runtime] = {"refused": " ".join(str(error).split())}
             continue
@@ -168,15 +156,16 @@ def _compare_runtimes(work: Workspace, teacher: nn.Module, half: nn.Module | Non
     return found
 
 
-def _staircase(work: Workspace, teacher: nn.Module, axis: Any) -> Staircase:
+def _staircase(watch: ModelStopwatch, teacher: nn.Module, axis: Any) -> Staircase:
     """The staircase of one site, called as in the first call that the phase is made of."""
-    _, call, shape = work.adapter.parts(teacher, work.shape)[0]
+    subject = watch.subject
+    _, call, shape = subject.adapter.parts(teacher, watch.shape)[0]
     site = axis[0].module
-    arguments = capture_arguments(teacher, [site], call, work.inputs(shape))[site]
-    rounds = _rounds(work)
+    arguments = capture_arguments(teacher, [site], call, watch.inputs(shape))[site]
+    rounds = _rounds(watch)
     rounds = replace(rounds, min_rounds=min(rounds.min_rounds, 6), max_rounds=min(rounds.max_rounds, 24))
     return measure_staircase(
-        teacher, work.groups, axis, arguments, work.clock, points=work.cfg.doctor.points, rounds=rounds
+        teacher, subject.groups, axis, arguments, watch.clock, points=subject.cfg.doctor.points, rounds=rounds
     )
 
 
@@ -197,15 +186,15 @@ def _target(measured: Mapping[str, Any], teacher_ms: float) -> dict[str, list[fl
     return None if ratios is None else {"ratio": list(ratios), "ms": [ratio * teacher_ms for ratio in ratios]}
 
 
-def _units(work: Workspace, half: Keep | None) -> dict[str, Any]:
+def _units(subject: Subject, half: Keep | None) -> dict[str, Any]:
     """What may go: kinds of units that the half-width slice halves, and kinds of layers and branches."""
-    halved: Sequence[str] = [] if half is None else [g.kind for g in work.groups if len(half[g.name]) < g.units]
+    halved: Sequence[str] = [] if half is None else [g.kind for g in subject.groups if len(half[g.name]) < g.units]
     return {
         "width": list(dict.fromkeys(halved)),
-        "depth": list(dict.fromkeys(group.kind for group in work.groups if group.removes)),
+        "depth": list(dict.fromkeys(group.kind for group in subject.groups if group.removes)),
     }
 
 
-def _title(work: Workspace) -> str:
-    device = f"{work.cfg.gpu.name}, simulated" if work.clock.simulated else work.cfg.gpu.name
-    return f"{work.cfg.model.name}, batch {work.batch}, {work.shape.phase}, {work.cfg.gpu.dtype} on {device}"
+def _title(watch: ModelStopwatch) -> str:
+    device = f"{watch.cfg.gpu.name}, simulated" if watch.clock.simulated else watch.cfg.gpu.name
+    return f"{watch.cfg.model.name}, batch {watch.batch}, {watch.shape.phase}, {watch.cfg.gpu.dtype} on {device}"

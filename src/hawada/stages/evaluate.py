@@ -19,16 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
-from hawada.core.files import is_signed
+from hawada.core.files import is_signed, write_json, write_text
 from hawada.core.latency import MeasurementError, source_of
 from hawada.core.verdict import Comparison, Interval
-from hawada.experiment import Run, write_json, write_text
+from hawada.experiment import Run
 from hawada.report import Progress, console, model_card
 from hawada.stages.export import EQUALITY
 from hawada.workspace import (
+    ModelStopwatch,
+    Subject,
     Verification,
-    Workspace,
     as_dict as verification_record,
+    open_stage,
     verify_here,
     verify_in_fresh_process,
 )
@@ -49,41 +51,43 @@ with torch.no_grad():
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write the figures that `outputs/<name>/result.json` promises, and a card beside the slim model."""
-    work = Workspace(cfg, run)
-    models = {"teacher": work.teacher(), "slim": work.saved_model("finetune", "slim")}
+    subject, watch, store = open_stage(cfg, run)
+    models = {"teacher": subject.teacher(), "slim": subject.saved_model("finetune", "slim")}
     paths = {"teacher": run.folder("export") / "teacher", "slim": run.folder("finetune") / "slim"}
-    with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
+    with store.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
         with tempfile.TemporaryDirectory() as scratch:
-            reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", Path(scratch))
+            reloaded = prove_reload(
+                subject, paths["slim"], run.folder("finetune") / "check_outputs.safetensors", Path(scratch)
+            )
         progress.step("scoring")
-        quality = score_models(work, models)
+        quality = score_models(watch, models)
         progress.step("measuring")
-        verification = measure_for_verdict(work, models, paths, folder)
+        verification = measure_for_verdict(watch, models, paths, folder)
         comparison = verification.or_else(Comparison.from_dict(run.result("export")["measured"]))
-        phases = {work.shape.phase: comparison}
+        phases = {watch.shape.phase: comparison}
         if verification.failed is None and comparison.source != "table":
-            phases |= measure_other_phases(work, models)
+            phases |= measure_other_phases(watch, models)
         progress.step("")
         result = {
-            **decide(work, comparison, verification.every),
+            **decide(watch, comparison, verification.every),
             **quality,
             "phases": {name: _phase(c) for name, c in phases.items()},
         }
         latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
         for name, path in paths.items():
             result[name] |= {"latency_ms": _short(latency[name]) | {"p95": latency[name].p95}}
-            result[name] |= {"path": work.absolute(path)}
-        result["slim"]["loads_with"] = work.adapter.loads_with(result["slim"]["path"], models["slim"])
+            result[name] |= {"path": str((path).resolve())}
+        result["slim"]["loads_with"] = subject.adapter.loads_with(result["slim"]["path"], models["slim"])
         result |= {
             "kd": run.result("train").get("kd"),
             "proxy": run.result("profile")["fidelity"],
             "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
-            "environment": work.environment(),
+            "environment": store.environment,
             "measured": comparison.as_dict(),
             "verification": {name: _short(repeat.ratio) for name, repeat in verification.measured.items()},
         }
-        example = work.adapter.loads_with("path/to/it", models["slim"])
+        example = subject.adapter.loads_with("path/to/it", models["slim"])
         card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
         write_card(paths["slim"] / "README.md", card)
         return run.finish("evaluate", result)
@@ -97,11 +101,12 @@ def write_card(path: Path, card: str) -> None:
     write_text(path, card)
 
 
-def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any]:
+def score_models(watch: ModelStopwatch, models: dict[str, nn.Module]) -> dict[str, Any]:
     """Quality on test data and costs of each model, and how often their answers agree."""
-    loader, metric = work.data.test_loader(work.cfg.evaluate.batch_size), work.data.metric
-    one = replace(work.shape, batch=1)
-    scores = {name: score(work.placed(model), loader, work.adapter.logits) for name, model in models.items()}
+    subject = watch.subject
+    loader, metric = subject.data.test_loader(subject.cfg.evaluate.batch_size), subject.data.metric
+    one = replace(watch.shape, batch=1)
+    scores = {name: score(watch.placed(model), loader, subject.adapter.logits) for name, model in models.items()}
     agreement = float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
     return {
         "metric": metric,
@@ -109,7 +114,7 @@ def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any
         **{
             name: {
                 "params": count_parameters(model),
-                "macs": count_macs(work.adapter.workload(model, one), work.inputs(one)),
+                "macs": count_macs(subject.adapter.workload(model, one), watch.inputs(one)),
                 metric: getattr(scores[name], metric),
             }
             for name, model in models.items()
@@ -117,66 +122,68 @@ def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any
     }
 
 
-def decide(work: Workspace, comparison: Comparison, every: Comparison | None = None) -> dict[str, Any]:
+def decide(watch: ModelStopwatch, comparison: Comparison, every: Comparison | None = None) -> dict[str, Any]:
     """The verdict on a fresh measurement, with what it was measured against.
 
     Args:
-        work: of the stage that verifies.
+        watch: by which the stage measures.
         comparison: of the rounds that count.
         every: of all rounds; None when that is the same.
     """
-    verdict, reason = work.budget.verdict(comparison, every)
-    if verdict == "unverified" and comparison.source == "measured" and work.budget.has_target:
-        reason = f"{reason}; {remedy(work)}"
-    ratio = work.budget.ratio(comparison.baseline.median) if work.budget.has_target else None
+    verdict, reason = watch.budget.verdict(comparison, every)
+    if verdict == "unverified" and comparison.source == "measured" and watch.budget.has_target:
+        reason = f"{reason}; {remedy(watch)}"
+    ratio = watch.budget.ratio(comparison.baseline.median) if watch.budget.has_target else None
     return {
         "summary": f"{verdict}: {reason}",
         "verdict": verdict,
         "reason": reason,
         "target_ms": None if ratio is None else ratio * comparison.baseline.median,
         "target_ratio": ratio,
-        "timed_as": work.timed_as,
+        "timed_as": watch.timed_as,
         "latency_ratio": _short(comparison.ratio),
     }
 
 
-def remedy(work: Workspace) -> str:
+def remedy(watch: ModelStopwatch) -> str:
     """What helps when the figures do not decide."""
-    seconds = 3 * work.cfg.measure.max_seconds
+    seconds = 3 * watch.cfg.measure.max_seconds
     longer = f"stage=evaluate measure.max_seconds={seconds:g} overwrite=true"
     text = f"the same command measures again, and {longer} for longer"
-    if work.device.type == "cpu" and torch.get_num_threads() > 1:
+    if watch.device.type == "cpu" and torch.get_num_threads() > 1:
         text += "; runtime.threads=1 (with another name=...) leaves no threads that wait for each other"
     return text
 
 
 def measure_for_verdict(
-    work: Workspace, models: Mapping[str, nn.Module], paths: Mapping[str, Path], folder: Path
+    watch: ModelStopwatch, models: Mapping[str, nn.Module], paths: Mapping[str, Path], folder: Path
 ) -> Verification:
     """A fresh comparison of teacher and slim model: of the saved ones in a process of their own, if time is taken."""
-    if work.cfg.gpu.timing == "table":
-        return Verification(Comparison.from_dict(work.run.result("export")["measured"]))
-    if source_of(work.clock) == "measured":
+    if watch.cfg.gpu.timing == "table":
+        return Verification(Comparison.from_dict(watch.store.result("export")["measured"]))
+    if source_of(watch.clock) == "measured":
         for model in models.values():
             model.cpu()  # the device is left to the other process
-        return verify_in_fresh_process(work, paths["teacher"], paths["slim"], folder)
-    verification = verify_here(work, models["teacher"], models["slim"])
+        return verify_in_fresh_process(watch, paths["teacher"], paths["slim"], folder)
+    verification = verify_here(watch, models["teacher"], models["slim"])
     write_json(folder / "verification.json", verification_record(verification))
     return verification
 
 
-def measure_other_phases(work: Workspace, models: Mapping[str, nn.Module]) -> dict[str, Comparison]:
+def measure_other_phases(watch: ModelStopwatch, models: Mapping[str, nn.Module]) -> dict[str, Comparison]:
     """The latency of phases that the target is not on; one that cannot be measured is left out."""
-    shapes = [replace(work.shape, phase=name) for name in work.adapter.phases[:2] if name != work.shape.phase]
+    shapes = [
+        replace(watch.shape, phase=name) for name in watch.subject.adapter.phases[:2] if name != watch.shape.phase
+    ]
     measured = {}
     for shape in shapes:
-        teacher, slim = (work.timed(models[name], shape) for name in ("teacher", "slim"))
+        teacher, slim = (watch.timed(models[name], shape) for name in ("teacher", "slim"))
         with suppress(MeasurementError, torch.AcceleratorError):
-            measured[shape.phase] = work.compare(teacher, slim, shape=shape)
+            measured[shape.phase] = watch.compare(teacher, slim, watch.inputs(shape))
     return measured
 
 
-def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> dict[str, Any]:
+def prove_reload(subject: Subject, path: Path, answers: Path, scratch: Path) -> dict[str, Any]:
     """Difference between what the finetuned model said before it was saved and what its files say in a new process.
 
     The process loads the files with stock tools and cannot import this package, where the format allows it. A language
@@ -186,11 +193,11 @@ def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> d
         RuntimeError: when the process fails, the logits differ by more than `EQUALITY`, or the tokens differ.
     """
     inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
-    save_file({f"{index:03d}": x for index, x in enumerate(work.check_inputs())}, inputs)
-    command = [sys.executable, "-c", work.adapter.stock_reload or RELOAD]
+    save_file({f"{index:03d}": x for index, x in enumerate(subject.check_inputs())}, inputs)
+    command = [sys.executable, "-c", subject.adapter.stock_reload or RELOAD]
     command += [str(path.resolve()), str(inputs.resolve()), str(output.resolve()), str(torch.get_num_threads())]
-    if work.adapter.stock_reload is None:
-        command += work.trust
+    if subject.adapter.stock_reload is None:
+        command += subject.trust
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -199,7 +206,7 @@ def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> d
     record: dict[str, Any] = compare_outputs(before["logits"], after["logits"])
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
         raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")
-    record["stock"] = work.adapter.stock_reload is not None
+    record["stock"] = subject.adapter.stock_reload is not None
     if "tokens" in before:
         record["same_tokens"] = bool((before["tokens"] == after["tokens"]).all())
         if not record["same_tokens"]:

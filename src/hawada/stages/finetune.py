@@ -14,22 +14,22 @@ from hawada.core.memory_format import channels_last
 from hawada.core.structure import Keep
 from hawada.experiment import MetricsLog, Run
 from hawada.report import Progress
-from hawada.workspace import Workspace, make_distillation
+from hawada.workspace import make_distillation, open_stage
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `finetune/slim`."""
-    work = Workspace(cfg, run)
-    slim, teacher = work.saved_model("export", "slim"), work.teacher()
+    subject, _, store = open_stage(cfg, run)
+    slim, teacher = subject.saved_model("export", "slim"), subject.teacher()
     keep: Keep = json.loads((run.folder("export") / "keep.json").read_text())
-    slim.to(work.accelerator.device)
+    slim.to(subject.accelerator.device)
     samples, batch_size = cfg.finetune.recalibration_samples, cfg.finetune.batch_size
     if samples:
-        recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
-    loader = work.data.train_loader(batch_size, cfg.seed)
+        recalibrate_batchnorm(slim, subject.data.calibration_loader(batch_size, samples))
+    loader = subject.data.train_loader(batch_size, cfg.seed)
     trainer = build(cfg.finetune.trainer)
     history: list[dict[str, float]] = []
-    with work.writing("finetune") as folder:
+    with store.writing("finetune") as folder:
         log = MetricsLog(folder / "metrics.jsonl")
 
         def on_epoch(epoch: int, losses: dict[str, float]) -> None:
@@ -44,15 +44,15 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 slim,
                 loader,
                 teacher=teacher,
-                distillation=make_distillation(work, keep),
-                accelerator=work.accelerator,
+                distillation=make_distillation(subject, keep),
+                accelerator=subject.accelerator,
                 on_step=lambda losses: progress.step(**losses),
                 on_epoch=on_epoch,
             )
         if samples:
-            recalibrate_batchnorm(slim, work.data.calibration_loader(batch_size, samples))
-        save_file(work.answers(work.adapter.as_saved(slim.cpu())), folder / "answers.safetensors")
-        work.save(folder / "slim", slim, keep)
+            recalibrate_batchnorm(slim, subject.data.calibration_loader(batch_size, samples))
+        save_file(subject.check_outputs(subject.adapter.as_saved(slim.cpu())), folder / "check_outputs.safetensors")
+        subject.save(folder / "slim", slim, keep)
         last = history[-1] if history else {}
         summary = ", ".join([f"{len(history)} epochs", *(f"{name} {value:.3g}" for name, value in last.items())])
         return run.finish("finetune", {"summary": summary, "epochs": len(history), **last})

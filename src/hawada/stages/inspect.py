@@ -11,17 +11,17 @@ from hawada.core.gates import Student
 from hawada.experiment import Run
 from hawada.report import console
 from hawada.stages.export import load_student
-from hawada.workspace import Workspace
+from hawada.workspace import open_stage
 
 SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
 
 
 def run_inspect(run: Run) -> dict[str, Any]:
     """Print one row per group; writes nothing."""
-    work = Workspace(run.settings("train"), run)
+    subject, _, _ = open_stage(run.settings("train"), run)
     trained = run.is_finished("train") and not run.different_keys("train")
-    model = work.adapter.skeleton()
-    student = load_student(work, model) if trained else Student(model, work.gated_groups, work.new_gate)
+    model = subject.adapter.skeleton()
+    student = load_student(subject, model) if trained else Student(model, subject.gated_groups, subject.new_gate)
     rows = group_table(student)
     table = Table(title=f"{len(rows)} groups" + (", gates as trained" if trained else ", gates as they start"))
     for name in SHOWN:

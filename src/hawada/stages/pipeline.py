@@ -16,7 +16,7 @@ from hawada.core.verdict import Interval, Verdict
 from hawada.experiment import PLANS, Run, order, upstream
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
-from hawada.workspace import Workspace, check_distillation
+from hawada.workspace import Subject, check_distillation, open_stage
 
 COMPUTING = ("pretrain", "train", "export", "front", "finetune")  # stages that compute in compute.mixed_precision
 
@@ -35,33 +35,35 @@ def check(stages: list[str], run: Run) -> None:
         check_formats(run.cfg.export.formats)
         if run.cfg.export.push_to is not None:
             hub.check_push(run.cfg.export.push_to)
-        if (
-            not set(run.cfg.export.formats) <= {"hf"}
-            and Workspace(run.settings("publish"), run).adapter.modality == "text"
-        ):
+        if not set(run.cfg.export.formats) <= {"hf"} and _subject("publish", run).adapter.modality == "text":
             raise ValueError("export.formats: onnx and pt2 are for image models; leave export.formats=[hf]")
         if run.cfg.export.push == "gated" and run.cfg.train.weight_optimizer is not None:
             raise ValueError("export.push: gated goes with frozen weights; set train=gates, or export.push=slim")
     if "pretrain" in stages and not run.cfg.model.pretrain:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
     if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
-        Workspace(run.settings(stages[-1]), run).adapter.check_teacher()
+        _subject(stages[-1], run).adapter.check_teacher()
     for stage in stages:
         _check_training(stage, run)
     if any("groups" in plan.reads for plan in plans):
-        Workspace(run.settings("train"), run).check_groups()
+        _subject("train", run).check_groups()
     if any(plan.measures for plan in plans):
-        work = Workspace(run.settings("profile"), run)
-        work.adapter.check_shape(work.shape)
+        subject, watch, _ = open_stage(run.settings("profile"), run)
+        subject.adapter.check_shape(watch.shape)
     distilling = [plan.name for plan in plans if "distill" in plan.reads]
     if distilling:
         trains = any("kd" in plan.reads for plan in plans)
-        check_distillation(Workspace(run.settings(distilling[0]), run), trains=trains)
+        check_distillation(_subject(distilling[0], run), trains=trains)
     reading = [plan.name for plan in plans if "data" in plan.reads]
     if reading:
-        Workspace(run.settings(reading[0]), run).data  # noqa: B018
+        _subject(reading[0], run).data  # noqa: B018
     if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
         _check_same_machine(stages, run)
+
+
+def _subject(stage: str, run: Run) -> Subject:
+    """The model of a stage."""
+    return open_stage(run.settings(stage), run)[0]
 
 
 def _check_training(stage: str, run: Run) -> None:
@@ -72,14 +74,14 @@ def _check_training(stage: str, run: Run) -> None:
     """
     if stage not in COMPUTING:
         return
-    work = Workspace(run.settings(stage), run)
-    if work.cfg.compute.mixed_precision == "fp16" and work.device.type != "cuda":
+    subject = _subject(stage, run)
+    if subject.cfg.compute.mixed_precision == "fp16" and subject.device.type != "cuda":
         raise ValueError(
-            f"compute.mixed_precision: fp16 needs an NVIDIA GPU and models train on the {work.device.type} here; set "
-            "compute.mixed_precision=no"
+            f"compute.mixed_precision: fp16 needs an NVIDIA GPU and models train on the {subject.device.type} here; "
+            "set compute.mixed_precision=no"
         )
-    alone = stage in ("pretrain", "finetune") and work.cfg[stage].batch_size == 1
-    if alone and any(isinstance(module, NORMS) for module in work.meta.modules()):
+    alone = stage in ("pretrain", "finetune") and subject.cfg[stage].batch_size == 1
+    if alone and any(isinstance(module, NORMS) for module in subject.meta.modules()):
         raise ValueError(
             f"{stage}.batch_size: BatchNorm cannot be trained on 1 image at a time; set schedule.batch_size to 2 or "
             "more"
@@ -88,7 +90,7 @@ def _check_training(stage: str, run: Run) -> None:
 
 def _check_same_machine(stages: list[str], run: Run) -> None:
     """Refuse latencies that another machine or stack measured, or with overwrite=true take them afresh."""
-    here = Workspace(run.settings("profile"), run).environment()["fingerprint"]
+    here = open_stage(run.settings("profile"), run)[2].environment["fingerprint"]
     needed = {earlier for stage in stages for earlier in (*upstream(stage, run.cfg), stage)}
     for stage in [name for name in PLANS if name in needed and PLANS[name].measures and run.is_finished(name)]:
         there = json.loads((run.folder(stage) / "environment.json").read_text())["fingerprint"]
@@ -155,13 +157,13 @@ def run_pipeline(run: Run) -> dict[str, Any]:
 def result_of_profile(run: Run) -> dict[str, Any] | None:
     """The result when measurements alone decide: the teacher meets the budget already, or nothing can."""
     profile = run.result("profile")
-    work = Workspace(run.settings("train"), run)
-    if not work.budget.has_target:
+    subject, watch, _ = open_stage(run.settings("train"), run)
+    if not watch.budget.has_target:
         return None
-    everything = len(work.gated_groups) == len(work.groups)
-    fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(work)
+    everything = len(subject.gated_groups) == len(subject.groups)
+    fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(watch)
     teacher = Interval(**{name: profile["teacher"][name] for name in ("median", "low", "high")})
-    decided = work.budget.decided_by_profile(teacher, fastest)
+    decided = watch.budget.decided_by_profile(teacher, fastest)
     if decided is None:
         return None
     verdict, reason = decided
@@ -169,7 +171,7 @@ def result_of_profile(run: Run) -> dict[str, Any] | None:
         "summary": f"{verdict}: {reason}",
         "verdict": verdict,
         "reason": reason,
-        "target_ms": work.budget.ratio(teacher.median) * teacher.median,
+        "target_ms": watch.budget.ratio(teacher.median) * teacher.median,
         "teacher": {"latency_ms": profile["teacher"]},
         "environment": profile["environment"],
     }

@@ -15,16 +15,16 @@ from hawada.core.structure import keep_all
 from hawada.data import TextData, witten_bell_perplexity
 from hawada.experiment import MetricsLog, Run
 from hawada.report import Progress, shown
-from hawada.workspace import Workspace
+from hawada.workspace import open_stage
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `pretrain/teacher` and how good it is on test data."""
-    work = Workspace(cfg, run)
-    loader = work.data.train_loader(cfg.pretrain.batch_size, cfg.seed)
-    model = work.adapter.skeleton()
+    subject, _, store = open_stage(cfg, run)
+    loader = subject.data.train_loader(cfg.pretrain.batch_size, cfg.seed)
+    model = subject.adapter.skeleton()
     trainer = build(cfg.pretrain.trainer)
-    with work.writing("pretrain") as folder:
+    with store.writing("pretrain") as folder:
         log = MetricsLog(folder / "metrics.jsonl")
         with (
             Progress("pretrain", trainer.epochs * len(loader)) as progress,
@@ -33,18 +33,18 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             trainer.fit(
                 model,
                 loader,
-                distillation=Distillation(reader=work.adapter.outputs, chunk=cfg.distill.chunk),
-                accelerator=work.accelerator,
+                distillation=Distillation(reader=subject.adapter.outputs, chunk=cfg.distill.chunk),
+                accelerator=subject.accelerator,
                 on_step=lambda losses: progress.step(loss=losses["label"]),
                 on_epoch=lambda epoch, losses: log.write({"epoch": epoch, **losses}),
             )
-        work.save(folder / "teacher", model, keep_all(work.groups))
-        scores = score(model, work.data.test_loader(cfg.pretrain.batch_size), work.adapter.logits)
-        metric = work.data.metric
+        subject.save(folder / "teacher", model, keep_all(subject.groups))
+        scores = score(model, subject.data.test_loader(cfg.pretrain.batch_size), subject.adapter.logits)
+        metric = subject.data.metric
         result: dict[str, Any] = {metric: getattr(scores, metric)}
         summary = f"test {metric} {shown(metric, result[metric])}"
-        if isinstance(work.data, TextData):
-            result["bits_per_byte"] = compare_with_ngram(work.data, scores)
+        if isinstance(subject.data, TextData):
+            result["bits_per_byte"] = compare_with_ngram(subject.data, scores)
             summary += ", bits per byte: model {model:.3f}, interpolated byte 5-gram {ngram:.3f}".format(
                 **result["bits_per_byte"]
             )

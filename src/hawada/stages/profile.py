@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from hawada.config import build
+from hawada.core.files import write_json
 from hawada.core.latency import (
     Clock,
     LatencyTable,
@@ -19,14 +20,13 @@ from hawada.core.latency import (
     calibrate,
     fidelity,
     random_keep,
-    sample_rounds,
     summarize,
 )
 from hawada.core.structure import Keep, completed, keep_all, smallest_keep, widths_of
 from hawada.core.verdict import Interval
-from hawada.experiment import Run, write_json
+from hawada.experiment import Run
 from hawada.report import Progress
-from hawada.workspace import FILE, Workspace, given_table, predicted, write_table
+from hawada.workspace import FILE, ModelStopwatch, Subject, given_table, open_stage, predicted, write_table
 
 CHUNK = 8  # sliced models held in memory at once
 CHUNK_SECONDS = 3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
@@ -38,20 +38,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     The latency does not depend on the weights' values, so the untrained architecture is measured. With
     `gpu.timing=table`, nothing is: everything is taken from the given file.
     """
-    work = Workspace(cfg, run)
+    subject, watch, store = open_stage(cfg, run)
     if cfg.gpu.timing == "table":
-        return adopt_table(work, run)
-    teacher = work.placed(work.adapter.skeleton())
+        return adopt_table(watch, run)
+    teacher = watch.placed(subject.adapter.skeleton())
     chunks = math.ceil((cfg.profile.fitted_models + cfg.profile.held_out_models + 2) / CHUNK)
-    with work.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
-        clock = build(cfg.proxy.clock) if cfg.proxy.get("clock") else work.clock
-        table = time_sites(work, teacher, clock, progress)
-        proxy = work.new_proxy(table)
-        keeps = choose_models(work)
+    with store.writing("profile") as folder, Progress("profile", len(subject.sites) + chunks) as progress:
+        clock = build(cfg.proxy.clock) if cfg.proxy.get("clock") else watch.clock
+        table = time_sites(watch, teacher, clock, progress)
+        proxy = subject.new_proxy(table)
+        keeps = choose_models(subject)
         progress.say(f"measuring {len(keeps)} whole models")
-        measured = measure_models(work, teacher, keeps, progress)
+        measured = measure_models(watch, teacher, keeps, progress)
         teacher_ms = measured[0]["latency_ms"]["median"]
-        widths = [widths_of(keep, work.groups) for keep in keeps]
+        widths = [widths_of(keep, subject.groups) for keep in keeps]
         samples = [(w, record["ratio"]["median"] * teacher_ms) for w, record in zip(widths, measured, strict=True)]
         predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.fitted_models)
         write_json(folder / "proxy.json", proxy.state())
@@ -66,81 +66,85 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "fidelity": quality,
             "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted_ms, real_ms, strict=True)],
             "models": [{"widths": w, **record} for w, record in zip(widths, measured, strict=True)],
-            "timed_as": work.timed_as,
-            "handover_us": work.handover_us,
-            "simulated": work.clock.simulated,
-            "environment": work.environment(),
+            "timed_as": watch.timed_as,
+            "handover_us": watch.handover_us,
+            "simulated": watch.clock.simulated,
+            "environment": store.environment,
         }
-        write_table(work, folder, table, proxy, result)
+        write_table(watch, folder, table, proxy, result)
         return run.finish("profile", result)
 
 
-def time_sites(work: Workspace, teacher: nn.Module, clock: Clock, progress: Progress) -> LatencyTable:
+def time_sites(watch: ModelStopwatch, teacher: nn.Module, clock: Clock, progress: Progress) -> LatencyTable:
     """The table of every site by this clock."""
+    subject = watch.subject
     return build_table(
         teacher,
-        work.groups,
-        work.sites,
-        [(times, call, work.inputs(shape)) for times, call, shape in work.adapter.parts(teacher, work.shape)],
+        subject.groups,
+        subject.sites,
+        [(times, call, watch.inputs(shape)) for times, call, shape in subject.adapter.parts(teacher, watch.shape)],
         clock,
-        policy=work.policy,
-        points=work.cfg.profile.points,
-        rounds=work.quick_rounds,
-        monitor=work.monitor if clock is work.clock else None,
+        policy=subject.policy,
+        points=subject.cfg.profile.points,
+        rounds=watch.quick_rounds,
+        monitor=watch.monitor if clock is watch.clock else None,
         on_site=lambda site: progress.step(f"timed {site}"),
     )
 
 
-def choose_models(work: Workspace) -> list[Keep]:
+def choose_models(subject: Subject) -> list[Keep]:
     """Teacher, smallest model, those to calibrate on (spread over the range), and unseen ones (drawn uniformly)."""
-    node, random = work.cfg.profile, np.random.default_rng(work.cfg.seed)
-    keeps = [keep_all(work.groups), smallest_keep(work.groups, work.policy)]
+    node, random = subject.cfg.profile, np.random.default_rng(subject.cfg.seed)
+    keeps = [keep_all(subject.groups), smallest_keep(subject.groups, subject.policy)]
     for around_density, count in ((True, node.fitted_models), (False, node.held_out_models)):
         for _ in range(count):
-            keeps.append(random_keep(work.groups, work.policy, random, around_density=around_density))
+            keeps.append(random_keep(subject.groups, subject.policy, random, around_density=around_density))
     return keeps
 
 
-def adopt_table(work: Workspace, run: Run) -> dict[str, Any]:
+def adopt_table(watch: ModelStopwatch, run: Run) -> dict[str, Any]:
     """Take what another machine measured.
 
     Raises:
         ValueError: when it is not a table of the model's sites; see also `given_table`.
     """
-    record = given_table(work)
+    subject, record = watch.subject, given_table(watch)
     table = LatencyTable.from_dict(record)
-    if [entry.site for entry in table.sites] != work.sites:
+    if [entry.site for entry in table.sites] != subject.sites:
         raise ValueError(
-            f"gpu.table: {work.cfg.gpu.table} has other sites than the model; measure again with stage=profile"
+            f"gpu.table: {subject.cfg.gpu.table} has other sites than the model; measure again with stage=profile"
         )
-    with work.writing("profile") as folder:
+    with subject.store.writing("profile") as folder:
         write_json(folder / FILE, record)
         write_json(folder / "proxy.json", record["proxy"])
         there = record["fingerprint"]["name"]
         return run.finish(
-            "profile", {**record["result"], "summary": f"table of {there} taken from {work.cfg.gpu.table}"}
+            "profile", {**record["result"], "summary": f"table of {there} taken from {subject.cfg.gpu.table}"}
         )
 
 
-def measure_fastest(work: Workspace) -> Interval:
+def measure_fastest(watch: ModelStopwatch) -> Interval:
     """Measured ratio to the teacher of the smallest model that the gated groups allow."""
-    keep = completed(smallest_keep(work.gated_groups, work.policy), work.groups)
-    if work.cfg.gpu.timing == "table":
-        return predicted(work, keep).ratio
-    teacher = work.placed(work.adapter.skeleton())
-    return work.compare(work.timed(teacher), work.timed(work.slim(teacher, keep))).ratio
+    subject = watch.subject
+    keep = completed(smallest_keep(subject.gated_groups, subject.policy), subject.groups)
+    if subject.cfg.gpu.timing == "table":
+        return predicted(subject, keep).ratio
+    teacher = watch.placed(subject.adapter.skeleton())
+    return watch.compare(watch.timed(teacher), watch.timed(subject.slim(teacher, keep)), watch.inputs()).ratio
 
 
-def measure_models(work: Workspace, teacher: nn.Module, keeps: list[Keep], progress: Progress) -> list[dict[str, Any]]:
+def measure_models(
+    watch: ModelStopwatch, teacher: nn.Module, keeps: list[Keep], progress: Progress
+) -> list[dict[str, Any]]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
     records: list[dict[str, Any]] = []
-    inputs, rounds = work.inputs(), work.quick_rounds
-    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=work.rounds.patience_s)
-    baseline = work.clock.prepare(work.timed(teacher), inputs)
+    inputs, rounds = watch.inputs(), watch.quick_rounds
+    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=watch.rounds.patience_s)
+    baseline = watch.clock.prepare(watch.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
-        models = [work.timed(work.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
-        samplers = [baseline, *(work.clock.prepare(model, inputs) for model in models)]
-        samples = sample_rounds(samplers, rounds, work.cfg.seed, monitor=work.monitor)
+        models = [watch.timed(watch.subject.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
+        samplers = [baseline, *(watch.clock.prepare(model, inputs) for model in models)]
+        samples = watch.sample(samplers, rounds)
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
             records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})

@@ -12,7 +12,7 @@ from hawada.core.formats import export_onnx, export_pt2
 from hawada.core.verdict import Verdict
 from hawada.experiment import Run
 from hawada.report import Progress
-from hawada.workspace import Workspace
+from hawada.workspace import open_stage
 
 WRITERS = {"onnx": export_onnx, "pt2": export_pt2}
 
@@ -26,14 +26,14 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     verdict = Verdict(run.result("evaluate")["verdict"])
     if not verdict.may_be_published:
         raise ValueError(f"stage=publish: the verdict is {verdict}; a model that missed its budget is not published")
-    work = Workspace(cfg, run)
-    slim = work.saved_model("finetune", "slim")
+    subject, _, store = open_stage(cfg, run)
+    slim = subject.saved_model("finetune", "slim")
     formats = [name for name in cfg.export.formats if name in WRITERS]
-    with work.writing("publish") as folder, Progress("publish", len(formats) + 1) as progress:
+    with store.writing("publish") as folder, Progress("publish", len(formats) + 1) as progress:
         parity: dict[str, dict[str, float]] = {}
         for name in formats:
             path = folder / f"slim.{name}"
-            parity[name] = WRITERS[name](slim, work.check_inputs(), path, logits=work.adapter.logits)
+            parity[name] = WRITERS[name](slim, subject.check_inputs(), path, logits=subject.adapter.logits)
             progress.step(f"wrote {path.name}")
         address = None
         if cfg.export.push_to is not None:

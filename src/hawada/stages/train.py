@@ -11,24 +11,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.config import build
+from hawada.core.files import write_json
 from hawada.core.gates import Student, parameter_groups
 from hawada.core.importance.fisher import fisher_importance, start_from_importance
 from hawada.core.memory_format import channels_last
 from hawada.core.train import LagrangeTrainer, Step
-from hawada.experiment import MetricsLog, Run, write_json
+from hawada.experiment import MetricsLog, Run
 from hawada.report import Progress
-from hawada.workspace import Workspace, load_proxy, make_distillation
+from hawada.workspace import ModelStopwatch, Subject, load_proxy, make_distillation, open_stage
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes."""
-    work = Workspace(cfg, run)
-    if work.adapter.saved_gates() is not None:
-        return adopt_gates(work, run)
+    subject, watch, store = open_stage(cfg, run)
+    if subject.adapter.saved_gates() is not None:
+        return adopt_gates(subject, run)
     profile = run.result("profile")
-    with work.writing("train") as folder:
-        trainer = make_trainer(work, profile["teacher_ms"])
-        loader = work.data.train_loader(cfg.train.batch_size, cfg.seed)
+    with store.writing("train") as folder:
+        trainer = make_trainer(watch, profile["teacher_ms"])
+        loader = subject.data.train_loader(cfg.train.batch_size, cfg.seed)
         steps = min(len(loader), cfg.train.steps_per_epoch or len(loader))
         log = MetricsLog(folder / "metrics.jsonl")
         history: list[Step] = []
@@ -81,16 +82,16 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         )
 
 
-def adopt_gates(work: Workspace, run: Run) -> dict[str, Any]:
+def adopt_gates(subject: Subject, run: Run) -> dict[str, Any]:
     """Take the gates that lie beside the teacher's weights instead of training.
 
     Raises:
         ValueError: when they do not belong to the groups that are gated.
     """
-    source = work.adapter.saved_gates()
+    source = subject.adapter.saved_gates()
     assert source is not None
     thetas = load_file(source)
-    wanted = {group.name: (group.units,) for group in work.gated_groups}
+    wanted = {group.name: (group.units,) for group in subject.gated_groups}
     found = {name: tuple(theta.shape) for name, theta in thetas.items()}
     if found != wanted:
         odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))[0]
@@ -98,9 +99,9 @@ def adopt_gates(work: Workspace, run: Run) -> dict[str, Any]:
             f"model.path: {source} has {found.get(odd, 'no gates')} for {odd}, the model wants "
             f"{wanted.get(odd, 'none')}; gate the same groups, or remove the file to train gates anew"
         )
-    with work.writing("train") as folder:
+    with subject.store.writing("train") as folder:
         save_file(thetas, folder / "gates.safetensors")
-        write_json(folder / "proxy.json", load_proxy(work, "profile").state())
+        write_json(folder / "proxy.json", load_proxy(subject, "profile").state())
         result = {"stopped": "adopted", "epochs": 0, "source": str(source)}
         return run.finish("train", {"summary": f"gates taken from {source}", **result})
 
@@ -113,57 +114,60 @@ def _summary(stopped: str, history: list[Step]) -> str:
     return f"{len(history)} epochs, KD {last.kd:.3g}, predicted {last.proxy_ms:.3g} ms, lambda {last.lambda_:.3g}{why}"
 
 
-def make_trainer(work: Workspace, teacher_ms: float) -> LagrangeTrainer:
+def make_trainer(watch: ModelStopwatch, teacher_ms: float) -> LagrangeTrainer:
     """Student, teacher, proxy, optimizers and losses as configured."""
-    cfg = work.cfg
-    teacher = work.teacher()
-    student = Student(copy.deepcopy(teacher), work.gated_groups, work.new_gate)
-    _start(work, student)
+    subject, cfg = watch.subject, watch.cfg
+    teacher = subject.teacher()
+    student = Student(copy.deepcopy(teacher), subject.gated_groups, subject.new_gate)
+    _start(subject, student)
     weights = cfg.train.weight_optimizer
     sorted_parameters = parameter_groups(student)
-    budget = work.budget
+    budget = watch.budget
     return LagrangeTrainer(
         student,
         teacher,
-        proxy=load_proxy(work, "profile"),
+        proxy=load_proxy(subject, "profile"),
         gate_optimizer=build(cfg.train.gate_optimizer, params=sorted_parameters["gates"]),
         weight_optimizer=None
         if weights is None
         else build(weights, params=sorted_parameters["weights"] + sorted_parameters["norms_and_biases"]),
-        distillation=make_distillation(work),
+        distillation=make_distillation(subject),
         penalties=[build(node) for node in cfg.penalty.values()],
-        groups=work.groups,
+        groups=subject.groups,
         target_ms=budget.middle(teacher_ms) * teacher_ms if budget.has_target else None,
         teacher_ms=teacher_ms,
         lambda_init=cfg["lambda"].init,
         lambda_lr=cfg["lambda"].lr,
         minimum_fraction=cfg.train.minimum_fraction,
-        measure=_probe_function(work, teacher, teacher_ms),
-        slim=work.slim,
-        policy=work.policy,
-        accelerator=work.accelerator,
+        measure=_probe_function(watch, teacher, teacher_ms),
+        slim=subject.slim,
+        policy=subject.policy,
+        accelerator=subject.accelerator,
     )
 
 
-def _start(work: Workspace, student: Student) -> None:
+def _start(subject: Subject, student: Student) -> None:
     """Gates of units that matter begin further open, if so configured."""
-    node = work.cfg.train.importance
+    node = subject.cfg.train.importance
     if node.samples:
-        student.to(work.accelerator.device).eval().requires_grad_(False)  # the trainer says what trains
-        batches = work.data.calibration_loader(work.cfg.train.batch_size, node.samples)
-        importance = fisher_importance(student, batches, work.adapter.outputs, work.cfg.distill.chunk)
+        student.to(subject.accelerator.device).eval().requires_grad_(False)  # the trainer says what trains
+        batches = subject.data.calibration_loader(subject.cfg.train.batch_size, node.samples)
+        importance = fisher_importance(student, batches, subject.adapter.outputs, subject.cfg.distill.chunk)
         start_from_importance(student, importance, node.spread)
 
 
-def _probe_function(work: Workspace, teacher: nn.Module, teacher_ms: float) -> Any:
+def _probe_function(watch: ModelStopwatch, teacher: nn.Module, teacher_ms: float) -> Any:
     """Measures a sliced student beside the teacher; the ratio, which drift does not touch, gives the milliseconds."""
-    if work.cfg.gpu.timing == "table":
+    if watch.cfg.gpu.timing == "table":
         return None
-    reference = work.timed(copy.deepcopy(teacher))  # before accelerate wraps the teacher's forward
+    inputs, reference = (
+        watch.inputs(),
+        watch.timed(copy.deepcopy(teacher)),
+    )  # before accelerate wraps the teacher's forward
 
     def measure(slim: nn.Module) -> float:
         slim.to(memory_format=torch.contiguous_format)  # as it would be saved
-        return work.compare(reference, work.timed(slim), work.quick_rounds).ratio.median * teacher_ms
+        return watch.compare(reference, watch.timed(slim), inputs, watch.quick_rounds).ratio.median * teacher_ms
 
     return measure
 

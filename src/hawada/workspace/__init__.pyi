@@ -1,5 +1,10 @@
+from .device import configured_device as configured_device, prepare as prepare
 from .distillation import check_distillation as check_distillation, make_distillation as make_distillation
+from .opening import open_stage as open_stage
 from .quality import Quality as Quality
+from .stopwatch import ModelStopwatch as ModelStopwatch, Stopwatch as Stopwatch
+from .store import Store as Store
+from .subject import Subject as Subject
 from .tables import (
     FILE as FILE,
     given_table as given_table,
@@ -14,4 +19,3 @@ from .verification import (
     verify_here as verify_here,
     verify_in_fresh_process as verify_in_fresh_process,
 )
-from .workspace import Workspace as Workspace

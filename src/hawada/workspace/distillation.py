@@ -13,58 +13,58 @@ from hawada.adapters import Adapter
 from hawada.config import build
 from hawada.core.distill import AnswerCache, Distillation, OtherTeacher, Outputs, Reader
 from hawada.core.structure import Keep
-from hawada.workspace.workspace import Workspace
+from hawada.workspace.subject import Subject
 
 
-def make_distillation(work: Workspace, keep: Keep | None = None) -> Distillation:
+def make_distillation(subject: Subject, keep: Keep | None = None) -> Distillation:
     """As configured; `keep` tells what a slim model still has."""
-    node = work.cfg.distill
-    alignment = work.adapter.alignment(work.groups, keep) if keep is not None and node.hidden_weight else None
-    count = len(work.data.train) if getattr(work.data, "repeats", False) else 0  # type: ignore[arg-type]
+    node = subject.cfg.distill
+    alignment = subject.adapter.alignment(subject.groups, keep) if keep is not None and node.hidden_weight else None
+    count = len(subject.data.train) if getattr(subject.data, "repeats", False) else 0  # type: ignore[arg-type]
     return Distillation(
-        build(work.cfg.kd),
-        reader=work.adapter.outputs,
+        build(subject.cfg.kd),
+        reader=subject.adapter.outputs,
         chunk=node.chunk,
         hidden_weight=node.hidden_weight,
         alignment=alignment,
-        other=_other_teacher(work),
+        other=_other_teacher(subject),
         cache=AnswerCache(count) if count else None,
     )
 
 
-def check_distillation(work: Workspace, *, trains: bool) -> None:
+def check_distillation(subject: Subject, *, trains: bool) -> None:
     """Check quickly that models show what is to be compared, and that another teacher fits; loads no weights.
 
     Args:
-        work: of a stage that distils or compares.
+        subject: the model of a stage that distils or compares.
         trains: whether some stage learns from the other teacher.
 
     Raises:
         ValueError: naming the keys to change.
     """
-    node = work.cfg.distill
-    work.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
-    other = _other_adapter(work) if trains else None
+    node = subject.cfg.distill
+    subject.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
+    other = _other_adapter(subject) if trains else None
     if other is None:
         return
-    if other.modality != work.adapter.modality:
+    if other.modality != subject.adapter.modality:
         raise ValueError(
-            f"distill.teacher: {type(other).__name__} takes {other.modality} and {work.cfg.model.name} "
-            f"{work.adapter.modality} data; choose a teacher that takes the same"
+            f"distill.teacher: {type(other).__name__} takes {other.modality} and {subject.cfg.model.name} "
+            f"{subject.adapter.modality} data; choose a teacher that takes the same"
         )
     with _named(), torch.device("meta"):
         other.check_outputs(features=node.chunk is not None, hidden=False)
         other.check_teacher()
         meta = other.skeleton()
     try:
-        known, wanted = work.classes(other, meta), work.classes(work.adapter, work.meta)
+        known, wanted = subject.classes(other, meta), subject.classes(subject.adapter, subject.meta)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"distill.teacher: it does not take what {work.cfg.model.name} takes ({error}); choose one that does"
+            f"distill.teacher: it does not take what {subject.cfg.model.name} takes ({error}); choose one that does"
         ) from error
     if known != wanted:
         raise ValueError(
-            f"distill.teacher: it knows {known} classes and {work.cfg.model.name} {wanted}; choose one of the same "
+            f"distill.teacher: it knows {known} classes and {subject.cfg.model.name} {wanted}; choose one of the same "
             "classes, or for a language model, of the same tokenizer"
         )
 
@@ -80,23 +80,23 @@ def _named() -> Iterator[None]:
         raise ValueError(said) from error
 
 
-def _other_adapter(work: Workspace) -> Adapter | None:
-    node = work.cfg.distill.teacher
+def _other_adapter(subject: Subject) -> Adapter | None:
+    node = subject.cfg.distill.teacher
     with _named():
         return None if node is None else build(node)
 
 
-def _other_teacher(work: Workspace) -> OtherTeacher | None:
-    adapter = _other_adapter(work)
+def _other_teacher(subject: Subject) -> OtherTeacher | None:
+    adapter = _other_adapter(subject)
     if adapter is None:
         return None
     with _named(), torch.random.fork_rng(devices=[]):  # an architecture is drawn before it is filled
         model, theirs = adapter.teacher(), adapter.normalisation()
-    ours = getattr(work.data, "normalisation", None)
+    ours = getattr(subject.data, "normalisation", None)
     reader: Reader = adapter.outputs
     if ours is not None and theirs is not None and [*map(list, ours)] != [*map(list, theirs)]:
         reader = _Renormalised(reader, ours, theirs)
-    return OtherTeacher(model.to(work.accelerator.device).eval().requires_grad_(False), reader)
+    return OtherTeacher(model.to(subject.accelerator.device).eval().requires_grad_(False), reader)
 
 
 @dataclass(frozen=True)

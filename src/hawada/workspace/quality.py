@@ -16,7 +16,7 @@ from hawada.core.reconstruction import compensate
 from hawada.core.search import Worths, saliency_from_gates
 from hawada.core.structure import Keep
 from hawada.report import Progress
-from hawada.workspace.workspace import Workspace
+from hawada.workspace.subject import Subject
 
 
 class Quality:
@@ -25,10 +25,11 @@ class Quality:
     Half of the data is for refitting layers while worths are measured, the other half for comparing answers.
 
     Args:
-        work: of the stage.
+        subject: what is exported.
         student: the gated model; not changed.
         teacher: the original.
         progress: told what is going on.
+        has_target: whether widths are chosen for a latency.
 
     Attributes:
         gates: saliency by gated group, (units,), larger is kept longer.
@@ -37,19 +38,21 @@ class Quality:
         loss: of a whole choice of units, in nats per answer; None likewise.
     """
 
-    def __init__(self, work: Workspace, student: Student, teacher: nn.Module, progress: Progress) -> None:
-        self.work, self.node, samples = work, work.cfg.export, work.cfg.calibration.samples
+    def __init__(
+        self, subject: Subject, student: Student, teacher: nn.Module, progress: Progress, *, has_target: bool
+    ) -> None:
+        self.subject, self.node, samples = subject, subject.cfg.export, subject.cfg.calibration.samples
         self.student, self.teacher = student, teacher
         self.gates = saliency_from_gates(student.effective_gates())
         self.saliency: dict[str, Tensor] = dict(self.gates)
         self.sensitivity: Sensitivity | None = None
         self.loss: AnswerLoss | None = None
         self.batches: list[Any] = []
-        measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and work.budget.has_target
+        measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and has_target
         if not samples or not (measured or self.node.reconstruct):
             return
-        size = min(work.cfg.calibration.batch_size, max(samples // 2, 1))
-        batches = list(work.data.calibration_loader(size, samples))
+        size = min(subject.cfg.calibration.batch_size, max(samples // 2, 1))
+        batches = list(subject.data.calibration_loader(size, samples))
         self.batches = [batch for batch in batches if len(batch[0]) > 1] or batches  # BatchNorm needs more than one
         if measured:
             self._measure(progress)
@@ -79,7 +82,7 @@ class Quality:
                 return slim, {"refitted": 0, **nats}
         student = self._placed(self.student)
         layers = compensate(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
-        refitted = self.work.slim(student.model, keep)
+        refitted = self.subject.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
         return refitted.cpu(), {"refitted": len(layers), **nats}
 
@@ -89,14 +92,14 @@ class Quality:
 
     def _measure(self, progress: Progress) -> None:
         """Order and worth of the units."""
-        work, half = self.work, max(1, len(self.batches) // 2)
+        subject, half = self.subject, max(1, len(self.batches) // 2)
         fitted, judged = self.batches[:half], self.batches[half:] or self.batches
         model = self._ungated()
         importance: Importance = build(self.node.importance)
         progress.say("ranking the units")
-        calibration = CalibrationData(fitted, work.adapter.outputs, work.cfg.distill.chunk)
+        calibration = CalibrationData(fitted, subject.adapter.outputs, subject.cfg.distill.chunk)
         self.saliency |= rank_units(
-            importance, self._placed(self.student), model, groups=work.gated_groups, calibration=calibration
+            importance, self._placed(self.student), model, groups=subject.gated_groups, calibration=calibration
         )
         self.loss = AnswerLoss(
             self._placed(self.student),
@@ -105,13 +108,13 @@ class Quality:
             fitted=fitted if self.node.reconstruct else [],
             judged=judged,
             distillation=Distillation(
-                KDConfig(temperature=1.0), reader=work.adapter.outputs, chunk=work.cfg.distill.chunk
+                KDConfig(temperature=1.0), reader=subject.adapter.outputs, chunk=subject.cfg.distill.chunk
             ),
         )
         self.sensitivity = measure_sensitivity(
             self.loss,
-            work.groups,
-            work.policy,
+            subject.groups,
+            subject.policy,
             self.saliency,
             points=self.node.points,
             on_group=lambda name: progress.say(f"measured what {name} is worth"),
@@ -123,4 +126,4 @@ class Quality:
 
     def _placed(self, model: Any) -> Any:
         """A copy that may be changed, on the device where models train."""
-        return copy.deepcopy(model).to(self.work.accelerator.device).eval()
+        return copy.deepcopy(model).to(self.subject.accelerator.device).eval()

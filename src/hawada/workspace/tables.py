@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hawada.core.files import write_json
 from hawada.core.latency import (
     FORMAT,
     LatencyTable,
@@ -16,21 +17,21 @@ from hawada.core.latency import (
 )
 from hawada.core.structure import Keep, full_widths, widths_of
 from hawada.core.verdict import Comparison, Interval, Latency
-from hawada.experiment import write_json
-from hawada.workspace.workspace import Workspace
+from hawada.workspace.stopwatch import ModelStopwatch
+from hawada.workspace.subject import Subject
 
 FILE = "latency_table.json"
 
 
-def write_table(work: Workspace, folder: Path, table: LatencyTable, proxy: Proxy, result: dict[str, Any]) -> None:
+def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy: Proxy, result: dict[str, Any]) -> None:
     """Write the file that carries everything which was measured to another machine."""
     record = {
         "format": FORMAT,
-        "gpu": work.cfg.gpu.name,
-        "fingerprint": fingerprint(work.device),
-        "timed_as": work.timed_as,
-        "simulated": work.clock.simulated,
-        "model": work.adapter_spec,
+        "gpu": watch.cfg.gpu.name,
+        "fingerprint": fingerprint(watch.device),
+        "timed_as": watch.timed_as,
+        "simulated": watch.clock.simulated,
+        "model": watch.subject.adapter_spec,
         **table.as_dict(),
         "proxy": proxy.state(),
         "result": result,
@@ -38,13 +39,13 @@ def write_table(work: Workspace, folder: Path, table: LatencyTable, proxy: Proxy
     write_json(folder / FILE, record)
 
 
-def given_table(work: Workspace) -> dict[str, Any]:
+def given_table(watch: ModelStopwatch) -> dict[str, Any]:
     """What `gpu.table` holds.
 
     Raises:
         ValueError: when it is missing, or is not the table of what is asked for.
     """
-    gpu = work.cfg.gpu
+    gpu, spec = watch.cfg.gpu, watch.subject.adapter_spec
     if gpu.table is None:
         raise ValueError("gpu.table: gpu.timing=table needs one; set gpu.table to a latency_table.json")
     path = Path(gpu.table)
@@ -55,10 +56,10 @@ def given_table(work: Workspace) -> dict[str, Any]:
         gpu=gpu.name,
         device=gpu.device,
         match=gpu.match,
-        timed_as=work.timed_as,
-        here=fingerprint(work.device),
+        timed_as=watch.timed_as,
+        here=fingerprint(watch.device),
     )
-    if record["model"] != json.loads(json.dumps(work.adapter_spec)):
+    if record["model"] != json.loads(json.dumps(spec)):
         raise ValueError(
             f"gpu.table: {path} was measured for another model ({record['model']}); measure this one with "
             "stage=profile where it will run, or set the model's options to the same"
@@ -66,17 +67,17 @@ def given_table(work: Workspace) -> dict[str, Any]:
     return record
 
 
-def load_proxy(work: Workspace, stage: str) -> Proxy:
+def load_proxy(subject: Subject, stage: str) -> Proxy:
     """The configured proxy over the profiled table, with the samples that a stage left."""
-    proxy = work.new_proxy(LatencyTable.from_dict(json.loads((work.run.folder("profile") / FILE).read_text())))
-    proxy.load_state(json.loads((work.run.folder(stage) / "proxy.json").read_text()))
+    proxy = subject.new_proxy(LatencyTable.from_dict(json.loads((subject.store.folder("profile") / FILE).read_text())))
+    proxy.load_state(json.loads((subject.store.folder(stage) / "proxy.json").read_text()))
     return proxy
 
 
-def predicted(work: Workspace, keep: Keep) -> Comparison:
+def predicted(subject: Subject, keep: Keep) -> Comparison:
     """What the table says of a choice beside the teacher, where nothing can be measured."""
-    proxy, teacher = load_proxy(work, "profile"), Latency(**work.run.result("profile")["teacher"])
-    ratio = float(proxy.predict(widths_of(keep, work.groups))) / float(proxy.predict(full_widths(work.groups)))
+    proxy, teacher = load_proxy(subject, "profile"), Latency(**subject.store.result("profile")["teacher"])
+    ratio = float(proxy.predict(widths_of(keep, subject.groups))) / float(proxy.predict(full_widths(subject.groups)))
     slim_ms = ratio * teacher.median
     slim = Latency(slim_ms, slim_ms, slim_ms, slim_ms, 0)
     return Comparison(teacher, slim, Interval(ratio, ratio, ratio), source="table")

@@ -28,6 +28,7 @@ from torch import nn
 
 from hawada.adapters import Shape, load_with_adapter
 from hawada.config import build
+from hawada.core.files import write_json
 from hawada.core.latency import (
     Budget,
     DeviceMonitor,
@@ -44,10 +45,9 @@ from hawada.core.latency import (
     widened,
 )
 from hawada.core.verdict import Comparison, Interval, Latency
-from hawada.experiment import write_json
 
 if TYPE_CHECKING:
-    from hawada.workspace.workspace import Workspace  # much that the measuring process would wait for and not use
+    from hawada.workspace.stopwatch import ModelStopwatch  # much that the measuring process would wait for and not use
 
 REPEATS = {"cuda": 3}
 REPEATS_ELSEWHERE = 1
@@ -209,59 +209,61 @@ def _unstable(self_check: Comparison, budget: Budget) -> str | None:
     return f"the same model differs from itself by {off:.1%}, and {budget.tolerance:.1%} is tolerated"
 
 
-def compare_in_fresh_process(work: Workspace, teacher: Path, slim: Path, folder: Path) -> Comparison:
+def compare_in_fresh_process(watch: ModelStopwatch, teacher: Path, slim: Path, folder: Path) -> Comparison:
     """Compare two saved models once, without a self-check; arguments as for `verify_in_fresh_process`.
 
     Raises:
         MeasurementError: when nothing came of it.
     """
-    verification = verify_in_fresh_process(work, teacher, slim, folder, once=True)
+    verification = verify_in_fresh_process(watch, teacher, slim, folder, once=True)
     if verification.comparison is None:
         raise MeasurementError(verification.failed or "nothing was measured")
     return verification.comparison
 
 
 def verify_in_fresh_process(
-    work: Workspace, teacher: Path, slim: Path, folder: Path, *, once: bool = False
+    watch: ModelStopwatch, teacher: Path, slim: Path, folder: Path, *, once: bool = False
 ) -> Verification:
     """Measure two saved models in a new process; whatever happens to it, this one goes on.
 
     Args:
-        work: of the stage that verifies.
+        watch: by which the stage measures.
         teacher: folder of the saved baseline.
         slim: folder of the saved candidate.
         folder: for `verification.json`, with every sample and the environment.
         once: compare once and leave out the self-check: for a search, whose result is verified afterwards.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        return _verify(work, (teacher, slim), folder / "verification.json", scratch=Path(scratch), once=once)
+        return _verify(watch, (teacher, slim), folder / "verification.json", scratch=Path(scratch), once=once)
 
 
-def _verify(work: Workspace, models: tuple[Path, Path], output: Path, *, scratch: Path, once: bool) -> Verification:
+def _verify(
+    watch: ModelStopwatch, models: tuple[Path, Path], output: Path, *, scratch: Path, once: bool
+) -> Verification:
     request, inputs = scratch / "request.json", scratch / "inputs.safetensors"
-    save_file({f"{index:03d}": x.cpu().contiguous() for index, x in enumerate(work.inputs())}, inputs)
-    holds_gpu = work.device.type == "cuda" and torch.cuda.is_initialized()
+    save_file({f"{index:03d}": x.cpu().contiguous() for index, x in enumerate(watch.inputs())}, inputs)
+    holds_gpu = watch.device.type == "cuda" and torch.cuda.is_initialized()
     if holds_gpu:
         torch.cuda.empty_cache()  # what was scored here before
-    clock: Any = OmegaConf.to_container(work.cfg.gpu.clock, resolve=True)
+    clock: Any = OmegaConf.to_container(watch.cfg.gpu.clock, resolve=True)
     write_json(
         request,
         {
             "models": [str(model.resolve()) for model in models],
-            "trust": work.trust,
+            "trust": watch.subject.trust,
             "inputs": str(inputs.resolve()),
-            "shape": asdict(work.shape),
-            "device": str(work.device),
-            "dtype": work.cfg.gpu.dtype,
+            "shape": asdict(watch.shape),
+            "device": str(watch.device),
+            "dtype": watch.cfg.gpu.dtype,
             "clock": clock,
-            "rounds": asdict(work.rounds),
-            "budget": asdict(work.budget_for(None) if once else work.budget),
-            "repeats": 1 if once else REPEATS.get(work.device.type, REPEATS_ELSEWHERE),
+            "rounds": asdict(watch.rounds),
+            "budget": asdict(watch.budget_for(None) if once else watch.budget),
+            "repeats": 1 if once else REPEATS.get(watch.device.type, REPEATS_ELSEWHERE),
             "once": once,
-            "seed": work.cfg.seed,
+            "seed": watch.cfg.seed,
             "threads": torch.get_num_threads(),
             "own_pids": [os.getpid()] if holds_gpu else [],
-            "handover_us": work.handover_us,
+            "handover_us": watch.handover_us,
             "output": str(output.resolve()),
         },
     )
@@ -285,9 +287,9 @@ def _verify(work: Workspace, models: tuple[Path, Path], output: Path, *, scratch
     )
 
 
-def verify_here(work: Workspace, teacher: nn.Module, slim: nn.Module) -> Verification:
+def verify_here(watch: ModelStopwatch, teacher: nn.Module, slim: nn.Module) -> Verification:
     """Compare two models in this process, on a clock that runs nothing: there is no machine to distrust."""
-    return Verification(work.compare(work.timed(teacher), work.timed(slim)))
+    return Verification(watch.compare(watch.timed(teacher), watch.timed(slim), watch.inputs()))
 
 
 def main(request: Path) -> None:

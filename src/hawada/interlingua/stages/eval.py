@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig
 
 from hawada.config import build
-from hawada.core.latency import DeviceMonitor, Rounds, compare, environment
 from hawada.experiment import Run
 from hawada.interlingua.checkpoint import load_checkpoint
 from hawada.interlingua.evaluation.answers import Answers, answer, answer_together, difference
@@ -96,7 +95,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "together": together,
             "answers_shown_to_encoder": sum(map(messenger.source.holds_answer, examples)) / len(examples),
             "payload_bytes": payload_bytes(parts.latents_sent, node.d_z),
-            "environment": environment(parts.device),
+            "environment": parts.store.environment,
         }
         said = ", ".join(
             f"{name} {answered['latents'].em.mean():.1%} (text {answered['text'].em.mean():.1%}, "
@@ -162,11 +161,6 @@ def prefill(
     parts: InterlinguaParts, llm: LMWrapper, messenger: Messenger, examples: Any, rows: dict[str, Contender]
 ) -> dict[str, Any]:
     """Time to the first answer token as a fraction of the text's, without and with encoding."""
-    cfg = parts.cfg
-    clock = build(cfg.gpu.simulated if cfg.gpu.timing == "simulated" else cfg.gpu.clock)
-    node = {key: value for key, value in cfg.measure.items() if value is not None}
-    rounds: Rounds = build(node)
-    monitor = None if clock.simulated else DeviceMonitor(parts.device)
     inputs = (torch.zeros(1, device=parts.device),)
     whole = Prefill(llm, rows["text"](llm, examples))
     found: dict[str, Any] = {"batch": len(examples)}
@@ -174,7 +168,7 @@ def prefill(
         ("latents", LatentPrefill(llm, messenger, examples, encode=False)),
         ("latents with encoding", LatentPrefill(llm, messenger, examples, encode=True)),
     ):
-        compared = compare(whole, candidate, inputs, clock, rounds=rounds, seed=cfg.seed, monitor=monitor)
+        compared = parts.watch.compare(whole, candidate, inputs)
         found[name] = {
             "text_ms": compared.baseline.as_dict(),
             "latency_ms": compared.candidate.as_dict(),

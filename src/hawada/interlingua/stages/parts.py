@@ -8,13 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from hawada.adapters.huggingface import check_source, fetch, load_checked, quietly
 from hawada.config import build
-from hawada.core.latency import prepare_cpu, resolve_device
 from hawada.data import QAData
 from hawada.experiment import Run
 from hawada.interlingua.adapter import SCALES, Adapter, PrefixAdapter
@@ -28,6 +26,7 @@ from hawada.interlingua.messenger import Messenger, Source
 from hawada.interlingua.questions import Questions
 from hawada.interlingua.recall import KEYS, Recall, syllable_tokenizer, word_tokenizer
 from hawada.interlingua.trainer import Schedule
+from hawada.workspace import Stopwatch, Store, configured_device, prepare
 
 QUESTION_DATA = ("hawada.data.squad", "hawada.data.hotpotqa")
 NAMES = ("llama", "qwen")
@@ -50,15 +49,14 @@ class InterlinguaParts:
 
     def __init__(self, cfg: DictConfig, run: Run, *, dry: bool = False) -> None:
         self.cfg, self.run, self.dry = cfg, run, dry
-        prepare_cpu(cfg.runtime.threads)
-        set_seed(cfg.seed)
+        prepare(cfg)
+        self.store = Store(cfg, run)
+        self.watch = Stopwatch(cfg, self.store)
 
     @cached_property
     def device(self) -> torch.device:
         """Where everything is computed; where it is timed too, the device must be the one that `gpu` names."""
-        gpu = self.cfg.gpu
-        match = gpu.match if gpu.get("timing") == "measured" else None
-        return torch.device("meta") if self.dry else resolve_device(gpu.device, match=match)
+        return torch.device("meta") if self.dry else configured_device(self.cfg.gpu)
 
     def check(self) -> None:
         """Check what can be checked before any work.
@@ -87,6 +85,11 @@ class InterlinguaParts:
         runtime = self.cfg.runtime.get("mode", "eager")
         if runtime != "eager":
             raise ValueError(f"runtime.mode: prompts are timed eagerly, not by {runtime}; set runtime.mode=eager")
+        if self.cfg.gpu.get("timing") == "table":
+            raise ValueError(
+                "gpu.timing: no latency table holds the prompts of language models; set gpu.timing=measured, or "
+                "gpu.timing=simulated to rehearse"
+            )
         if "data" in self.cfg:
             self.task  # noqa: B018
         self._check_interlingua()
