@@ -38,7 +38,7 @@ from hawada.workspace import (
 RELOAD = """
 import pathlib, sys, torch
 from safetensors.torch import load_file, save_file
-from hawada.adapters.base import load_with_adapter
+from hawada.adapters import load_with_adapter
 folder, inputs, output, threads, *trust = sys.argv[1:]
 torch.set_num_threads(int(threads))
 adapter, model = load_with_adapter(pathlib.Path(folder), trust=trust)
