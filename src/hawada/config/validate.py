@@ -14,7 +14,7 @@ from hawada.config.values import MappingOf, Node
 
 MISSING = "???"
 ABSENT = object()
-GATES = "hawada.core.importance.gates.Gates"  # the only importance whose scores also compare groups
+GATES = "hawada.core.importance.Gates"  # the only importance whose scores also compare groups
 # Classes whose arguments are declared here; those of any other are its own business, see `check_targets`.
 DECLARED_CLASSES = ("hawada.", "torch.optim.")
 SECTIONS = {key.rpartition(".")[0] for key in KEYS} | {
