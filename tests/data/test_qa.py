@@ -77,7 +77,7 @@ def hot_context(row):
 
 
 def write(folder, name, content):
-    """A file of the kind that its suffix says; `content` is rows for .jsonl."""
+    """Write a file of the kind that its suffix names; `content` is rows for .jsonl."""
     text = "\n".join(map(json.dumps, content)) if name.endswith((".jsonl", ".jsonl.gz")) else json.dumps(content)
     path = folder / name
     path.parent.mkdir(exist_ok=True)

@@ -77,7 +77,7 @@ def figures(cell: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("label", "shown"),
+    ("label", "expected"),
     [
         ("parameters", [[5280330], [2707274], [0.513]]),
         ("MACs", [[27579392], [12041216], [0.437]]),
@@ -88,11 +88,11 @@ def figures(cell: str) -> list[float]:
         ("target", [[], [3.846], [0.6]]),
     ],
 )
-def test_the_result_shows_teacher_and_slim_side_by_side(label: str, shown: list[list[float]]) -> None:
+def test_the_result_shows_teacher_and_slim_side_by_side(label: str, expected: list[list[float]]) -> None:
     found = [figures(cell) for cell in cells(printed_result(RESULT), label)]
-    assert [len(cell) for cell in found] == [len(cell) for cell in shown]
-    for cell, wanted in zip(found, shown, strict=True):
-        assert cell == pytest.approx(wanted, rel=2e-3)
+    assert [len(cell) for cell in found] == [len(cell) for cell in expected]
+    for cell, numbers in zip(found, expected, strict=True):
+        assert cell == pytest.approx(numbers, rel=2e-3)
 
 
 def test_other_phases_than_the_targets_have_rows_of_their_own() -> None:
