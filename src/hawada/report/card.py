@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hawada.core.files import signed
 from hawada.report.figures import format_interval, format_quality
 
 
 def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_with: str) -> str:
-    """Write a card in Markdown, with the front matter that the Hub displays.
+    """Write a card in Markdown with the front matter that the Hub displays, signed so that later edits are recognised.
 
     Args:
         result: the result of `stage=evaluate`.
@@ -66,4 +67,4 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return signed("\n".join(lines))

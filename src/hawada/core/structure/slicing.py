@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 Indices = Sequence[int] | Tensor | None
 Module = TypeVar("Module", bound=nn.Module)
-Norm = TypeVar("Norm", nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 
 
 def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
@@ -62,29 +61,6 @@ def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: 
     )
     bias = None if conv.bias is None else slice_tensor(conv.bias, 0, out_channels)
     return _filled(sliced, conv, weight=weight, bias=bias)
-
-
-def slice_norm(norm: Norm, index: Indices) -> Norm:
-    """A BatchNorm or one-axis LayerNorm over the given features, with their affine parameters and statistics.
-
-    A sliced LayerNorm normalises over the kept features only: it equals the original on inputs whose other features
-    were excluded from the statistics, not on inputs where they are zero.
-    """
-    tensors = {
-        name: None if tensor is None else (slice_tensor(tensor, 0, index) if tensor.dim() else tensor.detach().clone())
-        for name, tensor in [*norm._parameters.items(), *norm._buffers.items()]
-    }
-    if isinstance(norm, nn.LayerNorm):
-        if len(norm.normalized_shape) != 1:
-            raise ValueError(f"LayerNorm over {norm.normalized_shape} has more than one axis; one wanted")
-        size = norm.normalized_shape[0] if index is None else len(index)
-        sliced: nn.Module = nn.LayerNorm(
-            size, norm.eps, norm.elementwise_affine, bias=norm.bias is not None, device="meta"
-        )
-    else:
-        size = norm.num_features if index is None else len(index)
-        sliced = type(norm)(size, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
-    return _filled(sliced, norm, **tensors)  # type: ignore[return-value]
 
 
 def slice_embedding(
