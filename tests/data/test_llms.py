@@ -513,7 +513,7 @@ def test_the_hub_gives_both_splits(tokenizer, no_cache, monkeypatch, streaming):
     assert [page.split(" = ")[0] for page in tests] == [f"= test {index}" for index in range(4)]
 
 
-def test_what_the_hub_refuses_is_said(tokenizer, no_cache, monkeypatch):
+def test_what_the_hub_refuses_is_reported(tokenizer, no_cache, monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("no such\ndata set")
 
