@@ -1,8 +1,9 @@
-"""How well is the latency of unseen sliced models predicted? Site tables beside a roofline and beside MACs.
+"""How well is the latency of unseen sliced models predicted? Site tables are compared with a roofline and with MACs.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity_cpu.json
 
-For each model: the same calibration models and the same 30 unseen ones, measured once, with widths drawn uniformly.
+For each model, all proxies are fitted to the same sliced models and predict the same 30 unseen ones, whose widths are
+drawn uniformly; all of these are measured once.
 Further overrides go after `--`, e.g. `-- gpu=h100`.
 """
 
@@ -28,7 +29,7 @@ PROXIES = ("lookup", "roofline", "macs")
 
 
 def workspace(model: str, proxy: str, root: Path, overrides: list[str]) -> Workspace:
-    """What stage=profile works with."""
+    """Make the workspace of `stage=profile`."""
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"proxy={proxy}", f"output_dir={root}", *overrides])
@@ -36,8 +37,8 @@ def workspace(model: str, proxy: str, root: Path, overrides: list[str]) -> Works
     return Workspace(run.settings("profile"), run)
 
 
-def judge(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
-    """Fidelity of every proxy on the same measured models."""
+def compare_proxies(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
+    """Compute the fidelity of every proxy on the same measured models."""
     spaces = {proxy: workspace(model, proxy, root, overrides) for proxy in PROXIES}
     work = spaces["lookup"]
     teacher = work.placed(work.adapter.skeleton())
@@ -62,7 +63,7 @@ def judge(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Judge every model and print one line a proxy."""
+    """Evaluate every model and print a line for each proxy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny_resnet", "tiny_vit", "tiny_llama"])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
@@ -71,7 +72,7 @@ def main() -> None:
     records = []
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as root:
-            record = judge(model, Path(root), arguments.overrides)
+            record = compare_proxies(model, Path(root), arguments.overrides)
         environment = record.pop("environment")
         records.append(record)
         for proxy, quality in record["proxies"].items():

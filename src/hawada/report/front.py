@@ -1,4 +1,4 @@
-"""The Pareto front of one training: on screen and as a picture."""
+"""The Pareto front that one training leads to: as a table on screen and as a picture."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from hawada.report.figures import format_interval
 from hawada.report.progress import console
+
+OBJECTIVE = "importance kept, or minus output divergence"  # what the export search maximises; `worth` in its results
 
 
 def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
-    """One row a target: what was measured for it and what its widths are worth.
+    """Print a row for each target: what was measured for it, and the objective that the search reached.
 
     Args:
-        points: each with `target_ratio`, `status`, `measured`, `worth` and `candidates`.
-        title: of the table.
+        points: the points of the front, each with `target_ratio`, `status`, `measured`, `worth` and `candidates`.
+        title: the title of the table.
     """
     table = Table(title=escape(title), title_justify="left")
-    for name in ("target", "measured ratio", "slim ms", "worth", "models measured", "status"):
+    for name in ("target", "measured ratio", "slim ms", "objective", "models measured", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
     for point in points:
         ratio, slim = point["measured"]["ratio"], point["measured"]["candidate"]
         table.add_row(
             f"{point['target_ratio']:g}",
-            f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+            format_interval(ratio, ".3f"),
             f"{slim['median']:.3g}",
             f"{point['worth']:.3f}",
             str(len(point["candidates"])),
@@ -36,12 +39,12 @@ def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
 
 
 def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Worth of the widths over measured milliseconds: every model that was measured, and those chosen.
+    """Draw the search's objective over milliseconds: every model that was measured, and those that were chosen.
 
     Args:
-        points: see `print_front`.
-        path: of the PNG.
-        title: of the picture.
+        points: the points of the front, see `print_front`.
+        path: the path of the PNG file.
+        title: the title of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,5 +64,5 @@ def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     axes.errorbar(ms, [point["worth"] for point in chosen], xerr=spread, marker="o", capsize=3)
     for point in chosen:
         axes.axvline(point["target_ratio"] * teacher_ms, color="0.8", linestyle=":", zorder=0)
-    axes.set(xlabel="milliseconds, measured", ylabel="worth", title=title)
+    axes.set(xlabel="milliseconds, measured", ylabel=OBJECTIVE, title=title)
     figure.savefig(path, dpi=120)

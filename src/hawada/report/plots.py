@@ -10,16 +10,16 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLUMNS = 2
+COLUMNS = 2  # of panels
 
 
 def plot_staircases(path: Path, stairs: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Milliseconds over widths, one panel a kind of site; widths behind which a step begins are marked.
+    """Draw milliseconds over widths in a panel for each kind of site, and mark the widths behind which a step begins.
 
     Args:
-        path: of the PNG.
-        stairs: each with `site`, `unit`, `widths`, `ms` and `ends`.
-        title: of the whole figure.
+        path: the path of the PNG file.
+        stairs: the staircases, each with `site`, `unit`, `widths`, `ms` and `ends`.
+        title: the title of the whole figure.
     """
     rows = max(1, math.ceil(len(stairs) / COLUMNS))
     figure = Figure(figsize=(5 * COLUMNS, 3.2 * rows + 0.4), layout="constrained")

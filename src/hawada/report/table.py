@@ -1,4 +1,4 @@
-"""The result on screen: one table, the verdict, and how to load what came out."""
+"""The result on screen: one table, the verdict, and how to load the slim model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from hawada.core.latency import SUCCESS
+from hawada.report.figures import format_interval, format_quality
 from hawada.report.progress import console
 
 
 def print_result(result: Mapping[str, Any], root: Path) -> None:
-    """Teacher beside slim, the target and the verdict; for a run that ended early only the verdict.
+    """Print the teacher beside the slim model, the target and the verdict; for a run that ended early only the verdict.
 
     Args:
-        result: what a pipeline or `stage=evaluate` returned.
+        result: the result of a pipeline or of `stage=evaluate`.
         root: the experiment's directory.
     """
     colour = "green" if result["verdict"] in SUCCESS else "red"
@@ -26,20 +27,23 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
         return
     teacher, slim, ratio = result["teacher"], result["slim"], result["latency_ratio"]
     table = Table(title=escape(root.name), title_justify="left")
-    for name, justify in (("", "left"), ("teacher", "right"), ("slim", "right"), ("slim / teacher", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("", "teacher", "slim", "slim / teacher"):
+        table.add_column(name, justify="right" if name else "left")
     for key, label in (("params", "parameters"), ("macs", "MACs")):
         table.add_row(label, f"{teacher[key]:,}", f"{slim[key]:,}", f"{slim[key] / teacher[key]:.3f}")
     table.add_row(
-        _latency_label(result), _interval(teacher["latency_ms"]), _interval(slim["latency_ms"]), _interval(ratio)
+        _latency_label(result),
+        format_interval(teacher["latency_ms"]),
+        format_interval(slim["latency_ms"]),
+        format_interval(ratio),
     )
     for phase, measured in result["phases"].items():
         if phase != result["timed_as"]["phase"]:
-            row = [_interval(measured[key]) for key in ("teacher_ms", "slim_ms", "ratio")]
+            row = [format_interval(measured[key]) for key in ("teacher_ms", "slim_ms", "ratio")]
             table.add_row(f"{phase} ms", *row)
     table.add_row("speed-up", "1.00x", f"{1 / ratio['median']:.2f}x", "")
     metric = result["metric"]
-    table.add_row(metric, shown(metric, teacher[metric]), shown(metric, slim[metric]), "")
+    table.add_row(metric, format_quality(metric, teacher[metric]), format_quality(metric, slim[metric]), "")
     table.add_row("agreement", "", f"{result['agreement']:.2%}", "")
     if result["target_ms"] is not None:
         table.add_row("target", "", f"{result['target_ms']:.3f} ms", f"{result['target_ratio']:.3f}")
@@ -53,21 +57,17 @@ def print_result(result: Mapping[str, Any], root: Path) -> None:
 
 
 def _latency_label(result: Mapping[str, Any]) -> str:
+    """Name the latency after its phase, where there is more than one."""
     phase = result["timed_as"]["phase"]
     return "latency ms" if phase == "forward" else f"{phase} ms"
 
 
-def shown(metric: str, value: float) -> str:
-    """A quality as people read it: fractions in percent, perplexities as they are."""
-    return f"{value:.2%}" if metric == "accuracy" else f"{value:.4g}"
-
-
 def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """One row per job of a multirun: what was swept, then what came out or why it failed.
+    """Print a row for each job of a multirun: its swept values, then its result or why it failed.
 
     Args:
-        jobs: each with `overrides` (by key), `result` and `error` (or None).
-        keys: the swept keys.
+        jobs: the jobs, each with `overrides` (by key), `result` and `error` (or None).
+        keys: the keys that were swept.
     """
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
     for name in (*keys, "verdict", "ratio", "slim ms", "quality", "agreement", "gate KD"):
@@ -85,7 +85,7 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
                 result["verdict"],
                 f"{result['latency_ratio']['median']:.3f}",
                 f"{result['slim']['latency_ms']['median']:.2f}",
-                shown(result["metric"], result["slim"][result["metric"]]),
+                format_quality(result["metric"], result["slim"][result["metric"]]),
                 f"{result['agreement']:.2%}",
                 f"{result['kd']:.4f}" if result.get("kd") is not None else "",
             )
@@ -94,7 +94,3 @@ def print_sweep(jobs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     console.print(table)
     for failure in failures:
         console.print(failure, soft_wrap=True)
-
-
-def _interval(interval: Mapping[str, float]) -> str:
-    return f"{interval['median']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"

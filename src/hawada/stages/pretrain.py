@@ -14,7 +14,7 @@ from hawada.core.memory_format import channels_last
 from hawada.core.structure import keep_all
 from hawada.data import TextData, witten_bell_perplexity
 from hawada.experiment import MetricsLog, Run
-from hawada.report import Progress, shown
+from hawada.report import Progress, format_quality
 from hawada.workspace import Workspace
 
 
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         scores = score(model, work.data.test_loader(cfg.pretrain.batch_size), work.adapter.logits)
         metric = work.data.metric
         result: dict[str, Any] = {metric: getattr(scores, metric)}
-        summary = f"test {metric} {shown(metric, result[metric])}"
+        summary = f"test {metric} {format_quality(metric, result[metric])}"
         if isinstance(work.data, TextData):
             result["bits_per_byte"] = compare_with_ngram(work.data, scores)
             summary += ", bits per byte: model {model:.3f}, interpolated byte 5-gram {ngram:.3f}".format(
