@@ -1,4 +1,4 @@
-"""What HawAda is compared with: Torch-Pruning and uniform widths, each brought to a latency by its own ratio."""
+"""The baselines: Torch-Pruning and uniform widths, each brought to a latency by its own pruning ratio."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from torch import nn
 from hawada.core.structure import completed, keep_first, widths_of
 from hawada.workspace import ModelStopwatch
 
-STEPS = 7  # bisections of a baseline's ratio
-HIGHEST = (0.8, 0.85, 0.9, 0.95)  # where they begin; beyond, Torch-Pruning leaves whole layers as they are
+BISECTION_STEPS = 7  # of a baseline's pruning ratio
+INITIAL_PRUNING_RATIOS = (
+    0.8,
+    0.85,
+    0.9,
+    0.95,
+)  # Bisection begins at the first that is fast enough; above the last, Torch-Pruning leaves whole layers unpruned.
 
 Pruner = Callable[[float], nn.Module]  # ratio of removed channels -> pruned copy of the teacher
 
 
 def of_torch_pruning(name: str, network: Network, watch: ModelStopwatch, teacher: nn.Module) -> Pruner:
-    """Torch-Pruning, global, on every layer but the classifier, or on channels inside blocks alone."""
+    """Prune with Torch-Pruning, globally over every layer but the classifier, or over channels inside blocks only."""
     layers = {path for path, module in teacher.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     classifier = next(path for path in reversed(list(dict(teacher.named_modules()))) if path in layers)
     inner = {group.name for group in watch.subject.groups if group.kind == "channel"}
@@ -61,7 +66,7 @@ def of_torch_pruning(name: str, network: Network, watch: ModelStopwatch, teacher
 
 
 def of_uniform(_: str, network: Network, watch: ModelStopwatch, teacher: nn.Module) -> Pruner:
-    """The same fraction of every inner convolution's filters, the largest ones."""
+    """Prune every inner convolution to the same fraction of its filters, those with the largest weights."""
     sizes = {
         g.name: teacher.get_parameter(f"{g.name}.weight").flatten(1).norm(dim=1) for g in watch.subject.groups if g.cuts
     }
@@ -79,14 +84,14 @@ def of_uniform(_: str, network: Network, watch: ModelStopwatch, teacher: nn.Modu
 
 
 def brought_to(target: float, prune: Pruner, ratio_of: Callable[[nn.Module], float]) -> float | None:
-    """The smallest pruning ratio that bisection finds whose model is at or under the target; None where none is."""
+    """Find by bisection the smallest pruning ratio whose model is at or under the target; None where there is none."""
     low = 0.0
-    for high in HIGHEST:
+    for high in INITIAL_PRUNING_RATIOS:
         if ratio_of(prune(high)) <= target:
             break
     else:
         return None
-    for _ in range(STEPS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
         if ratio_of(prune(middle)) <= target:
             high = middle

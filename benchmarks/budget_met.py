@@ -1,4 +1,4 @@
-"""Does the slim model measurably meet its budget? Runs whole pipelines and lists ratio, interval, accuracy and time.
+"""Does the measured slim model meet its budget? Runs whole pipelines and lists ratio, interval, accuracy and time.
 
     python benchmarks/budget_met.py --ratios 0.7 0.5 --seeds 0 1 2 --output benchmarks/results/budget_met_cpu.json
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def run(ratio: float, seed: int, root: Path, overrides: list[str]) -> dict:
-    """One pipeline; its result with the wall time, or the error."""
+    """Run one pipeline and return its result with the wall time; where there is no result, exit with the error."""
     name = f"ratio{ratio}-seed{seed}"
     command = [
         "hawada",
@@ -52,7 +52,7 @@ def run(ratio: float, seed: int, root: Path, overrides: list[str]) -> dict:
 
 
 def main() -> None:
-    """Run every combination and print one line each."""
+    """Run every combination of target and seed and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

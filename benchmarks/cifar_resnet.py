@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2: as a user has them.
+"""The CIFAR ResNets of He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2, in a user's code.
 
 Shortcuts between stages have no weights: every other pixel, and zeros for the channels that are new. Parameter names
 are those of akamaster/pytorch_resnet_cifar10, whose weights fit.

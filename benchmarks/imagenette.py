@@ -1,4 +1,4 @@
-"""Imagenette, ten classes of ImageNet, as a user brings data of their own: a function that `data._target_` names."""
+"""Imagenette, ten classes of ImageNet, added as users add their own data: a function that `data._target_` names."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from PIL import Image
 from hawada.data import VisionData
 from hawada.data.vision import Batch, ImageTensors
 
-MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # what EfficientNet-Lite was trained with
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # of the images that EfficientNet-Lite was trained on
 
 
 def imagenette(root: str, samples: int | None = None, augment: bool = False) -> VisionData:
-    """From `train.npz` and `val.npz` with `jpeg` bytes of 224 x 224 images, `offsets` and `labels`.
+    """Load `train.npz` and `val.npz` with `jpeg` bytes of 224 x 224 images, `offsets` and `labels`.
 
     Args:
-        root: folder with the two archives.
-        samples: use only so many training images, the same random ones every time.
-        augment: mirror half of the training images.
+        root: the folder with the two archives.
+        samples: the number of training images, the same random ones every time; None means all.
+        augment: whether to mirror half of the training images.
     """
     train, test = (_read(Path(root) / f"{name}.npz") for name in ("train", "val"))
-    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))[:samples]  # sorted by class
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(0))[
+        :samples
+    ]  # the archives are sorted by class
     train = (train[0][order], train[1][order])
     plain = ImageTensors(*train, mean=MEAN, std=STD)
     mirrored = ImageTensors(*train, mean=MEAN, std=STD, augment=_mirror) if augment else plain
-    shown = ImageTensors(*test, mean=MEAN, std=STD)
-    return VisionData(mirrored, plain, shown, classes=10, repeats=not augment, normalisation=(MEAN, STD))
+    test_images = ImageTensors(*test, mean=MEAN, std=STD)
+    return VisionData(mirrored, plain, test_images, classes=10, repeats=not augment, normalisation=(MEAN, STD))
 
 
 def _mirror(images: torch.Tensor) -> torch.Tensor:

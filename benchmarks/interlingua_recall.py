@@ -1,4 +1,4 @@
-"""Facts through latents: what two frozen language models recall from them, beside text and other baselines.
+"""Facts through latents: what two frozen language models recall from them, compared with text and other baselines.
 
     python benchmarks/interlingua_recall.py --root outputs/recall --jobs 2 \\
         --output benchmarks/results/interlingua_recall_cpu.json
@@ -8,9 +8,9 @@ see the question, and test contexts are made of pairs that training never shows.
 N, injection and seed then has an encoder and adapters of its own, and so has every change of the configuration that
 `--variants` names, at `--variant-pairs` facts and with the first injection and seed.
 
-`--root` keeps all runs: what is finished there is not done again, and all that is there is in the file: the work can
-be done in several calls. Trainings run side by side, evaluations one after another, as they take times. Overrides
-for the runs of a call go after `--`, e.g. `-- evaluate.prompt_steps=1000`.
+`--root` keeps all runs: what is finished there is not done again, and the file holds all of it, so that the work can be
+done in several calls. Trainings run side by side, evaluations one after another, because they measure. Overrides for
+the runs of a call go after `--`, e.g. `-- evaluate.prompt_steps=1000`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import numpy as np
 
 from hawada.core.files import partial_path
 
-ROWS = ("text", "shuffled latents", "zero latents", "prompt tuning", "head", "tail", "random tokens", "nothing")
-PLAIN = "as configured"
+BASELINES = ("text", "shuffled latents", "zero latents", "prompt tuning", "head", "tail", "random tokens", "nothing")
+UNCHANGED = "as configured"
 VARIANTS: dict[str, list[str]] = {
     "encoder of bytes": ["interlingua.encoder_type=bytes"],
     "encoder on hidden states": ["interlingua.encoder_type=states"],
@@ -45,13 +45,15 @@ VARIANTS: dict[str, list[str]] = {
     "hidden states distilled": ["interlingua.objective.kd_hidden_weight=1"],
     "query-aware": ["interlingua.query_aware=true"],
 }
-JOB = "job.json"  # in the folder of each run: what it is
-SCRIPT = "import os, sys; os.sched_setaffinity(0, [{cpu}]); from hawada.cli import main; sys.argv[0] = 'hawada'; main()"
+JOB_FILE = "job.json"  # in the folder of each run; describes the run
+PINNED_COMMAND = (
+    "import os, sys; os.sched_setaffinity(0, [{cpu}]); from hawada.cli import main; sys.argv[0] = 'hawada'; main()"
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """One training and evaluation."""
 
     variant: str
     injection: str
@@ -60,12 +62,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.variant.replace(' ', '_')}-{self.injection}-{self.pairs}-{self.seed}"
 
     @property
     def overrides(self) -> list[str]:
-        """Its configuration."""
+        """The overrides that configure it."""
         return [
             f"name={self.name}",
             "data=recall",
@@ -77,16 +79,16 @@ class Job:
         ]
 
 
-def wanted(arguments: argparse.Namespace) -> list[Job]:
-    """What is asked for."""
+def requested_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """List the runs that the command line asks for."""
     grid = product(arguments.injections, arguments.pairs, arguments.seeds)
-    jobs = [Job(PLAIN, *combination) for combination in grid]
+    jobs = [Job(UNCHANGED, *combination) for combination in grid]
     injection, seed = arguments.injections[0], arguments.seeds[0]
     return jobs + [Job(variant, injection, arguments.variant_pairs, seed) for variant in arguments.variants]
 
 
 def hawada(arguments: argparse.Namespace, stage: str, overrides: Sequence[str]) -> None:
-    """One stage by the command, on a CPU of its own.
+    """Run one stage by the command, on a CPU of its own.
 
     Raises:
         RuntimeError: when it fails.
@@ -94,29 +96,29 @@ def hawada(arguments: argparse.Namespace, stage: str, overrides: Sequence[str]) 
     fixed = [f"stage={stage}", f"output_dir={arguments.root.resolve()}", *overrides, *arguments.overrides]
     cpu = arguments.cpus.get()
     try:
-        command = [sys.executable, "-c", SCRIPT.format(cpu=cpu), *fixed]
+        command = [sys.executable, "-c", PINNED_COMMAND.format(cpu=cpu), *fixed]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     finally:
         arguments.cpus.put(cpu)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
-        raise RuntimeError(f"stage={stage} {' '.join(overrides)}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise RuntimeError(f"stage={stage} {' '.join(overrides)}: {errors[-1]}")
     print(done.stdout.strip().splitlines()[-1], flush=True)
 
 
 def train(arguments: argparse.Namespace, job: Job) -> None:
-    """A run with the models that are trained already.
+    """Train a run, with copies of the models that were trained before.
 
     Raises:
         RuntimeError: when the folder has a run with other overrides.
     """
     folder = arguments.root / job.name
     mine = {"job": asdict(job), "overrides": arguments.overrides}
-    if not (folder / JOB).is_file():
+    if not (folder / JOB_FILE).is_file():
         if not finished(folder, "interlingua-llms"):
             copy_new(arguments.root / "models" / "interlingua-llms", folder / "interlingua-llms")
-        (folder / JOB).write_text(json.dumps(mine))
-    if json.loads((folder / JOB).read_text()) != mine:
+        (folder / JOB_FILE).write_text(json.dumps(mine))
+    if json.loads((folder / JOB_FILE).read_text()) != mine:
         raise RuntimeError(f"{folder} has a run with other overrides; give another --root")
     if not finished(folder, "interlingua"):
         hawada(arguments, "interlingua", job.overrides)
@@ -141,13 +143,13 @@ def finished(folder: Path, stage: str) -> bool:
 
 
 def collect(root: Path) -> list[dict[str, Any]]:
-    """One record for each variant, injection and N that was evaluated, with the figures of all seeds."""
-    evaluated = (path.parent for path in root.glob(f"*/{JOB}") if finished(path.parent, "interlingua-eval"))
-    described = {folder: json.loads((folder / JOB).read_text()) for folder in evaluated}
+    """Make a record for each variant, injection and N that was evaluated, with the figures of all seeds."""
+    evaluated = (path.parent for path in root.glob(f"*/{JOB_FILE}") if finished(path.parent, "interlingua-eval"))
+    described = {folder: json.loads((folder / JOB_FILE).read_text()) for folder in evaluated}
     jobs = {Job(**text["job"]): folder for folder, text in described.items()}
 
     def kind(job: Job) -> tuple[bool, str, str, int]:
-        return job.variant != PLAIN, job.variant, job.injection, job.pairs
+        return job.variant != UNCHANGED, job.variant, job.injection, job.pairs
 
     records = []
     for _, group in groupby(sorted(jobs, key=lambda job: (*kind(job), job.seed)), kind):
@@ -173,12 +175,12 @@ def collect(root: Path) -> list[dict[str, Any]]:
 
 
 def read(folder: Path) -> Any:
-    """A stage's result."""
+    """Read a stage's result."""
     return json.loads((folder / "result.json").read_text())
 
 
 def of_model(name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What one model answered with each seed."""
+    """Gather the scores of one model with each seed."""
     own = [result["models"][name] for result in results]
     return {
         "context_tokens": own[0]["context_tokens"],
@@ -191,10 +193,10 @@ def of_model(name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lines(record: dict[str, Any]) -> Iterable[str]:
-    """A record in words: mean exact match over seeds, the smallest of latents in brackets."""
+    """Describe a record: the mean exact match over seeds, and in brackets the smallest one with latents."""
     for name, model in record["models"].items():
         em = {row: np.mean(values) for row, values in model["em"].items()}
-        others = ", ".join(f"{row} {em[row]:.3f}" for row in ROWS if row in em)
+        others = ", ".join(f"{row} {em[row]:.3f}" for row in BASELINES if row in em)
         yield (
             f"{record['variant']}, N={record['pairs']} {record['injection']:5} {name:6} {record['pairs']} latents for "
             f"{model['context_tokens']:.0f} tokens: EM {em['latents']:.3f} "
@@ -223,7 +225,7 @@ def main() -> None:
     start = time.perf_counter()
     if not finished(arguments.root / "models", "interlingua-llms"):
         hawada(arguments, "interlingua-llms", ["name=models"])
-    jobs = wanted(arguments)
+    jobs = requested_jobs(arguments)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: train(arguments, job), jobs))
     for job in jobs:

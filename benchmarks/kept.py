@@ -1,4 +1,4 @@
-"""Figures that take long, kept in a file."""
+"""Figures that take long to compute, cached in a file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hawada.core.files import write_json
 
 
 class Kept:
-    """Figures by name in a file, so that a call that finds them there does not take them again.
+    """Caches figures by name in a file, so that a later call does not compute them again.
 
     Args:
-        path: of the file.
+        path: the path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,7 +22,7 @@ class Kept:
         self.figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def take(self, name: str, figure: Callable[[], Any]) -> Any:
-        """What the file has under this name, or else what is computed and written there."""
+        """Return the figure of this name in the file, or else compute it and write it there."""
         if name not in self.figures:
             self.figures[name] = figure()
             write_json(self.path, self.figures)

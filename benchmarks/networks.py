@@ -1,4 +1,4 @@
-"""The networks that benchmarks slim: how HawAda is told of them, and how they are finetuned."""
+"""The networks that benchmarks slim: how HawAda is configured for them, and how they are finetuned."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ DISTILLATION = KDConfig(temperature=4.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of finetuning, the same for all methods; it was chosen on HawAda's models.
+    """The recipe of finetuning, the same for all methods; it was chosen on HawAda's models.
 
     Attributes:
-        batch: images of a step.
-        hidden_weight: of the difference between what residual blocks put out, the slim model's and the teacher's.
-        lr: peak learning rate of AdamW.
-        weight_decay: of the weights.
-        label_weight: factor of the cross-entropy.
-        warm_up: fraction of the steps that the learning rate rises.
-        recalibrated: BatchNorm statistics are taken anew at the end, for norms that follow training slowly.
+        batch: the number of images in a step.
+        hidden_weight: the weight of the difference between the outputs of the slim model's and the teacher's residual
+            blocks.
+        lr: the peak learning rate of AdamW.
+        weight_decay: the weight decay of AdamW.
+        label_weight: the factor of the cross-entropy with the labels.
+        warm_up: the fraction of the steps in which the learning rate rises.
+        recalibrated: whether BatchNorm statistics are computed anew at the end, for norms that follow training slowly.
     """
 
     batch: int = 64
@@ -39,7 +40,7 @@ class Recipe:
     recalibrated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record."""
+        """Return the recipe for the record."""
         return asdict(self) | {"temperature": DISTILLATION.temperature}
 
 
@@ -48,16 +49,17 @@ class Network:
     """One network with its images.
 
     Attributes:
-        targets: fractions of the teacher's time.
-        batch: whose latency is compared.
-        samples: training images that change weights, HawAda's refit included.
-        calibration: training images that importance, worths, refits and BatchNorm statistics see.
-        multiple: widths of every method are multiples of it.
-        recipe: of finetuning.
-        inner: whether Torch-Pruning prunes only channels inside residual blocks: its graph does not follow shortcuts
-            that are padded.
-        weights: makes the teacher's weights ready for the images, in a folder; returns their file.
-        options: HawAda's configuration of the network, without weights.
+        targets: the fractions of the teacher's time.
+        batch: the batch size whose latency is compared.
+        samples: the number of training images that change weights, those of HawAda's reconstruction included.
+        calibration: the number of training images that importance, sensitivity, reconstruction and BatchNorm
+            statistics use.
+        multiple: the number of which the widths of every method are multiples.
+        recipe: the recipe of finetuning.
+        inner: whether Torch-Pruning prunes only channels inside residual blocks, because its graph does not follow
+            padded shortcuts.
+        weights: a function that prepares the teacher's weights for the images in a folder, and returns their file.
+        options: a function that returns HawAda's configuration of the network, without weights.
     """
 
     targets: tuple[float, ...]
@@ -131,19 +133,22 @@ NETWORKS = {
 
 
 def network_parser(description: str) -> argparse.ArgumentParser:
-    """What benchmarks on these networks are asked."""
+    """Make the parser of the arguments that all benchmarks on these networks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), default="cifar_resnet")
     parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz (or val.npz)")
-    parser.add_argument("--weights", type=Path, required=True, help="the teacher's")
-    parser.add_argument("--depth", type=int, default=20, help="of a CIFAR ResNet")
+    parser.add_argument("--weights", type=Path, required=True, help="file of the teacher's weights")
+    parser.add_argument("--depth", type=int, default=20, help="depth of a CIFAR ResNet")
     parser.add_argument(
-        "--teacher-epochs", type=int, default=0, help="of training images on which a CIFAR ResNet is finetuned first"
+        "--teacher-epochs",
+        type=int,
+        default=0,
+        help="epochs of training images on which a CIFAR ResNet is finetuned first",
     )
-    parser.add_argument("--batch", type=int, help="whose latency is compared")
-    parser.add_argument("--multiple", type=int, help="of which all widths are multiples")
+    parser.add_argument("--batch", type=int, help="batch size whose latency is compared")
+    parser.add_argument("--multiple", type=int, help="number of which all widths are multiples")
     parser.add_argument("--targets", type=float, nargs="+", help="fractions of the teacher's time")
-    parser.add_argument("--samples", type=int, help="training images that change weights; HawAda's refit included")
+    parser.add_argument("--samples", type=int, help="training images that change weights, with HawAda's reconstruction")
     parser.add_argument("--recipe-batch", type=int, help="images of a step of finetuning")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write; a plot lies beside it")
     parser.add_argument("overrides", nargs="*", help="further hawada overrides, after --")
@@ -151,7 +156,7 @@ def network_parser(description: str) -> argparse.ArgumentParser:
 
 
 def chosen(arguments: argparse.Namespace) -> Network:
-    """The network as the command asks for it."""
+    """Return the network as the command line asks for it."""
     network = NETWORKS[arguments.network]
     given = {name: getattr(arguments, name) for name in ("batch", "multiple", "samples")}
     given["targets"] = None if arguments.targets is None else tuple(sorted(set(arguments.targets), reverse=True))
@@ -161,7 +166,7 @@ def chosen(arguments: argparse.Namespace) -> Network:
 
 
 def options(arguments: argparse.Namespace, network: Network, root: Path) -> list[str]:
-    """HawAda's configuration: no gates are trained, what widths are worth is measured."""
+    """Return HawAda's configuration, in which no gates are trained and sensitivity is measured."""
     return [
         "model=convnet",
         "data=cifar10",
@@ -183,5 +188,5 @@ def options(arguments: argparse.Namespace, network: Network, root: Path) -> list
 
 
 def unaugmented(data: VisionData) -> VisionData:
-    """The same, and its training images as they are."""
+    """Return the same data, with training images that are not augmented."""
     return VisionData(data.plain, data.plain, data.test, classes=data.classes, repeats=True)

@@ -1,10 +1,10 @@
-"""How well does a small table predict times on real GPUs? Published times of single operators, most of them left out.
+"""How well does a small table predict times on real GPUs? It is built from a few published times and predicts the rest.
 
     python benchmarks/published_curves.py --data FOLDER --output benchmarks/results/published_curves.json
 
 FOLDER holds `*__mlp.csv.gz` of microsoft/vidur (Agrawal et al., Vidur, 2024): milliseconds of the operators of language
 models on H100 and A100, by number of tokens and degree of tensor parallelism. For every curve (file, operator, degree)
-the site table takes a few points, chosen by what the points before them showed, and predicts all others.
+the site table takes a few points, each chosen by the times of those before, and predicts all others.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hawada.core.latency import environment
 from hawada.core.latency.site_table import SiteTable, monotone
 from hawada.core.structure import Site
 
-AIM = 0.03
+MAX_MEDIAN_ERROR = 0.03  # of a curve that counts as within the aim
 RESOLUTION_MS = 0.001  # the published times are whole microseconds
 
 
 def read_curves(file: Path, max_tokens: int) -> dict[tuple[str, int], dict[int, float]]:
-    """Milliseconds by tokens for each (operator, degree); the median where a number of tokens was timed twice."""
+    """Read milliseconds by tokens for each (operator, degree); the median where a number of tokens was timed twice."""
     with gzip.open(file, "rt") as opened:
         rows = list(csv.DictReader(opened))
     samples: dict[tuple[str, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -45,7 +45,7 @@ def read_curves(file: Path, max_tokens: int) -> dict[tuple[str, int], dict[int, 
 
 
 def choose_points(candidates: Sequence[int], count: int, measure: Callable[[int], float]) -> dict[int, float]:
-    """Both ends, and then again and again the middle of the interval that may hide most.
+    """Take both ends, and then repeatedly the middle of the interval that may hide the largest differences.
 
     An interval may hide the relative difference of its ends at each of the candidates inside it, so stairs and slopes
     get more points than plateaus. Only the points that are returned are measured.
@@ -65,13 +65,13 @@ def choose_points(candidates: Sequence[int], count: int, measure: Callable[[int]
 
 
 def spread_points(candidates: Sequence[int], count: int, measure: Callable[[int], float]) -> dict[int, float]:
-    """The same number of points at even distances, to compare with."""
-    wanted = np.linspace(candidates[0], candidates[-1], count)
-    return {n: measure(n) for n in sorted({min(candidates, key=lambda n: abs(n - aim)) for aim in wanted})}
+    """Take the same number of points at even distances, as a baseline."""
+    even = np.linspace(candidates[0], candidates[-1], count)
+    return {n: measure(n) for n in sorted({min(candidates, key=lambda n: abs(n - aim)) for aim in even})}
 
 
 def left_out_errors(operator: str, curve: dict[int, float], points: dict[int, float]) -> np.ndarray:
-    """Relative errors of a table of `points` on the rest of the curve."""
+    """Compute the relative errors of a table of `points` on the rest of the curve."""
     ms = monotone(np.asarray(list(points.values())))
     table = SiteTable(Site(operator, ("tokens",), "published"), (tuple(points),), ms)
     rest = [n for n in curve if n not in points]
@@ -79,19 +79,21 @@ def left_out_errors(operator: str, curve: dict[int, float], points: dict[int, fl
 
 
 def describe(errors: Sequence[np.ndarray]) -> dict[str, float | int]:
-    """Over all points of some curves, and over the curves."""
+    """Summarize errors over all points of some curves, and over the curves."""
     medians = np.asarray([np.median(own) for own in errors])
     return {
         "median_error": float(np.median(np.concatenate(list(errors)))),
         "median_of_curves": float(np.median(medians)),
         "worst_curve": float(medians.max()),
         "curves": len(medians),
-        "curves_within_aim": int((medians <= AIM).sum()),
+        "curves_within_aim": int((medians <= MAX_MEDIAN_ERROR).sum()),
     }
 
 
-def judge(file: str, operator: str, degree: int, curve: dict[int, float], count: int) -> tuple[dict, list[np.ndarray]]:
-    """One curve's record, and the errors with chosen points and with points at even distances."""
+def evaluate_curve(
+    file: str, operator: str, degree: int, curve: dict[int, float], count: int
+) -> tuple[dict, list[np.ndarray]]:
+    """Make one curve's record, and compute the errors with chosen points and with points at even distances."""
     points, even = (choose(list(curve), count, curve.__getitem__) for choose in (choose_points, spread_points))
     chosen, spread = (left_out_errors(operator, curve, taken) for taken in (points, even))
     entry = {
@@ -108,13 +110,13 @@ def judge(file: str, operator: str, degree: int, curve: dict[int, float], count:
     name = f"{file.removesuffix('__mlp.csv.gz')} {operator} tp{degree}"
     print(
         f"{name:75} {len(points):6} {entry['left_out']:5} {entry['median_error']:7.2%} {entry['p90_error']:7.2%} "
-        f"{entry['rounding']:8.2%}{'' if entry['median_error'] <= AIM else '  above the aim'}"
+        f"{entry['rounding']:8.2%}{'' if entry['median_error'] <= MAX_MEDIAN_ERROR else '  above the aim'}"
     )
     return entry, [chosen, spread]
 
 
 def summarize(curves: Sequence[dict], errors: Sequence[list[np.ndarray]]) -> dict[str, dict]:
-    """Figures of all curves, of matrix products and the rest, and of points at even distances; printed too."""
+    """Summarize all curves, matrix products, other operators, and points at even distances; print it too."""
     products = ["proj" in entry["operator"] for entry in curves]
     parts = {
         "all curves": [chosen for chosen, _ in errors],
@@ -127,35 +129,35 @@ def summarize(curves: Sequence[dict], errors: Sequence[list[np.ndarray]]) -> dic
         print(
             f"{name}: median error {found['median_error']:.2%}, median of the curves' medians "
             f"{found['median_of_curves']:.2%}, worst curve {found['worst_curve']:.2%}, "
-            f"{found['curves_within_aim']} of {found['curves']} curves within {AIM:.0%}"
+            f"{found['curves_within_aim']} of {found['curves']} curves within {MAX_MEDIAN_ERROR:.0%}"
         )
     return summary
 
 
 def main() -> None:
-    """Print every curve, what is within the aim and what is not, and write all of it."""
+    """Print every curve, whether it is within the aim, and write all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the published times")
     parser.add_argument("--points", type=int, default=16, help="most points that a curve's table is built from")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="longer inputs are not looked at")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="longer inputs are left out")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     files = sorted(arguments.data.glob("*__mlp.csv.gz"))
     if not files:
         parser.error(f"{arguments.data} holds no *__mlp.csv.gz; give the folder of the published times")
     print(f"{'curve':75} {'points':>6} {'rest':>5} {'median':>7} {'p90':>7} {'rounding':>8}")
-    judged = [
-        judge(file.name, operator, degree, curve, arguments.points)
+    evaluated = [
+        evaluate_curve(file.name, operator, degree, curve, arguments.points)
         for file in files
         for (operator, degree), curve in read_curves(file, arguments.max_tokens).items()
     ]
-    curves = [entry for entry, _ in judged]
-    summary = summarize(curves, [errors for _, errors in judged])
+    curves = [entry for entry, _ in evaluated]
+    summary = summarize(curves, [errors for _, errors in evaluated])
     machine = environment(torch.device("cpu"))
     print(json.dumps(machine))
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        options = {"points": arguments.points, "max_tokens": arguments.max_tokens, "aim": AIM}
+        options = {"points": arguments.points, "max_tokens": arguments.max_tokens, "aim": MAX_MEDIAN_ERROR}
         record = {"environment": machine, **options, "summary": summary, "curves": curves}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
 

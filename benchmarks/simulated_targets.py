@@ -2,8 +2,8 @@
 
     python benchmarks/simulated_targets.py --output benchmarks/results/simulated_targets.json
 
-Three families, targets from 0.3 to 0.9 of the teacher's time, noise of 0 to 2 %, random saliency. Every model found
-is timed without noise. On a part of each problem, few groups gated, the choice is compared with all possible ones.
+Three families, targets from 0.3 to 0.9 of the teacher's time, noise of 0 to 2 %, random importance. Every model found
+is timed without noise. On a part of each problem, with few groups gated, the choice is compared with all possible ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hawada.core.search.allocation import Allocation
 from hawada.core.structure import Keep, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
+from hawada.experiment.results import to_json
 from hawada.stages import profile
 from hawada.workspace import ModelStopwatch, load_proxy, open_stage
 
@@ -41,11 +42,11 @@ OPTIONS = [
     "runtime.threads=1",
     "profile.held_out_models=2",
 ]
-ALL = 20_000  # choices that are all tried, at most
+MAX_ENUMERATED_CHOICES = 20_000  # of the widths, which brute force tries all
 
 
 def profiled(model: str, root: Path) -> ModelStopwatch:
-    """A family with its table, on a device without noise."""
+    """Profile a family on a device without noise."""
     register_resolvers()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"output_dir={root}", *OPTIONS, *FAMILIES[model]])
@@ -55,14 +56,14 @@ def profiled(model: str, root: Path) -> ModelStopwatch:
 
 
 def problems(count: int) -> Iterator[tuple[float, float, int]]:
-    """(target ratio, noise, seed)."""
+    """Draw problems as (target ratio, noise, seed)."""
     random = np.random.default_rng(0)
     for seed in range(count):
         yield float(random.uniform(0.3, 0.9)), float(random.choice([0.0, 0.005, 0.01, 0.02])), seed
 
 
 def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[str, Any]:
-    """Search for one target; what was found, timed without noise, and how good the choice of widths is."""
+    """Search for one target, time the result without noise, and compare its widths with the best possible ones."""
     generator = torch.Generator().manual_seed(seed)
     saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
     teacher, inputs = watch.timed(watch.subject.adapter.skeleton()), watch.inputs()
@@ -88,12 +89,12 @@ def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[
         policies=watch.subject.policies,
         measure=measure,
         budget=watch.budget_for(ratio),
-        teacher_ms=watch.store.result("profile")["teacher_ms"],
+        teacher_ms=watch.store.run.result("profile").teacher_ms,
         confirmations=1 if noise else 0,
     )
     found = search_export(search)
     reached = next(true for keep, true in truth if keep == found.chosen.keep)
-    fastest = watch.store.result("profile")["fastest_ratio"]["median"]
+    fastest = watch.store.run.result("profile").fastest_ratio.median
     record = {"target_ratio": ratio, "noise": noise, "seed": seed, "status": found.status, "reached_ratio": reached}
     record |= {"of_target": reached / ratio, "measurements": len(truth), "fastest_ratio": fastest}
     if found.status != "infeasible" and reached < (1 - TOLERANCE) * ratio:
@@ -107,7 +108,7 @@ def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[
 
 
 def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, float]]) -> float:
-    """The ratio of the slowest allocation under the target, whatever it is worth, as the calibrated table sees it."""
+    """Predict the ratio of the slowest allocation under the target, whatever its objective, by the fitted proxy."""
     allocation = Allocation(search.groups, search.saliency, search.proxy, search.policies[0])
     off = [true * search.teacher_ms / float(search.proxy.predict(widths_of(k, search.groups))) for k, true in truth]
     limit = ratio * search.teacher_ms / max(off)
@@ -118,13 +119,13 @@ def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, fl
 def against_brute_force(
     watch: ModelStopwatch, saliency: dict[str, torch.Tensor], ratio: float, seed: int
 ) -> float | None:
-    """Worth of the chosen widths as a fraction of the best there are, with few groups gated; None where none fits."""
+    """Compute the objective of the chosen widths as a fraction of the largest possible, with few groups gated."""
     random = np.random.default_rng(seed)
     whole = Allocation(watch.subject.groups, saliency, load_proxy(watch.subject, "profile"), watch.subject.policies[-1])
     gated: list[str] = []
     for name in random.permutation(list(whole.blocks)):
         chosen = [*gated, str(name)]
-        if math.prod(len(whole.allowed[block]) for block in chosen) <= ALL:
+        if math.prod(len(whole.allowed[block]) for block in chosen) <= MAX_ENUMERATED_CHOICES:
             gated = chosen
     some = {member: saliency[member] for name in gated for member in whole.blocks[name]}
     proxy = load_proxy(watch.subject, "profile")
@@ -134,19 +135,19 @@ def against_brute_force(
         by_block = dict(zip(allocation.blocks, widths, strict=True))
         choice = {member: by_block[name] for name, members in allocation.blocks.items() for member in members}
         if not allocation.policy.lacking(choice, watch.subject.groups):
-            # What lies inside a branch or layer goes with it; nothing here lies inside anything else that thins.
+            # Units inside a branch or layer are removed with it; here no units lie inside others that can be removed.
             choice = {name: width if allocation._stays(name, choice) else 0 for name, width in choice.items()}
             every.append((float(proxy.predict(choice)), allocation.worth(choice)))
     low, high = min(ms for ms, _ in every), max(ms for ms, _ in every)
     limit = low + ratio * (high - low)
-    best = max(worth for ms, worth in every if ms <= limit)
+    best = max(objective for ms, objective in every if ms <= limit)
     return allocation.worth(allocation.within(limit)) / best
 
 
 def main() -> None:
-    """Solve every problem and print one line each."""
+    """Solve every problem and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=14, help="for each family")
+    parser.add_argument("--problems", type=int, default=14, help="number of problems for each family")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     records = []
@@ -159,12 +160,12 @@ def main() -> None:
                 print(
                     f"{model:12} target {record['target_ratio']:.3f} noise {record['noise']:.3f}: {record['status']}, "
                     f"{record['of_target'] - 1:+.2%} of the target, {record['measurements']} measured, "
-                    f"worth {record['of_brute_force']:.4f} of brute force{'' if record['kept'] else '  NOT KEPT'}",
+                    f"objective {record['of_brute_force']:.4f} of brute force{'' if record['kept'] else '  NOT KEPT'}",
                     flush=True,
                 )
     kept = sum(record["kept"] for record in records)
-    print(f"kept in {kept} of {len(records)}; least worth {min(r['of_brute_force'] for r in records):.4f}")
-    record = {"environment": watch.store.environment, "kept": kept, "problems": records}
+    print(f"kept in {kept} of {len(records)}; smallest objective {min(r['of_brute_force'] for r in records):.4f}")
+    record = {"environment": to_json(watch.store.environment), "kept": kept, "problems": records}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["environment"]))
 

@@ -1,4 +1,4 @@
-"""What gates cost in training: a step of the trainer beside a loop without gates that does the work no one can avoid.
+"""What gates cost in training: a step of the trainer is compared with a loop without gates that does the least work.
 
     python benchmarks/step_overhead.py --output benchmarks/results/step_overhead_cpu.json
 
@@ -40,7 +40,7 @@ from hawada.core.train import LagrangeTrainer
 
 
 def gated_step(adapter: ResNetAdapter, teacher: nn.Module, inputs: Tensor, accelerator: Accelerator) -> Any:
-    """One step of gate training, everything included."""
+    """Make one complete step of gate training."""
     groups, sites = adapter.groups(teacher), adapter.sites(teacher)
     clock = SimulatedClock(tflops=1.0, gbps=100.0, launch_us=5.0, tile=8, noise=0.0)
     table = build_table(teacher, groups, sites, [(1.0, teacher, (inputs[:2],))], clock, policy=ExportPolicy(), points=3)
@@ -63,7 +63,7 @@ def gated_step(adapter: ResNetAdapter, teacher: nn.Module, inputs: Tensor, accel
 
 
 def bare_step(adapter: ResNetAdapter, teacher: nn.Module, inputs: Tensor, accelerator: Accelerator) -> Any:
-    """Teacher and student forward, and backward to where the first gate would be."""
+    """Make a step of teacher and student forward, and backward to where the first gate would be."""
     loss = KDConfig()
     student = copy.deepcopy(teacher).to(accelerator.device).requires_grad_(False)
     original = copy.deepcopy(teacher).to(accelerator.device).requires_grad_(False)
@@ -77,14 +77,14 @@ def bare_step(adapter: ResNetAdapter, teacher: nn.Module, inputs: Tensor, accele
 
     def step() -> None:
         with torch.no_grad():
-            wanted = original(inputs)
-        loss(student(inputs), wanted).backward()
+            targets = original(inputs)
+        loss(student(inputs), targets).backward()
 
     return step
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Of one step, until the device is done with it."""
+    """Time one step in milliseconds, until the device has finished it."""
     start = time.perf_counter()
     step()
     if device.type == "cuda":

@@ -1,11 +1,11 @@
-"""How close to its target does an exported model land? Every cell is measured again, in processes of their own.
+"""How close to its target is an exported model? Every cell is measured again, in fresh processes.
 
     python benchmarks/target_accuracy.py --output benchmarks/results/target_accuracy_cpu.json
 
 Cells are models x batch sizes x ratios. Gates are random (latency does not depend on what they were trained to). A
 cell counts when at least three allocations of the table lie in its window; a search that gives it up is outside. What
 the search found is verified by the median of three fresh processes, and the cells of one model take turns: a shared
-machine has moods of seconds to minutes, in which the ratio of the same two models differs by 2 to 3 %. Models and
+machine is unstable over seconds to minutes, in which the ratio of the same two models differs by 2 to 3 %. Models and
 batches that the output holds already are not measured again. Further overrides go after `--`, e.g. `-- gpu=h100
 runtime=cudagraph`, or `-- runtime.threads=1` on a virtual machine whose threads now run near each other and now do not:
 there the ratio of the same two models is another from one minute to the next.
@@ -30,18 +30,19 @@ from hawada.core.search import BudgetSearch, search_export
 from hawada.core.structure import keep_all, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
+from hawada.experiment.results import to_json
 from hawada.stages import profile
 from hawada.stages.export import measuring
 from hawada.workspace import load_proxy, open_stage, verify_in_fresh_process
 from hawada.workspace.verification import combine
 
-ENOUGH = 3  # allocations in the window
-ABOVE = 0.005  # of the target: how far the point estimate of the second measurement may lie above
-PROCESSES = 3  # that verify a cell
+MIN_ALLOCATIONS = 3  # in the window, for a cell to count
+MAX_EXCESS = 0.005  # of the target: how far the point estimate of the second measurement may lie above
+FRESH_PROCESSES = 3  # that verify a cell
 
 
 def run_of(model: str, batch: int, root: Path, overrides: list[str]) -> Run:
-    """An experiment with its profile."""
+    """Make an experiment with its profile."""
     register_resolvers()
     options = [f"model={model}", f"budget.batch={batch}", f"name={model}-batch{batch}", f"output_dir={root}"]
     options += ["profile.held_out_models=2", "budget.target_ratio=null"]  # fidelity has a benchmark of its own
@@ -53,7 +54,7 @@ def run_of(model: str, batch: int, root: Path, overrides: list[str]) -> Run:
 
 
 def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
-    """Search for one target and save what was found."""
+    """Search for one target and save the models."""
     watch = open_stage(run.settings("evaluate"), run)[1]
     choosing = open_stage(run.settings("export"), run)[1]
     generator = torch.Generator().manual_seed(seed)
@@ -65,10 +66,10 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
             groups=watch.subject.groups,
             saliency=saliency,
             proxy=load_proxy(choosing, "profile"),
-            policies=choosing.policies,
+            policies=choosing.subject.policies,
             measure=measure,
             budget=choosing.budget_for(ratio),
-            teacher_ms=run.result("profile")["teacher_ms"],
+            teacher_ms=run.result("profile").teacher_ms,
             confirmations=choosing.confirmations,
         )
         choices = in_window(search, ratio)  # before the search adds to the fit
@@ -92,7 +93,7 @@ def verify(run: Run, records: list[dict[str, Any]]) -> None:
     """Measure what was found for each target afresh, all targets in turn, and add what came out to the records."""
     watch = open_stage(run.settings("evaluate"), run)[1]
     again: dict[float, list[Comparison]] = {}
-    for _ in range(PROCESSES):
+    for _ in range(FRESH_PROCESSES):
         for record in records:
             folder = run.root / "verified" / f"{record['target_ratio']:g}"
             comparison = verify_in_fresh_process(watch, folder / "teacher", folder / "slim", folder).comparison
@@ -108,13 +109,13 @@ def verify(run: Run, records: list[dict[str, Any]]) -> None:
             "ratios": [comparison.ratio.median for comparison in again[ratio]],
             "of_target": whole.ratio.median / ratio,
             "noisy": whole.noisy,
-            "counts": record["in_window"] >= ENOUGH,
-            "inside": bool(record["status"] != "infeasible" and low <= whole.ratio.median / ratio <= 1 + ABOVE),
+            "counts": record["in_window"] >= MIN_ALLOCATIONS,
+            "inside": bool(record["status"] != "infeasible" and low <= whole.ratio.median / ratio <= 1 + MAX_EXCESS),
         }
 
 
 def in_window(search: BudgetSearch, ratio: float) -> int:
-    """How many different allocations the table has in the window, counted up to ten."""
+    """Count the different allocations that the table has in the window, up to ten."""
     allocation = search._allocation(0)
     target, tolerance = ratio * search.teacher_ms, search.budget.tolerance
     seen = set()
@@ -145,12 +146,12 @@ def main() -> None:
             found = [find(run, ratio, seed) for seed, ratio in enumerate(arguments.ratios)]
             verify(run, found)
         for record in found:
-            records.append({"model": model, "batch": batch, "proxy": profiled["fidelity"]} | record)
+            records.append({"model": model, "batch": batch, "proxy": to_json(profiled.fidelity)} | record)
             print(line(records[-1]), flush=True)
         counted = [record for record in records if record["counts"]]
         summary = {"counted": len(counted), "inside": sum(record["inside"] for record in counted)}
         whole = {
-            "environment": profiled["environment"],
+            "environment": to_json(profiled.environment),
             "overrides": arguments.overrides,
             "summary": summary,
             "cells": records,
@@ -160,13 +161,13 @@ def main() -> None:
     summary = whole["summary"]
     print(
         f"{summary['inside']} of {summary['counted']} cells that count, of {len(whole['cells'])}, are inside "
-        f"[-tolerance, {ABOVE:+.1%}]"
+        f"[-tolerance, {MAX_EXCESS:+.1%}]"
     )
     print(json.dumps(whole["environment"]))
 
 
 def line(record: dict[str, Any]) -> str:
-    """A cell in words."""
+    """Describe a cell in one line."""
     ratio, target = record["ratio"], record["target_ratio"]
     counts = "does not count" if not record["counts"] else "inside" if record["inside"] else "OUTSIDE"
     return (

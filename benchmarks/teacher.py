@@ -1,4 +1,4 @@
-"""Published weights made ready for other images than they were trained on."""
+"""Published weights that are adapted to other images than they were trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates that were tried and did not pay: as a user would bring them, by `gate._target_`."""
+"""Gates that were tried without gain, added as users add their own, by `gate._target_`."""
 
 from torch import Tensor
 

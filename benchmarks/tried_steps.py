@@ -1,4 +1,4 @@
-"""Pruning in steps, tried and without gain: some of the finetuning comes before the last of the pruning."""
+"""Pruning in steps, which was tried without gain: some of the finetuning comes before the last pruning."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def in_steps(
     calibration: Callable[[], DataLoader],
     finetune: Callable[[nn.Module, int], nn.Module],
 ) -> tuple[nn.Module, float]:
-    """A network brought to each fraction of the teacher's time in turn, and finetuned there on so many images.
+    """Bring a network to each fraction of the teacher's time in turn, and finetune it there on so many images.
 
-    Widths, order and refits of a step are found on what the step before left. Returns the last network, and the
-    fraction that it is predicted to take.
+    The widths, importance and reconstruction of a step start from the network of the step before.
+
+    Returns:
+        The last network, and the fraction of the time that it is predicted to take.
 
     Raises:
         ValueError: when a fraction cannot be reached.
@@ -42,7 +44,7 @@ def in_steps(
 
 
 def _exported(watch: ModelStopwatch, model: nn.Module, ratio: float) -> tuple[Keep, nn.Module, float]:
-    """What `stage=export` makes of a model instead of the teacher."""
+    """Export a model as `stage=export` exports the teacher."""
     teacher = watch.subject.teacher()
     student = load_student(watch.subject, teacher)
     student.model.load_state_dict(model.state_dict())
@@ -61,7 +63,7 @@ def _exported(watch: ModelStopwatch, model: nn.Module, ratio: float) -> tuple[Ke
 
 @torch.no_grad()
 def spread(watch: ModelStopwatch, model: nn.Module, slim: nn.Module, keep: Keep) -> nn.Module:
-    """A network of the full size that computes what the slim one does: what it lacks is zero."""
+    """Make a network of the full size that computes what the slim one does: the units that were removed are zero."""
     whole = copy.deepcopy(model)
     removed, small = plan_edits(whole, watch.subject.groups, keep).removed, slim.state_dict()
     for name, tensor in whole.state_dict().items():
@@ -79,7 +81,7 @@ def spread(watch: ModelStopwatch, model: nn.Module, slim: nn.Module, keep: Keep)
 
 
 def _staying(tensor: Tensor, removed: dict[int, Tensor]) -> list[Tensor]:
-    """By axis, the positions that are left."""
+    """List for each axis the positions that stay."""
     places = []
     for dim, size in enumerate(tensor.shape):
         stays = torch.ones(size, dtype=torch.bool)

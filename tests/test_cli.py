@@ -226,8 +226,12 @@ def test_help_and_configuration_are_shown_without_loading_torch(
     assert contents(elsewhere) == {}
 
 
-def test_the_real_command_refuses_in_one_line_and_with_exit_code_2(elsewhere: Path) -> None:
-    command = [str(Path(sys.executable).parent / "hawada"), "budget.target_ratio=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "command",
+    [[str(Path(sys.executable).parent / "hawada")], [sys.executable, "-m", "hawada"]],
+    ids=["script", "module"],
+)
+def test_the_real_command_refuses_in_one_line_and_with_exit_code_2(command: list[str], elsewhere: Path) -> None:
+    done = subprocess.run([*command, "budget.target_ratio=2"], capture_output=True, text=True)
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "budget.target_ratio", "set budget.target_ratio")
     assert contents(elsewhere) == {}

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,33 +30,36 @@ from hawada.config import (
     validate,
 )
 from hawada.core.latency import check_device, check_runtime
-from hawada.experiment import INTERLINGUA, PLANS, Run, planned
+from hawada.experiment import INTERLINGUA, PLANS, Job, Run, planned
+from hawada.experiment.results import Conclusion, EvaluateResult, FrontResult, StageResult
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 # What a user can do wrong, as opposed to what fails on the way; the last three are folders that cannot be written.
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, PermissionError, NotADirectoryError, FileExistsError)
 
 register_resolvers()
-_jobs: list[dict[str, Any]] = []  # one record per finished job of this process
+_jobs: list[Job] = []  # those of this process that have ended
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def job(cfg: DictConfig) -> float | None:
     """Run the configured stage; returns the objective that sweepers may maximise: accuracy, or minus the perplexity."""
     given = [str(override).partition("=") for override in HydraConfig.get().overrides.task]
-    record: dict[str, Any] = {"overrides": {key: value for key, _, value in given}, "result": {}, "error": None}
-    _jobs.append(record)
+    overrides = {key: value for key, _, value in given}
     try:
-        record["result"] = _run(cfg)
+        result = _run(cfg)
     except Exception as error:
-        record["error"] = error
+        _jobs.append(Job(overrides, None, error))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # the sweeper must know; a single job's error is reported by main, in one sentence
-    slim = record["result"].get("slim") or {}
-    return -slim["perplexity"] if "perplexity" in slim else slim.get("accuracy")
+        return None
+    _jobs.append(Job(overrides, result, None))
+    if not isinstance(result, EvaluateResult):
+        return None
+    return result.slim.accuracy if result.slim.perplexity is None else -result.slim.perplexity
 
 
-def _run(cfg: DictConfig) -> dict[str, Any]:
+def _run(cfg: DictConfig) -> StageResult | None:
     spell_out(cfg)
     validate(cfg)
     stage = cfg.stage.name
@@ -90,13 +92,14 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
     else:
         pipeline.check(stages, run)
     if stage == "inspect":
-        return inspect.run_inspect(run)
+        inspect.run_inspect(run)
+        return None
     with run.locked():
         if stage == "pipeline":
-            result = pipeline.run_pipeline(run)
+            result: StageResult = pipeline.run_pipeline(run)
         else:
             result = [pipeline.run_stage(name, run) for name in stages][-1]
-    if "verdict" in result and not sweeping:
+    if isinstance(result, Conclusion) and not sweeping:
         from hawada.report import print_result
 
         print_result(result, root)
@@ -114,8 +117,8 @@ def main() -> None:
     try:
         check_spellings(sys.argv[1:])
         job()
-        if len(_jobs) == 1 and _jobs[0]["error"] is not None:
-            raise _jobs[0]["error"]
+        if len(_jobs) == 1 and _jobs[0].error is not None:
+            raise _jobs[0].error
     except KeyboardInterrupt:
         print("hawada: interrupted; the same command goes on behind the last finished stage", file=sys.stderr)
         code = INTERRUPTED
@@ -130,14 +133,16 @@ def main() -> None:
             from hawada.report import print_sweep
 
             print_sweep(_jobs, _swept_keys(sys.argv[1:]))
-    sys.exit(code or max((_exit_code(record["result"]) for record in _jobs), default=0))
+    sys.exit(code or max((_exit_code(job.result) for job in _jobs), default=0))
 
 
-def _exit_code(result: dict[str, Any]) -> int:
+def _exit_code(result: StageResult | None) -> int:
     """Only a run that was asked for a latency and did not prove it fails."""
-    verdict, asked = result.get("verdict"), result.get("target_ms") is not None
-    unreached = any(point["status"] == "infeasible" for point in result.get("points", ()))
-    return FAILURE if unreached or (asked and verdict in ("missed", "unverified", "infeasible")) else 0
+    if isinstance(result, FrontResult):
+        return FAILURE if any(point.status == "infeasible" for point in result.points) else 0
+    if isinstance(result, Conclusion):
+        return FAILURE if result.target_ms is not None and not result.verdict.is_success else 0
+    return 0
 
 
 def _swept_keys(arguments: list[str], swept: bool = True) -> list[str]:

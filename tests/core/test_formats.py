@@ -87,9 +87,9 @@ def head():
 
 
 @torch.no_grad()
-def assert_close(got, wanted):
-    assert got.shape == wanted.shape
-    assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def test_known_formats_pass():
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["hf", "tflite"], "export.formats: 'tflite' is not one of hf, onnx, pt2"),
+        (["hf", "tflite"], "export.formats: 'tflite' is not one of hf, onnx, pt2; list only these"),
         ("onnx", "export.formats: 'onnx' is not a list; write [onnx]"),
     ],
 )

@@ -51,7 +51,7 @@ def prose(seed, count):
 
 
 def write(folder, name, documents):
-    """A file of the kind that its suffix says; in .txt the documents are long enough to be cut apart again."""
+    """Write a file of the kind that its suffix names; in .txt the documents are long enough to be cut apart again."""
     path, kind = folder / name, name.split(".")[1]
     path.parent.mkdir(exist_ok=True)
     if kind == "parquet":
@@ -364,7 +364,7 @@ def test_a_stream_is_read_no_further_than_needed(tmp_path, make, monkeypatch):
 
 
 def test_a_streamed_test_split_is_bounded_by_whole_documents(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(llms, "STREAMED_TEST_SEQUENCES", 20)
+    monkeypatch.setattr(llms, "MAX_STREAMED_TEST_SEQUENCES", 20)
     write(tmp_path, "train.jsonl", prose(0, 20))
     write(tmp_path, "test.jsonl", prose(1, 80))
     data = make(tmp_path, samples=10, streaming=True)
@@ -513,7 +513,7 @@ def test_the_hub_gives_both_splits(tokenizer, no_cache, monkeypatch, streaming):
     assert [page.split(" = ")[0] for page in tests] == [f"= test {index}" for index in range(4)]
 
 
-def test_what_the_hub_refuses_is_said(tokenizer, no_cache, monkeypatch):
+def test_what_the_hub_refuses_is_reported(tokenizer, no_cache, monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("no such\ndata set")
 

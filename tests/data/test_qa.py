@@ -77,7 +77,7 @@ def hot_context(row):
 
 
 def write(folder, name, content):
-    """A file of the kind that its suffix says; `content` is rows for .jsonl."""
+    """Write a file of the kind that its suffix names; `content` is rows for .jsonl."""
     text = "\n".join(map(json.dumps, content)) if name.endswith((".jsonl", ".jsonl.gz")) else json.dumps(content)
     path = folder / name
     path.parent.mkdir(exist_ok=True)
@@ -188,7 +188,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path):
     assert len(data.train) + len(data.test) == 60
 
 
-def test_questions_without_an_answer_are_kept_unless_they_are_not_wanted(tmp_path):
+def test_questions_without_an_answer_are_kept_unless_they_are_left_out(tmp_path):
     content = nested(article(0, impossible=True), version="v2.0")
     path = write(tmp_path, "squad2.json", content)
     data, less = squad(path, "2.0"), squad(path, "2.0", unanswerable=False)
@@ -447,7 +447,7 @@ def test_without_network_one_message_comes_soon(no_cache, server, monkeypatch, l
 
 
 @pytest.mark.parametrize(("load", "name", "configuration"), HUB)
-def test_what_the_hub_refuses_is_said(no_cache, monkeypatch, load, name, configuration):
+def test_what_the_hub_refuses_is_reported(no_cache, monkeypatch, load, name, configuration):
     def refuse(*args, **options):
         raise RuntimeError("no such\ndata set")
 

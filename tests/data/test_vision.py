@@ -131,7 +131,7 @@ def test_images_that_are_the_same_in_every_epoch_come_with_their_numbers():
         expected = data.plain.__getitems__(numbers.tolist())
         assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1])
     assert len(next(iter(data.calibration_loader(4, 8)))) == 2
-    assert not VisionData(data.plain, data.plain, data.test, classes=10).repeats  # unless it is said
+    assert not VisionData(data.plain, data.plain, data.test, classes=10).repeats  # unless the caller declares it
 
 
 @pytest.mark.parametrize("limit", [None, 1000])
@@ -190,7 +190,10 @@ def test_cifar10_from_its_binary_version(tmp_path):
 
 def test_a_missing_batch_is_named(tmp_path):
     write_binary(tmp_path, "test_batch", *random_images(1, 0))
-    message = r"data\.root: .*data_batch_1\.bin is missing; the binary version has five data_batch files and test_batch"
+    message = (
+        r"data\.root: .*data_batch_1\.bin is missing; the binary version needs five data_batch files and "
+        r"test_batch\.bin, so set data\.root to a folder that holds them all"
+    )
     with pytest.raises(ValueError, match=message):
         cifar10(str(tmp_path))
 
@@ -287,6 +290,6 @@ def test_some_images_of_imagenet_are_the_same_ones_every_time(folder):
 def test_a_missing_folder_is_named(folder, missing):
     (folder / missing).rename(folder / "elsewhere")
     with pytest.raises(
-        ValueError, match=rf"data\.root: .* has no folder {missing}; ImageNet's layout is train/<class>/"
+        ValueError, match=rf"data\.root: .* has no folder {missing}; set data\.root to a folder of train/<class>/"
     ):
         imagenet(str(folder), workers=0)

@@ -1,4 +1,4 @@
-"""The doctor's words follow the figures."""
+"""The doctor's sentences follow the figures."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def test_the_phase_and_all_kinds_of_units_are_named() -> None:
         (found(0.9, removed=0.2), "removing 20% of the channels buys 10%"),
     ],
 )
-def test_no_more_is_said_than_was_measured(half: dict[str, Any], text: str) -> None:
+def test_no_more_is_claimed_than_was_measured(half: dict[str, Any], text: str) -> None:
     assert text in describe(changed(slices__half=half))[0]
 
 
-def test_what_explains_little_is_said_to() -> None:
+def test_a_resource_that_explains_little_is_named_with_its_share() -> None:
     shares = {"launch": 0.2, "memory": 0.1, "compute": 0.05}
     assert "explains only 20% of its time" in describe(changed(bottleneck__shares=shares))[0]
 
@@ -141,7 +141,7 @@ def test_the_target_is_a_range_and_a_suggestion_inside_it() -> None:
     assert describe(RESULT)[-1].endswith("budget.target_ratio=0.40.") and "2.5 ms (0.25 of" in describe(RESULT)[-1]
 
 
-def test_a_simulated_device_says_so_first() -> None:
+def test_a_simulated_device_is_named_first() -> None:
     assert describe(changed(simulated=True))[0] == "This device is simulated; nothing was measured."
     assert "(simulated)" in summarize_findings(changed(simulated=True))
 

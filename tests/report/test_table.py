@@ -77,7 +77,7 @@ def figures(cell: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("label", "shown"),
+    ("label", "expected"),
     [
         ("parameters", [[5280330], [2707274], [0.513]]),
         ("MACs", [[27579392], [12041216], [0.437]]),
@@ -88,11 +88,11 @@ def figures(cell: str) -> list[float]:
         ("target", [[], [3.846], [0.6]]),
     ],
 )
-def test_the_result_shows_teacher_and_slim_side_by_side(label: str, shown: list[list[float]]) -> None:
+def test_the_result_shows_teacher_and_slim_side_by_side(label: str, expected: list[list[float]]) -> None:
     found = [figures(cell) for cell in cells(printed_result(RESULT), label)]
-    assert [len(cell) for cell in found] == [len(cell) for cell in shown]
-    for cell, wanted in zip(found, shown, strict=True):
-        assert cell == pytest.approx(wanted, rel=2e-3)
+    assert [len(cell) for cell in found] == [len(cell) for cell in expected]
+    for cell, numbers in zip(found, expected, strict=True):
+        assert cell == pytest.approx(numbers, rel=2e-3)
 
 
 def test_other_phases_than_the_targets_have_rows_of_their_own() -> None:
@@ -125,7 +125,7 @@ def test_the_result_shows_its_verdict_and_why(verdict: str) -> None:
     assert RESULT["reason"] in text
 
 
-def test_the_result_says_how_to_load_the_model() -> None:
+def test_the_result_shows_how_to_load_the_model() -> None:
     text = printed_result(RESULT)
     assert "tiny_resnet-local" in text
     assert "hawada.load('/out/finetune/slim')" in text
@@ -173,7 +173,7 @@ def test_a_sweep_shows_why_a_job_failed_and_goes_on() -> None:
     assert "0.575" in cells(text, "0.1")
 
 
-def test_a_sweep_over_a_single_stage_says_that_it_is_done() -> None:
+def test_a_sweep_over_a_single_stage_shows_that_it_is_done() -> None:
     text = printed_sweep(a_job("0.1", {"epochs": 3}), a_job("0.5", {"verdict": "already_met", "reason": "fast"}))
     assert cells(text, "0.1")[0] == "done"
     assert cells(text, "0.5")[0] == "already_met"

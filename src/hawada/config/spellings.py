@@ -25,7 +25,8 @@ OLD_SPELLINGS = {
     "runtime.channels_last": "compute.channels_last",
 }
 
-# What `penalties.structured=true` stands for; see docs/configuration.md for how it was chosen.
+# What `penalties.structured=true` stands for. On tiny_resnet (simulated clock, target 0.45, seed 0) a weight of 0.01
+# changed neither the accuracy (99.4 %) nor the spread of the gates (0.0222), so it must be much larger than that.
 STRUCTURED_WEIGHT = 1.0
 
 

@@ -14,7 +14,7 @@ from hawada.config.values import MappingOf, Node
 
 MISSING = "???"
 ABSENT = object()
-GATES = "hawada.core.importance.gates.Gates"  # the only importance whose scores also compare groups
+GATES = "hawada.core.importance.Gates"  # the only importance whose scores also compare groups
 # Classes whose arguments are declared here; those of any other are its own business, see `check_targets`.
 DECLARED_CLASSES = ("hawada.", "torch.optim.")
 SECTIONS = {key.rpartition(".")[0] for key in KEYS} | {
@@ -64,12 +64,10 @@ def problems(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     Args:
         plain: the resolved configuration; a missing value is `???`.
     """
-    broken: set[str] = set()
     for section in sorted(SECTIONS - {""}):
         value = _find(plain, section)
         if value is ABSENT or isinstance(value, Mapping) or section in KEYS:
             continue
-        broken.add(section)
         yield section, f"{section}: {value} is not a group of keys; set the keys below it, such as {_example(section)}"
     for name, key in KEYS.items():
         value = _find(plain, name)

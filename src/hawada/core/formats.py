@@ -1,4 +1,4 @@
-"""Formats that run without this package: an ONNX graph and a torch.export program, each compared once written."""
+"""Formats that run without this package, an ONNX graph and a torch.export program, each checked once written."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch.export import Dim, ExportedProgram
 from hawada.core.files import partial_path
 from hawada.core.structure import Inputs
 
-FORMATS = ("hf", "onnx", "pt2")  # hf, the native folder, is written whatever is listed
-NEEDS = {"onnx": ("onnxruntime", "onnxscript")}
+FORMATS = ("hf", "onnx", "pt2")  # hf, the native folder, is always written
+NEEDED_PACKAGES = {"onnx": ("onnxruntime", "onnxscript")}
 # Relative to the largest logit. The runtime folds norms into convolutions and sums in another order than torch, with
 # kernels that differ by CPU and release: rounding alone was 4e-7 to 1.2e-6 for convolutional nets and transformers of
 # 12 to 50 layers at random weights. 1e-5 leaves other CPUs, deeper models and trained weights too little room.
@@ -34,14 +34,14 @@ def check_formats(formats: Sequence[str]) -> None:
     """Check `export.formats` without importing anything, before any work.
 
     Raises:
-        ValueError: when it is not a list, a name is unknown or a package that one of them needs is missing.
+        ValueError: when it is not a list, when a name is unknown, or when a package that a format needs is missing.
     """
     if isinstance(formats, str):
         raise ValueError(f"export.formats: {formats!r} is not a list; write [{formats}]")
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"export.formats: {name!r} is not one of {', '.join(FORMATS)}")
-        needed = NEEDS.get(name, ())
+            raise ValueError(f"export.formats: {name!r} is not one of {', '.join(FORMATS)}; list only these")
+        needed = NEEDED_PACKAGES.get(name, ())
         if any(find_spec(package) is None for package in needed):
             raise ValueError(f"export.formats: {name} needs {' and '.join(needed)}; pip install hawada[{name}]")
 
@@ -52,17 +52,18 @@ def export_onnx(
     """Write an ONNX graph of the model in float32 and compare onnxruntime on the CPU with torch.
 
     The graph's inputs have the names of the parameters of `model.forward`, its one output is `logits`, and the first
-    axis of each is `batch`. The weights are in the file; above 1.5 GiB torch puts them beside it, in `<path>.data`.
+    axis of each is `batch`. The file holds the weights; above 1.5 GiB torch puts them beside it, in `<path>.data`.
 
     Args:
-        model: left as it is; a copy in eval mode is exported.
-        inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
-            batch size.
-        path: where the graph goes; nothing may be there yet, and after an error nothing is.
-        logits: picks the logits, (batch, ...), out of the model's output.
+        model: the model, which is left as it is; a copy in eval mode is exported.
+        inputs: tensors that the model is called with, batch first; few samples are enough. The outputs are compared on
+            these and on another batch size.
+        path: the path of the graph's file; nothing may be there yet, and after an error nothing is.
+        logits: a function that picks the logits, (batch, ...), from the model's output.
 
     Returns:
-        `max_abs_diff` between the two and `max_abs_logit` of torch's, over both batch sizes.
+        `max_abs_diff`, the largest difference between the two, and `max_abs_logit`, the model's largest logit, over
+        both batch sizes.
 
     Raises:
         ValueError: when a package is missing, or a file is there already.
@@ -106,14 +107,16 @@ def export_pt2(
     `torch.export.load(written).module()` takes the model's inputs and returns the logits, for any batch size.
 
     Args:
-        model: left as it is; a copy in eval mode is exported.
-        inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
-            batch size.
-        path: where the program goes, ending in `.pt2`; nothing may be there yet, and after an error nothing is.
-        logits: picks the logits, (batch, ...), out of the model's output.
+        model: the model, which is left as it is; a copy in eval mode is exported.
+        inputs: tensors that the model is called with, batch first; few samples are enough. The outputs are compared on
+            these and on another batch size.
+        path: the path of the program's file, ending in `.pt2`; nothing may be there yet, and after an error nothing
+            is.
+        logits: a function that picks the logits, (batch, ...), from the model's output.
 
     Returns:
-        `max_abs_diff` between the two and `max_abs_logit` of the model, over both batch sizes.
+        `max_abs_diff`, the largest difference between the two, and `max_abs_logit`, the model's largest logit, over
+        both batch sizes.
 
     Raises:
         ValueError: when a file is there already.
@@ -140,20 +143,21 @@ class _Logits(nn.Module):
 
 
 def _freeze(model: nn.Module, logits: Callable[[Any], Tensor]) -> nn.Module:
-    """A copy on the CPU, in float32 and eval mode, without gradients and with contiguous weights."""
+    """Copy the model to the CPU, in float32 and eval mode, without gradients and with contiguous weights."""
     copied = copy.deepcopy(model).to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     return _Logits(copied, logits).eval().requires_grad_(False)
 
 
 def _on_cpu(inputs: Inputs) -> Inputs:
-    """Inputs as the frozen copy takes them; whole numbers keep their type."""
+    """Convert inputs to those that the frozen copy takes; whole numbers keep their type."""
     return tuple(x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype) for x in inputs)
 
 
 def _trace(frozen: nn.Module, inputs: Inputs) -> ExportedProgram:
-    """The program of any batch size. It is traced on two rows, because a single one would be taken for a constant.
+    """Trace the program for any batch size, on two samples, because the size 1 would be taken for a constant.
 
-    The rows are saved with the program, so they are zeros; the local paths of the sources would be, so they go.
+    The samples are saved with the program, so they are zeros; so would be the local paths of the source files, which
+    are therefore deleted.
     """
     rows = tuple(x.new_zeros(2, *x.shape[1:]) for x in _on_cpu(inputs))
     batch = Dim("batch")
@@ -165,7 +169,7 @@ def _trace(frozen: nn.Module, inputs: Inputs) -> ExportedProgram:
 
 
 def _input_names(model: nn.Module, count: int) -> list[str]:
-    """Names of the first parameters of `model.forward`; numbered where it takes any number of them."""
+    """Name the inputs after the parameters of `model.forward`, or by numbers where it takes any number of them."""
     parameters = list(inspect.signature(model.forward).parameters.values())[:count]
     if len(parameters) < count or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return [f"input_{index}" for index in range(count)]
@@ -175,7 +179,11 @@ def _input_names(model: nn.Module, count: int) -> list[str]:
 def _compare(
     frozen: nn.Module, run: Callable[..., Tensor], inputs: Inputs, path: Path, tolerance: float
 ) -> dict[str, float]:
-    """Largest difference of what was written from what was traced, on the inputs and on another batch size."""
+    """Compare the written model with the traced one, on the inputs and on another batch size.
+
+    Raises:
+        RuntimeError: when shapes differ, or logits by more than the tolerance.
+    """
     given = _on_cpu(inputs)
     single = len(given[0]) == 1
     other = tuple(torch.cat([x, x.flip(-1)]) if single else x[:1] for x in given)
@@ -201,10 +209,10 @@ def _compare(
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """Where to write what is to be at `path`; it gets there once it was found equal to the model, or not at all.
+    """Give a path to write to; what is written there is moved to `path` unless an error is raised, which deletes it.
 
     Raises:
-        ValueError: when something is there already.
+        ValueError: when something is at `path` already.
     """
     beside = path.with_name(f"{path.name}.data")
     for taken in (path, beside):
@@ -224,7 +232,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide warnings, raised or logged; errors pass."""
+    """Hide warnings, raised or logged; errors are not hidden."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

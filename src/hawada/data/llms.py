@@ -1,4 +1,4 @@
-"""Text for language models: documents, tokenized and packed into sequences of one length."""
+"""Text for language models: documents that are tokenized and packed into sequences of one length."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from hawada.data.sequences import Batch, EpochBatches, PackedTokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SEPARATOR = b"\0"
-STREAMED_TEST_SEQUENCES = 500
+SEPARATOR = b"\0"  # between documents in the text of a split
+MAX_STREAMED_TEST_SEQUENCES = 500
+DOCUMENTS_PER_CHUNK = 256  # that are tokenized together
 
 
 class TextData:
@@ -39,10 +40,10 @@ class TextData:
     where there is none.
 
     Args:
-        train: training sequences.
-        test: test sequences; the last one may be padded.
-        texts: what the two splits were tokenized from, see `byte_splits`.
-        vocabulary: ids are below this.
+        train: the training sequences.
+        test: the test sequences; the last one may be padded.
+        texts: the texts that the two splits were tokenized from, see `byte_splits`.
+        vocabulary: the size of the vocabulary; every id is below it.
     """
 
     metric = "perplexity"
@@ -52,41 +53,42 @@ class TextData:
         self.sequence_length = train.sequence_length
 
     def train_loader(self, batch_size: int, seed: int, *, start: int = 0) -> DataLoader[Batch]:
-        """Shuffled; each epoch in another order, which depends on (seed, epoch) alone.
+        """Load training sequences, in each epoch in another random order, which depends on (seed, epoch) alone.
 
-        A loop that breaks off goes on in the same epoch when it iterates again: no batch is skipped or repeated. Its
-        length is that of a whole epoch.
+        A loop that stops within an epoch continues in it when it iterates again: no batch is skipped or repeated. The
+        length of the loader is that of a whole epoch.
 
         Args:
-            batch_size: the last batch of an epoch may be smaller.
-            seed: of the orders.
-            start: batches already consumed over all epochs; a resumed run sees exactly those that it would have seen.
+            batch_size: the number of sequences in a batch; the last batch of an epoch may be smaller.
+            seed: the seed of the orders.
+            start: the number of batches that were already used over all epochs; a resumed run so continues with the
+                same batches as one that was not interrupted.
         """
         batches = EpochBatches(len(self.train), batch_size, seed=seed, start=start)
         return self._loader(self.train, batch_sampler=batches)
 
     def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Batch]:
-        """The same random `samples` training sequences every time."""
+        """Load `samples` random training sequences, the same ones every time."""
         chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         return self._loader(Subset(self.train, chosen), batch_size=batch_size)
 
     def test_loader(self, batch_size: int) -> DataLoader[Batch]:
-        """Every test sequence once and in order."""
+        """Load every test sequence once and in order."""
         return self._loader(self.test, batch_size=batch_size)
 
     def byte_splits(self) -> tuple[bytes, bytes]:
-        """Training and test text in UTF-8, for baselines per byte.
+        """Return the training and the test text in UTF-8, for baselines per byte.
 
         Documents are joined by one NUL byte where packing has one end-of-sequence token, and by nothing where the
-        tokenizer has none. To a tokenizer whose tokens are bytes the test text is as long as the test tokens, and the
-        separator is a symbol of its own on both sides, so perplexities per byte compare. The training text has the
-        documents that training sequences come from; with `samples`, the last one is whole although its end is not
-        trained on.
+        tokenizer has none. With a tokenizer whose tokens are bytes, the test text is therefore as long as the test
+        tokens, and the separator is a symbol of its own in both, so that perplexities per byte can be compared. The
+        training text holds the documents that the training sequences come from; with `samples`, the last document is
+        whole although its end is not trained on.
         """
         return self.texts
 
     def _loader(self, dataset: Dataset[Batch], **options: Any) -> DataLoader[Batch]:
-        # A generator of its own: iterating draws from it, and leaves the global one as it was.
+        # With a generator of its own, iterating does not draw from the global one.
         return DataLoader(dataset, collate_fn=_as_it_is, generator=torch.Generator(), **options)
 
 
@@ -97,14 +99,15 @@ class Packing:
     Documents are tokenized, joined by the tokenizer's end-of-sequence token, if it has one, and cut into windows.
 
     Attributes:
-        tokenizer: text to ids.
-        sequence_length: tokens in a sequence.
-        samples: train on only the first so many sequences; None: on all.
-        streaming: stop reading when `samples` are there, and test on about 500 sequences of a test split that is given.
-        test_fraction: of the documents, held out by content where no test split is given.
+        tokenizer: the tokenizer, which makes ids of text.
+        sequence_length: the number of tokens in a sequence.
+        samples: the number of training sequences, the first ones of the data; None means all.
+        streaming: whether to stop reading once there are `samples` sequences, and to test on about 500 sequences of a
+            given test split.
+        test_fraction: the fraction of documents that are held out, by their content, where no test split is given.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: when a number is out of range.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -132,15 +135,15 @@ class Packing:
         train, test = splits
         kept = _Tokens(self.tokenizer, None if self.samples is None else self.samples * self.sequence_length + 1)
         bounded = self.streaming and test is not None
-        held = _Tokens(self.tokenizer, STREAMED_TEST_SEQUENCES * self.sequence_length if bounded else None)
+        held = _Tokens(self.tokenizer, MAX_STREAMED_TEST_SEQUENCES * self.sequence_length if bounded else None)
         for chunk in _chunks(test or ()):
             held.add(chunk)
             if held.full:
                 break
         for chunk in _chunks(train):
-            out = [test is None and held_out(document, self.test_fraction) for document in chunk]
-            held.add([document for document, away in zip(chunk, out, strict=True) if away])
-            kept.add([document for document, away in zip(chunk, out, strict=True) if not away])
+            for_test = [test is None and held_out(document, self.test_fraction) for document in chunk]
+            held.add([document for document, out in zip(chunk, for_test, strict=True) if out])
+            kept.add([document for document, out in zip(chunk, for_test, strict=True) if not out])
             if kept.full and (self.streaming or test is not None):
                 break
         return self._sequences(kept, held)
@@ -163,7 +166,7 @@ class Packing:
 
 
 class _Tokens:
-    """One split as it is read: whole documents, until there are `limit` tokens."""
+    """The tokens of one split while it is read: of whole documents, until there are `limit` tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> None:
         self.tokenizer, self.limit, self.size = tokenizer, limit, 0
@@ -195,13 +198,14 @@ class _Tokens:
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents that are not blank, many at once: fast tokenizers work on them in parallel."""
+    """Gather documents that are not blank into lists, because fast tokenizers work on many of them in parallel."""
     rest = (document for document in documents if document.strip())
-    while chunk := list(islice(rest, 256)):
+    while chunk := list(islice(rest, DOCUMENTS_PER_CHUNK)):
         yield chunk
 
 
 def _as_it_is(batch: Any) -> Any:
+    """Collate nothing: the data set returns whole batches."""
     return batch
 
 
@@ -212,15 +216,15 @@ def stdlib(
     samples: int | None = None,
     limit_bytes: int = 2_000_000,
 ) -> TextData:
-    """Text that every interpreter carries: pydoc's topics and the standard library's docstrings; no download.
+    """Text that every interpreter carries, without download: pydoc's topics and the standard library's docstrings.
 
     A document is a topic or a module; about 5 % of them, chosen by their content, are the test split.
 
     Args:
-        tokenizer: text to ids.
-        sequence_length: tokens in a sequence.
-        samples: train on only the first so many sequences.
-        limit_bytes: of text, of both splits together.
+        tokenizer: the tokenizer, which makes ids of text.
+        sequence_length: the number of tokens in a sequence.
+        samples: the number of training sequences, the first ones of the data; None means all.
+        limit_bytes: the most bytes of text in both splits together.
     """
     packing = Packing(tokenizer, sequence_length, samples)
     return packing.pack((interpreter_texts(limit_bytes), None))
@@ -237,11 +241,11 @@ def wikitext(
     """WikiText-2 (Merity et al., 2016), raw, from the hub or from local files; a document is an article.
 
     Args:
-        tokenizer: text to ids.
-        sequence_length: tokens in a sequence.
-        path: local files instead, see `text`; they may be WikiText, or any other text.
-        samples: train on only the first so many sequences.
-        streaming: read no more than `samples` need.
+        tokenizer: the tokenizer, which makes ids of text.
+        sequence_length: the number of tokens in a sequence.
+        path: local files to use instead, see `text`; they may be WikiText, or any other text.
+        samples: the number of training sequences, the first ones of the data; None means all.
+        streaming: whether to read no more than `samples` need.
     """
     packing = Packing(tokenizer, sequence_length, samples, streaming)
     if path is not None:
@@ -260,11 +264,11 @@ def slimpajama(
     """SlimPajama (Soboleva et al., 2023) from the hub or from local files; the package zstandard reads it.
 
     Args:
-        tokenizer: text to ids.
-        sequence_length: tokens in a sequence.
-        path: local files instead, see `text`.
-        samples: train on only the first so many sequences.
-        streaming: read no more than `samples` need; the whole is about 900 GB.
+        tokenizer: the tokenizer, which makes ids of text.
+        sequence_length: the number of tokens in a sequence.
+        path: local files to use instead, see `text`.
+        samples: the number of training sequences, the first ones of the data; None means all.
+        streaming: whether to read no more than `samples` need; the whole data set takes about 900 GB.
     """
     packing = Packing(tokenizer, sequence_length, samples, streaming)
     if path is not None:
@@ -288,14 +292,14 @@ def text(
     after 2,000 characters.
 
     Args:
-        tokenizer: text to ids.
+        tokenizer: the tokenizer, which makes ids of text.
         path: a file, a folder or a glob. Files whose names have the word test (or else valid, validation, dev) are the
-            test split; without such, some documents are held out.
-        sequence_length: tokens in a sequence.
-        samples: train on only the first so many sequences.
-        test_fraction: of documents held out, chosen by their content.
-        streaming: read no more than `samples` need, and about 500 sequences of test files.
-        column: where .jsonl and .parquet have the text.
+            test split; without such files, some documents are held out.
+        sequence_length: the number of tokens in a sequence.
+        samples: the number of training sequences, the first ones of the data; None means all.
+        test_fraction: the fraction of documents to hold out, chosen by their content.
+        streaming: whether to read no more than `samples` need, and about 500 sequences of test files.
+        column: the column of .jsonl and .parquet that holds the text.
     """
     packing = Packing(tokenizer, sequence_length, samples, streaming, test_fraction)
     return packing.pack(local_texts(path, column))

@@ -9,23 +9,23 @@ MAX_ORDER = 8  # bytes in a 64-bit key
 
 
 def witten_bell_perplexity(train: bytes, test: bytes, order: int = 5) -> float:
-    """Perplexity per byte of an interpolated Witten-Bell model (Witten & Bell, 1991).
+    """Compute the perplexity per byte of an interpolated Witten-Bell model (Witten & Bell, 1991).
 
-    In the form of Chen & Goodman (1998): with c counts in `train`, h the bytes before w, h' the same without its oldest
-    byte and N(h) the number of different bytes that follow h,
+    The model has the form of Chen & Goodman (1998): with c counts in `train`, h the bytes before w, h' the same without
+    its oldest byte and N(h) the number of different bytes that follow h,
 
         p(w | h) = (c(h w) + N(h) p(w | h')) / (c(h) + N(h)),
 
-    where a context that `train` does not have passes p(w | h') on; below the single bytes lies 1 / 256. The first
-    bytes of `test` have only the context that is there.
+    where a context that `train` does not have takes p(w | h') over, and single bytes are interpolated with 1 / 256. The
+    first bytes of `test` have only the context that precedes them.
 
     Args:
-        train: what is counted.
-        test: what is predicted.
-        order: longest n-gram, context included, in bytes.
+        train: the text whose n-grams are counted.
+        test: the text that is predicted.
+        order: the length of the longest n-gram in bytes, context included.
 
     Raises:
-        ValueError: when there is nothing to predict, or the order is none.
+        ValueError: when there is nothing to predict, or when the order is out of range.
     """
     if not test:
         raise ValueError("the test text is empty; give at least one byte to predict")
@@ -49,7 +49,7 @@ def witten_bell_perplexity(train: bytes, test: bytes, order: int = 5) -> float:
 
 
 def _keys(text: bytes, length: int) -> NDArray[np.uint64]:
-    """Every window of `length` bytes as one number, the oldest byte highest."""
+    """Encode every window of `length` bytes as one number, the oldest byte highest."""
     data = np.frombuffer(text, np.uint8).astype(np.uint64)
     count = len(data) - length + 1
     keys = np.zeros(count, np.uint64)
@@ -59,10 +59,11 @@ def _keys(text: bytes, length: int) -> NDArray[np.uint64]:
 
 
 def _context(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Drop the last byte of every window."""
     return keys >> np.uint64(8)
 
 
 def _look_up(table: NDArray[np.uint64], values: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The values of the keys in a sorted table, 0 where it has none."""
+    """Look keys up in a sorted table; the value is 0 where it has no such key."""
     place = np.minimum(np.searchsorted(table, keys), len(table) - 1)
     return np.where(table[place] == keys, values[place], 0)

@@ -16,7 +16,7 @@ from typing import Any
 from hawada.data.corpus import check_count, check_test_fraction, held_out, hub_splits, local_files, unreadable
 
 SUFFIX = re.compile(r"\.json(l?)(\.gz)?$")
-WANTED = ".json or .jsonl (either also .gz)"
+SUFFIXES = ".json or .jsonl (either also .gz)"
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class QAExample:
 
     Attributes:
         context: the text, as it is in the data.
-        question: without white space around it.
-        answers: every one that counts as right, repetitions included; none when the context does not answer.
-        id: of the data, or a hash of context and question where it has none.
+        question: the question, without white space around it.
+        answers: every answer that counts as right, repetitions included; none when the context does not answer.
+        id: the id in the data, or a hash of context and question where there is none.
     """
 
     context: str
@@ -41,8 +41,8 @@ class QAData:
     """Questions to train on and to test on; no context is in both.
 
     Attributes:
-        train: in the order of the data, or chosen ones in an order of their own.
-        test: in the order of the data.
+        train: the training questions in the order of the data; if only some are chosen, in a fixed random order.
+        test: the test questions in the order of the data.
     """
 
     train: Sequence[QAExample]
@@ -50,20 +50,21 @@ class QAData:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where questions come from.
+class QuestionSource:
+    """A data set of questions, on the hub or in local files.
 
     Attributes:
-        name: on the hub, owner/name; its validation split is for testing, as the real test answers are not public.
-        configuration: one of the hub's.
-        read: a row into an example, or a `ValueError` that says what the row lacks.
-        wanted: which local files serve instead, in words.
+        name: the data set on the hub, owner/name; its validation split is for testing, as the answers of its test
+            split are not public.
+        configuration: the configuration on the hub.
+        parse: a function that makes an example of a row, or raises a `ValueError` that tells what the row has not.
+        files: a description of the local files that can be used instead, for messages.
     """
 
     name: str
     configuration: str
-    read: Callable[[Any], QAExample]
-    wanted: str
+    parse: Callable[[Any], QAExample]
+    files: str
 
 
 def squad(
@@ -80,17 +81,18 @@ def squad(
     `answers` (texts, or the hub's columns) or `answer`.
 
     Args:
-        path: local files instead: a file, a folder or a glob of .json or .jsonl, either also .gz. Files whose names
-            have the word test (or else valid, validation, dev) are the test split; without such, or with nothing
-            else, some contexts are held out.
-        version: of the hub's data, 1.1 or 2.0; local files have what they have.
-        samples: train on only so many questions, the same random ones every time; more contain fewer.
-        test_fraction: of contexts held out, chosen by their content.
-        unanswerable: keep the questions without an answer, a third of version 2.0's training and half of its test
-            questions, as its published scores do; False leaves them out of both splits.
+        path: local files to use instead: a file, a folder or a glob of .json or .jsonl, either also .gz. Files whose
+            names have the word test (or else valid, validation, dev) are the test split; without such files, or with
+            only such files, some contexts are held out.
+        version: the version of the hub's data, 1.1 or 2.0; it does not matter for local files.
+        samples: the number of training questions, the same random ones every time; a larger number contains those of
+            a smaller one. None means all.
+        test_fraction: the fraction of contexts to hold out, chosen by their content.
+        unanswerable: whether to keep the questions without an answer, a third of version 2.0's training and half of
+            its test questions, as its published scores do; False leaves them out of both splits.
 
     Raises:
-        ValueError: when the data is not there or is something else, or a number is out of range.
+        ValueError: when the data is missing or of another format, or when a number is out of range.
     """
     if str(version) not in SQUAD:
         raise ValueError(f"data.version: SQuAD has no version {version}; set data.version to {' or '.join(SQUAD)}")
@@ -110,19 +112,19 @@ def hotpotqa(path: str | None = None, *, samples: int | None = None, test_fracti
     it, or yes or no. The hub's validation split is the test split.
 
     Args:
-        path: local files instead, see `squad`.
-        samples: likewise; all of the training questions take more than a gigabyte of memory.
-        test_fraction: likewise.
+        path: local files to use instead, see `squad`.
+        samples: the number of training questions, see `squad`; all of them take more than a gigabyte of memory.
+        test_fraction: the fraction of contexts to hold out, chosen by their content.
 
     Raises:
-        ValueError: when the data is not there or is something else, or a number is out of range.
+        ValueError: when the data is missing or of another format, or when a number is out of range.
     """
     return _load(path, HOTPOTQA, samples=samples, test_fraction=test_fraction)
 
 
 def _squad_example(row: Any) -> QAExample:
     context, question = _text(row, "context"), _text(row, "question")
-    if row.get("is_impossible"):  # what answers there are, are only plausible
+    if row.get("is_impossible"):  # where there are answers, they are only plausible
         return _example(row, context, question, ())
     answers = row.get("answers", row.get("answer"))
     if isinstance(answers, dict):
@@ -139,7 +141,7 @@ def _squad_example(row: Any) -> QAExample:
 def _hotpotqa_example(row: Any) -> QAExample:
     question, answer = _text(row, "question"), _text(row, "answer")
     try:
-        # Sentences begin with the space that parts them from the one before.
+        # A sentence begins with the space that separates it from the one before.
         lines = [
             f"{_text(part, 'title')}: {''.join(part['sentences']).strip()}" for part in _paragraphs(row["context"])
         ]
@@ -151,7 +153,7 @@ def _hotpotqa_example(row: Any) -> QAExample:
 
 
 def _paragraphs(context: Any) -> list[dict[str, Any]]:
-    """Titles with sentences of what HotpotQA's files have, pairs, or the hub, two columns."""
+    """Bring the pairs of HotpotQA's files and the two columns of the hub into one form: titles with sentences."""
     if isinstance(context, dict):
         context = zip(context["title"], context["sentences"], strict=True)
     return [
@@ -162,13 +164,14 @@ def _paragraphs(context: Any) -> list[dict[str, Any]]:
 SQUAD_FILES = "SQuAD's own .json, or .json or .jsonl rows of context, question and answers"
 HOTPOTQA_FILES = "HotpotQA's distractor files, .json or .jsonl rows of question, answer and context (titles, sentences)"
 SQUAD = {
-    "1.1": Source("rajpurkar/squad", "plain_text", _squad_example, SQUAD_FILES),
-    "2.0": Source("rajpurkar/squad_v2", "squad_v2", _squad_example, SQUAD_FILES),
+    "1.1": QuestionSource("rajpurkar/squad", "plain_text", _squad_example, SQUAD_FILES),
+    "2.0": QuestionSource("rajpurkar/squad_v2", "squad_v2", _squad_example, SQUAD_FILES),
 }
-HOTPOTQA = Source("hotpotqa/hotpot_qa", "distractor", _hotpotqa_example, HOTPOTQA_FILES)
+HOTPOTQA = QuestionSource("hotpotqa/hotpot_qa", "distractor", _hotpotqa_example, HOTPOTQA_FILES)
 
 
 def _example(row: dict[str, Any], context: str, question: str, answers: Iterable[str]) -> QAExample:
+    """Make an example with the id of its row, or one of its own where the row has none."""
     name = row.get("id", row.get("_id"))
     return QAExample(
         context, question.strip(), tuple(answers), _digest(context, question) if name is None else str(name)
@@ -176,6 +179,7 @@ def _example(row: dict[str, Any], context: str, question: str, answers: Iterable
 
 
 def _text(row: Any, key: str) -> str:
+    """Return the text of a row under a key; the error continues a sentence that names the row."""
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, str):
         raise ValueError(f"has no text in {key!r}")
@@ -183,28 +187,29 @@ def _text(row: Any, key: str) -> str:
 
 
 def _digest(*texts: str) -> str:
+    """Hash texts into a short hexadecimal number."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
 
-def _splits(path: str | None, source: Source) -> tuple[Iterable[QAExample], Iterable[QAExample] | None]:
-    """Examples to train on and to test on; None for the latter where some of the former are to be held out."""
+def _splits(path: str | None, source: QuestionSource) -> tuple[Iterable[QAExample], Iterable[QAExample] | None]:
+    """Read the examples to train on and to test on; None for the latter if some of the former are to be held out."""
     if path is None:
-        hub = hub_splits(source.name, source.configuration, ("train", "validation"), wanted=source.wanted)
+        hub = hub_splits(source.name, source.configuration, ("train", "validation"), files=source.files)
         train, test = (_examples(split, source, source.name) for split in hub)
         return train, test
     training, testing = (
-        [_examples(_rows(file, source.wanted), source, str(file)) for file in files]
-        for files in local_files(path, suffix=SUFFIX, wanted=WANTED)
+        [_examples(_rows(file, source.files), source, str(file)) for file in files]
+        for files in local_files(path, suffix=SUFFIX, suffixes=SUFFIXES)
     )
     return chain(*training), chain(*testing) if testing else None
 
 
-def _rows(file: Path, wanted: str) -> Iterator[Any]:
-    """The questions of a file, one at a time; of SQuAD's own format each with the context of its paragraph."""
+def _rows(file: Path, files: str) -> Iterator[Any]:
+    """Read the questions of a file one at a time; in SQuAD's own format, each gets the context of its paragraph."""
     try:
-        # Windows begins UTF-8 with a mark, which "utf-8-sig" drops.
+        # Windows puts a byte-order mark before UTF-8, which "utf-8-sig" drops.
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-            if SUFFIX.search(file.name)[1]:  # type: ignore[index]
+            if SUFFIX.search(file.name)[1]:  # type: ignore[index]  # `local_files` returns only names that match
                 entries: Iterable[Any] = (json.loads(line) for line in lines if line.strip())
             else:
                 content = json.load(lines)
@@ -216,46 +221,48 @@ def _rows(file: Path, wanted: str) -> Iterator[Any]:
                 for paragraph in entry["paragraphs"]:
                     yield from ({**question, "context": paragraph["context"]} for question in paragraph["qas"])
     except KeyError as error:
-        raise ValueError(f"data.path: {file} has a paragraph without {error}; set data.path to {wanted}") from None
-    except Exception as error:  # whatever gzip and json raise, or other people's nesting
-        raise unreadable(str(file), error, wanted) from error
+        raise ValueError(f"data.path: {file} has a paragraph without {error}; set data.path to {files}") from None
+    except Exception as error:  # gzip and json raise many kinds, and so does an unknown nesting
+        raise unreadable(str(file), error, files) from error
 
 
-def _examples(rows: Iterable[Any], source: Source, place: str) -> Iterator[QAExample]:
+def _examples(rows: Iterable[Any], source: QuestionSource, place: str) -> Iterator[QAExample]:
+    """Parse rows; errors name the number of the row and the place."""
     for number, row in enumerate(rows, 1):
         try:
-            example = source.read(row)
+            example = source.parse(row)
         except ValueError as error:
             raise ValueError(
-                f"data.path: question {number} of {place} {error}; set data.path to {source.wanted}"
+                f"data.path: question {number} of {place} {error}; set data.path to {source.files}"
             ) from None
         yield example
 
 
 def _load(
     path: str | None,
-    source: Source,
+    source: QuestionSource,
     *,
     samples: int | None,
     test_fraction: float,
     keep: Callable[[QAExample], bool] = lambda example: True,
 ) -> QAData:
-    """Both splits; examples are read once, and those that are not chosen do not stay in memory."""
+    """Load both splits; examples are read once, and those that are not chosen do not stay in memory."""
     check_count("samples", samples)
     check_test_fraction(test_fraction)
     given, testing = _splits(path, source)
     test = list(filter(keep, testing or ()))
     contexts = {example.context for example in test}
 
-    def rest() -> Iterator[QAExample]:
+    def train_examples() -> Iterator[QAExample]:
         for example in filter(keep, given):
             if testing is None and held_out(example.context, test_fraction):
                 test.append(example)
             elif example.context not in contexts:
                 yield example
 
-    # Chosen by content: the same ones in whatever order they come, and a larger choice contains the smaller.
-    train = list(rest()) if samples is None else heapq.nsmallest(samples, rest(), key=_lot)
+    # They are chosen by content, so that their order in the data does not matter, and so that a larger choice contains
+    # the smaller ones.
+    train = list(train_examples()) if samples is None else heapq.nsmallest(samples, train_examples(), key=_random_key)
     for name, examples in (("training", train), ("test", test)):
         if not examples:
             raise ValueError(
@@ -265,5 +272,6 @@ def _load(
     return QAData(train, test)
 
 
-def _lot(example: QAExample) -> str:
+def _random_key(example: QAExample) -> str:
+    """A key that orders examples at random, but always alike."""
     return _digest(example.id, example.question, example.context)

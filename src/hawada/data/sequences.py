@@ -1,4 +1,4 @@
-"""Sequences of one length cut from a row of tokens, and the order in which they are trained on."""
+"""Sequences of one length that are cut from a long row of tokens, and the order in which they are trained on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class PackedTokens(Dataset[Batch]):
     Window i predicts tokens i T + 1 … (i + 1) T, so every token but the first is predicted exactly once.
 
     Args:
-        tokens: (N,).
-        sequence_length: T.
-        pad: id that fills the last window, whose missing labels are -100; None drops a last window that is not full.
+        tokens: the ids of all tokens, (N,).
+        sequence_length: T, the number of tokens that a window predicts.
+        pad: the id that fills the last window, whose missing labels are -100; None drops a last window that is not
+            full.
     """
 
     def __init__(self, tokens: NDArray[np.int32], sequence_length: int, *, pad: int | None = None) -> None:
@@ -41,7 +42,7 @@ class PackedTokens(Dataset[Batch]):
         return inputs[0], labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        # By NumPy: PyTorch's threads cost more than so little work, by far where the cores are busy.
+        # NumPy is used because starting PyTorch's threads costs more than so little work, above all on a busy machine.
         start = np.asarray(indices, np.int64)[:, None] * self.sequence_length
         place = start + np.arange(self.sequence_length + 1)  # (B, T + 1)
         window = self.tokens[place].astype(np.int64)
@@ -52,8 +53,8 @@ class PackedTokens(Dataset[Batch]):
 class EpochBatches(Sampler[list[int]]):
     """Shuffled batches of indices, epoch after epoch; an epoch's order depends on (seed, epoch) alone.
 
-    It goes on where it stopped: iterating yields the rest of the epoch that is under way, and after that the next.
-    `position` counts the batches given out so far, over all epochs.
+    Iterating yields the rest of the current epoch, or the next epoch when the last one was used up. `position` counts
+    the batches that were yielded so far, over all epochs.
     """
 
     def __init__(self, size: int, batch_size: int, *, seed: int, start: int) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESIDENT_BYTES = 2**30  # images of one data set that are kept on the device where models train
+MAX_RESIDENT_BYTES = 2**30  # of the images of one data set that are kept on the device where models train
 Batch = tuple[Tensor, Tensor]
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
@@ -25,11 +25,12 @@ class ImageTensors(Dataset[Batch]):
     """Images that fit into memory; whole batches are fetched and augmented at once.
 
     Args:
-        images: uint8, (N, 3, H, W).
-        labels: int64, (N,).
-        mean: per channel, of images scaled to [0, 1].
-        std: likewise.
-        augment: images (B, 3, H, W), float, on the device where they are kept -> the same shape; or None.
+        images: the images, uint8, (N, 3, H, W).
+        labels: their labels, int64, (N,).
+        mean: the mean of each channel, of images scaled to [0, 1].
+        std: the standard deviation of each channel, likewise.
+        augment: a function that changes float images, (B, 3, H, W), on the device where they are kept, and returns the
+            same shape; None changes nothing.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ImageTensors(Dataset[Batch]):
         return (self.augment(images) if self.augment else images), self.labels[index]
 
     def with_tensors(self, images: Tensor, labels: Tensor) -> ImageTensors:
-        """Other images, or the same elsewhere, treated alike."""
+        """Make a copy with other images, or with the same images on another device."""
         other = copy.copy(self)
         other.images, other.labels = images, labels
         other.mean, other.std = self.mean.to(images.device), self.std.to(images.device)
@@ -65,7 +66,7 @@ class ImageTensors(Dataset[Batch]):
 
 
 class RandomShift:
-    """Shifts each image by up to `pixels` either way, zero-padded, and mirrors half of them when `flip`."""
+    """Shifts each image by up to `pixels` in each direction, zero-padded, and mirrors half of them when `flip`."""
 
     def __init__(self, pixels: int, flip: bool) -> None:
         self.pixels, self.flip = pixels, flip
@@ -73,7 +74,9 @@ class RandomShift:
     def __call__(self, images: Tensor) -> Tensor:
         count, channels, size, _ = images.shape
         pad, device = self.pixels, images.device
-        corners = torch.randint(0, 2 * pad + 1, (count, 2)).to(device)  # drawn alike on every device
+        corners = torch.randint(0, 2 * pad + 1, (count, 2)).to(
+            device
+        )  # drawn on the CPU, so that they are equal on every device
         rows, columns = (corner[:, None] + torch.arange(size, device=device) for corner in corners.T)  # (B, size)
         if self.flip:
             mirrored = (torch.rand(count) < 0.5).to(device)
@@ -84,11 +87,11 @@ class RandomShift:
 
 
 class Numbered(Dataset[Any]):
-    """Samples, each with its number.
+    """Samples of another data set, each with its number.
 
     Args:
-        samples: (image, label) by number, and if `whole`, whole batches of them.
-        whole: whether batches are fetched at once.
+        samples: a data set of (image, label).
+        whole: whether it returns whole batches at once.
     """
 
     def __init__(self, samples: Any, whole: bool) -> None:
@@ -110,17 +113,16 @@ class Numbered(Dataset[Any]):
 class VisionData:
     """Training and test images of one data set.
 
-    Calibration batches come from the training images without augmentation; nothing but `test_loader` shows the test
-    images.
+    Calibration data are training images without augmentation; only `test_loader` loads the test images.
 
     Args:
-        train: training images, augmented or not.
-        plain: the same without augmentation.
-        test: test images.
-        classes: how many different labels there are.
-        workers: loader processes.
-        repeats: whether a training image is the same in every epoch, so that answers to it can be remembered.
-        normalisation: mean and standard deviation per channel that images were normalised with, where they are known.
+        train: the training images, augmented or not.
+        plain: the training images without augmentation.
+        test: the test images.
+        classes: the number of different labels.
+        workers: the number of loader processes.
+        repeats: whether a training image is the same in every epoch, so that outputs for it can be cached.
+        normalisation: the mean and standard deviation per channel that images were normalised with, if they are known.
     """
 
     metric = "accuracy"
@@ -140,24 +142,32 @@ class VisionData:
         self.repeats, self.normalisation = repeats, normalisation
 
     def train_loader(self, batch_size: int, seed: int) -> DataLoader[Any]:
-        """Shuffled, in an order that depends on the seed alone.
+        """Load training images, shuffled in an order that depends on the seed alone.
 
-        Yields (images, labels), and where images repeat, their numbers too. A single image left over is dropped:
-        BatchNorm cannot train on it.
+        Yields (images, labels), and where images repeat, their numbers too. A last batch of a single image is dropped,
+        because BatchNorm cannot train on it.
         """
         generator = torch.Generator().manual_seed(seed)
-        alone = len(self.train) % batch_size == 1  # type: ignore[arg-type]
+        alone = _size(self.train) % batch_size == 1
         images = Numbered(self.train, _whole(self.train)) if self.repeats else self.train
         return self._loader(images, batch_size, shuffle=True, generator=generator, drop_last=alone)
 
-    def resident(self, device: torch.device, limit_bytes: int = RESIDENT_BYTES) -> VisionData:
-        """The same with all images on the device, where they are tensors and take no more than this; else as it is."""
+    def resident(self, device: torch.device, limit_bytes: int = MAX_RESIDENT_BYTES) -> VisionData:
+        """Keep all images on the device, if they are tensors and small enough.
+
+        Args:
+            device: the device where models train.
+            limit_bytes: the most bytes that the images may take.
+
+        Returns:
+            A copy with its images on the device, or this object if they stay where they are.
+        """
         parts = [self.train, self.plain, self.test]
         tensors = {id(x): x for part in parts if isinstance(part, ImageTensors) for x in (part.images, part.labels)}
-        few = sum(tensor.nbytes for tensor in tensors.values()) <= limit_bytes
-        if not few or not all(isinstance(part, ImageTensors) for part in parts):
+        fits = sum(tensor.nbytes for tensor in tensors.values()) <= limit_bytes
+        if not fits or not all(isinstance(part, ImageTensors) for part in parts):
             return self
-        moved = {key: tensor.to(device) for key, tensor in tensors.items()}  # what parts share they go on sharing
+        moved = {key: tensor.to(device) for key, tensor in tensors.items()}  # tensors that parts share stay shared
         placed = {
             id(part): part.with_tensors(moved[id(part.images)], moved[id(part.labels)])
             for part in parts
@@ -165,42 +175,46 @@ class VisionData:
         }
         other = copy.copy(self)
         other.train, other.plain, other.test = (placed[id(part)] for part in parts)
-        other.workers = 0  # they cannot share a device's memory
+        other.workers = 0  # processes cannot share a device's memory
         return other
 
     def calibration_loader(self, batch_size: int, samples: int) -> DataLoader[Any]:
-        """The same random `samples` training images every time, without augmentation."""
-        size = len(self.plain)  # type: ignore[arg-type]
-        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:samples].tolist()
+        """Load `samples` random training images without augmentation, the same ones every time."""
+        chosen = torch.randperm(_size(self.plain), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         return self._loader(Subset(self.plain, chosen), batch_size)
 
     def test_loader(self, batch_size: int) -> DataLoader[Any]:
-        """Every test image once."""
+        """Load every test image once."""
         return self._loader(self.test, batch_size)
 
     def _loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
-        if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageTensors):  # whole batches of it
+        if isinstance(dataset, Subset) and isinstance(dataset.dataset, ImageTensors):  # which returns whole batches
             source, chosen = dataset.dataset, dataset.indices
             dataset = source.with_tensors(source.images[chosen], source.labels[chosen])
         collate = (lambda batch: batch) if _whole(dataset) else None
         return DataLoader(dataset, batch_size, num_workers=self.workers, collate_fn=collate, **options)
 
 
+def _size(dataset: Dataset[Any]) -> int:
+    """The number of samples; torch's base class does not declare a length."""
+    return len(cast(Sized, dataset))
+
+
 def _whole(dataset: Dataset[Any]) -> bool:
-    """Whether a data set gives out whole batches at once."""
+    """Whether a data set returns whole batches at once."""
     return dataset.whole if isinstance(dataset, Numbered) else isinstance(dataset, ImageTensors)
 
 
 def digits(
     image_size: int = 32, test_samples: int = 500, samples: int | None = None, augment: bool = True
 ) -> VisionData:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to (3, image_size, image_size); no download.
+    """Load scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to (3, image_size, image_size), without download.
 
     Args:
-        image_size: side of the square images, in pixels.
-        test_samples: how many are the test split, which is stratified and always the same.
-        samples: use only so many training images, the same random ones every time.
-        augment: shift training images at random.
+        image_size: the side of the square images in pixels.
+        test_samples: the size of the test split, which is stratified and always the same.
+        samples: the number of training images, the same random ones every time; None means all.
+        augment: whether to shift training images at random.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -221,15 +235,18 @@ def digits(
 
 
 def cifar10(root: str, samples: int | None = None, augment: bool = True) -> VisionData:
-    """CIFAR-10 (Krizhevsky, 2009) from local files: its binary version, or `train.npz` and `test.npz`.
+    """Load CIFAR-10 (Krizhevsky, 2009) from local files: its binary version, or `train.npz` and `test.npz`.
 
     The archives hold `labels` and either `images`, uint8 (N, 32, 32, 3), or `jpeg` bytes with `offsets`. The pickled
     Python version is not read.
 
     Args:
-        root: folder with `data_batch_1.bin` … `test_batch.bin`, or the two archives.
-        samples: use only so many training images, the same random ones every time.
-        augment: shift and mirror training images at random.
+        root: the folder with `data_batch_1.bin` … `test_batch.bin`, or with the two archives.
+        samples: the number of training images, the same random ones every time; None means all.
+        augment: whether to shift and mirror training images at random.
+
+    Raises:
+        ValueError: when a file is missing.
     """
     folder = Path(root)
     if (folder / "test_batch.bin").is_file():
@@ -253,16 +270,19 @@ def imagenet(
     std: Sequence[float] = IMAGENET_STD,
     augment: bool = True,
 ) -> VisionData:
-    """ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
+    """Load ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
 
     Args:
-        root: folder with `train` and `val`.
-        image_size: side of the square crop, in pixels.
-        workers: loader processes.
-        samples: use only so many training images, the same random ones every time.
-        mean: per channel, of images scaled to [0, 1]; a model may bring its own.
-        std: likewise.
-        augment: train on random crops, mirrored at random, rather than on the centre.
+        root: the folder with `train` and `val`.
+        image_size: the side of the square crop in pixels.
+        workers: the number of loader processes.
+        samples: the number of training images, the same random ones every time; None means all.
+        mean: the mean of each channel, of images scaled to [0, 1]; a model may have its own.
+        std: the standard deviation of each channel, likewise.
+        augment: whether to train on random crops, mirrored at random, instead of on the centre.
+
+    Raises:
+        ValueError: when the folder has no `train` or no `val`.
     """
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -270,7 +290,7 @@ def imagenet(
     for part in ("train", "val"):
         if not (Path(root) / part).is_dir():
             raise ValueError(
-                f"data.root: {root} has no folder {part}; ImageNet's layout is train/<class>/ and val/<class>/"
+                f"data.root: {root} has no folder {part}; set data.root to a folder of train/<class>/ and val/<class>/"
             )
     finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     varied = transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish])
@@ -280,7 +300,7 @@ def imagenet(
     train: Dataset[Any] = ImageFolder(f"{root}/train", varied)
     plain: Dataset[Any] = ImageFolder(f"{root}/train", central)
     if samples is not None:
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()  # type: ignore[arg-type]
+        chosen = torch.randperm(_size(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         train, plain = Subset(train, chosen), Subset(plain, chosen)
     test = ImageFolder(f"{root}/val", central)
     return VisionData(
@@ -302,6 +322,7 @@ def _in_memory(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> VisionData:
+    """Make a data set of images that are in memory."""
     plain = ImageTensors(*train, mean=mean, std=std)
     return VisionData(
         plain if augment is None else ImageTensors(*train, mean=mean, std=std, augment=augment),
@@ -314,18 +335,19 @@ def _in_memory(
 
 
 def _binary_batches(paths: Sequence[Path]) -> Batch:
-    """CIFAR-10's binary version: per image one byte of label, then 3 x 32 x 32 bytes."""
+    """Read CIFAR-10's binary version: for each image one byte of label, then 3 x 32 x 32 bytes."""
     for path in paths:
         if not path.is_file():
             raise ValueError(
-                f"data.root: {path} is missing; the binary version has five data_batch files and test_batch.bin"
+                f"data.root: {path} is missing; the binary version needs five data_batch files and test_batch.bin, "
+                "so set data.root to a folder that holds them all"
             )
     rows = torch.from_numpy(np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073))
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
 def _archive(path: Path) -> Batch:
-    """Images and labels of an .npz archive; JPEG bytes are decoded."""
+    """Read images and labels from an .npz archive; JPEG bytes are decoded."""
     from PIL import Image
 
     if not path.is_file():

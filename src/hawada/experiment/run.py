@@ -8,15 +8,27 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from hawada.core.files import is_signed, sha256, whole_name, write_json, write_text
 from hawada.experiment.plan import EVERY_STAGE_WRITES, INTERLINGUA, OF_GROUP, PLANS, TARGET, everything_read, upstream
+from hawada.experiment.results import (
+    Conclusion,
+    EvaluateResult,
+    ExportResult,
+    FrontResult,
+    ProfileResult,
+    StageResult,
+    TrainResult,
+    result_from_json,
+    to_json,
+)
 
 MANIFEST = "manifest.json"
 
@@ -26,9 +38,12 @@ ATTEMPT = "attempt.json"  # what a stage that resumes was begun with
 
 MARK = "# Written by hawada, format 1, stage={stage}: the program replaces what it wrote in this folder.\n"
 
-RESULT_KEYS = {"summary", "verdict", "reason", "target_ms"}  # of every result.json beside the stages' folders
+RESULT_KEYS = {field.name for field in fields(Conclusion)}  # of every result.json beside the stages' folders
 
 ABSENT = object()  # in place of the value of a key that was not there yet
+
+
+Result = TypeVar("Result", bound=StageResult)
 
 
 class Run:
@@ -91,9 +106,27 @@ class Run:
         """Take note of files that a stage wrote under names that its plan does not list."""
         self._recorded |= {path.absolute() for path in files}
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """What a finished stage wrote."""
-        return json.loads((self.folder(stage) / "result.json").read_text())
+    @overload
+    def result(self, stage: Literal["profile"]) -> ProfileResult: ...
+    @overload
+    def result(self, stage: Literal["train"]) -> TrainResult: ...
+    @overload
+    def result(self, stage: Literal["export"]) -> ExportResult: ...
+    @overload
+    def result(self, stage: Literal["front"]) -> FrontResult: ...
+    @overload
+    def result(self, stage: Literal["evaluate"]) -> EvaluateResult: ...
+    @overload
+    def result(self, stage: str) -> StageResult: ...
+    def result(self, stage: str) -> StageResult:
+        """What a finished stage wrote.
+
+        Raises:
+            ValueError: when another version wrote it.
+        """
+        path = self.folder(stage) / "result.json"
+        remedy = f"run stage={stage} with overwrite=true, or choose another name=..."
+        return result_from_json(stage, json.loads(path.read_text()), place=str(path), remedy=remedy)
 
     def settings(self, stage: str) -> DictConfig:
         """The part of the configuration that a stage may read; anything else raises when it is read."""
@@ -107,8 +140,8 @@ class Run:
         """Whether a stage is already done with this very configuration and from what is upstream of it now.
 
         Raises:
-            ValueError: when its results, or those of a stage before it, came from another configuration, or when the
-                stage is to be done and its folder holds what this program did not write.
+            ValueError: when its results, or those of a stage before it, came from another configuration or version, or
+                when the stage is to be done and its folder holds what this program did not write.
         """
         if self.is_finished(stage):
             different = self.different_keys(stage)
@@ -117,7 +150,8 @@ class Run:
                     f"{self.folder(stage)} holds results made with {_described(different)}; "
                     "choose another name=..., or set overwrite=true to replace them"
                 )
-            if not different and self._manifest(stage)["upstream"] == self._upstream_now(stage):
+            same = not different and self._manifest(stage)["upstream"] == self._upstream_now(stage)
+            if same and self._can_be_read(stage):
                 return True
         if not self._resumes(stage):
             self.check_replaceable(stage)
@@ -207,10 +241,10 @@ class Run:
                 write_text(folder / ATTEMPT, json.dumps(self._attempt(stage), indent=1))
         yield folder
 
-    def finish(self, stage: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(self, stage: str, result: Result) -> Result:
         """Write a stage's result and then its manifest, which lists what the stage wrote and nothing else."""
         folder = self.folder(stage)
-        write_json(folder / "result.json", result)
+        write_json(folder / "result.json", to_json(result))
         files = {path.relative_to(folder).as_posix(): sha256(path) for path in self._contents(stage)[0]}
         write_json(
             folder / MANIFEST,
@@ -224,16 +258,16 @@ class Run:
             },
         )
         self._discarded.discard(stage)
-        return dict(result)
+        return result
 
-    def conclude(self, result: Mapping[str, Any]) -> None:
+    def conclude(self, result: Conclusion) -> None:
         """Write the experiment's result beside the stages' folders.
 
         Raises:
             ValueError: when a file of that name was not written by this program.
         """
         self._check_result()
-        write_json(self.root / "result.json", result)
+        write_json(self.root / "result.json", to_json(result))
 
     def check_writable(self) -> None:
         """Check, without making anything, that the experiment's folder can be written.
@@ -365,6 +399,20 @@ class Run:
             f"{self.folder(stage)} holds an unfinished stage={stage} that was begun {made}; "
             "use the same values, choose another name=..., or set overwrite=true to replace it"
         )
+
+    def _can_be_read(self, stage: str) -> bool:
+        """Whether a finished stage's result is one of this version's.
+
+        Raises:
+            ValueError: when it is not and may not be replaced.
+        """
+        try:
+            self.result(stage)
+        except ValueError:
+            if not self.overwrite:
+                raise
+            return False
+        return True
 
     def _check_result(self) -> None:
         path = self.root / "result.json"

@@ -4,7 +4,8 @@ from .diagnosis import (
     print_diagnosis as print_diagnosis,
     summarize_findings as summarize_findings,
 )
+from .figures import format_quality as format_quality
 from .front import plot_front as plot_front, print_front as print_front
 from .plots import plot_staircases as plot_staircases
 from .progress import Progress as Progress, console as console
-from .table import print_result as print_result, print_sweep as print_sweep, shown as shown
+from .table import print_result as print_result, print_sweep as print_sweep

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hawada.core.files import signed
-from hawada.report.table import shown
+from hawada.core.verdict import Verdict
+from hawada.experiment.results import EvaluateResult, to_json
+from hawada.report.figures import format_interval, format_quality
 
 
-def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_with: str) -> str:
-    """Markdown with the front matter that the Hub reads, signed, so that a card that somebody edited is told apart.
+def model_card(result: EvaluateResult, *, name: str, base: str | None, loads_with: str) -> str:
+    """Write a card in Markdown with the front matter that the Hub displays, signed so that later edits are recognised.
 
     Args:
-        result: what `stage=evaluate` found out.
-        name: of the experiment.
-        base: repository or folder of the unpruned model, or None for one that was trained here; a folder is not told.
-        loads_with: Python code that loads the folder `path`.
+        result: the result of `stage=evaluate`.
+        name: the name of the experiment.
+        base: the repository or folder of the unpruned model, or None for one that was trained here; a folder is not
+            mentioned in the card.
+        loads_with: Python code that loads the slim model.
     """
-    teacher, slim, metric, timed = result["teacher"], result["slim"], result["metric"], result["timed_as"]
+    teacher, slim, metric, timed = result.teacher, result.slim, result.metric, result.timed_as
     rows = [
-        ("parameters", f"{teacher['params']:,}", f"{slim['params']:,}"),
-        ("multiply-accumulates", f"{teacher['macs']:,}", f"{slim['macs']:,}"),
-        (metric, shown(metric, teacher[metric]), shown(metric, slim[metric])),
-        ("agreement with the unpruned model", "", f"{result['agreement']:.2%}"),
+        ("parameters", f"{teacher.params:,}", f"{slim.params:,}"),
+        ("multiply-accumulates", f"{teacher.macs:,}", f"{slim.macs:,}"),
+        (metric, format_quality(metric, teacher.quality), format_quality(metric, slim.quality)),
+        ("agreement with the unpruned model", "", f"{result.agreement:.2%}"),
     ]
-    for phase, measured in result["phases"].items():
-        ms = [_interval(measured[key]) for key in ("teacher_ms", "slim_ms")]
-        rows.append((f"{phase}, ms", ms[0], f"{ms[1]} ({_interval(measured['ratio'])} of the unpruned)"))
+    for phase, measured in result.phases.items():
+        teacher_ms, slim_ms, ratio = (
+            format_interval(figures, ".4g") for figures in (measured.teacher_ms, measured.slim_ms, measured.ratio)
+        )
+        rows.append((f"{phase}, ms", teacher_ms, f"{slim_ms} ({ratio} of the unpruned)"))
     table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows)
-    fingerprint = result["environment"]["fingerprint"]
-    how = ", ".join(f"{key} {value}" for key, value in timed.items())
+    fingerprint = result.environment.fingerprint
+    how = ", ".join(f"{key} {value}" for key, value in to_json(timed).items())
     on_hub = base is not None and base.count("/") == 1 and base[0] not in "./~" and not Path(base).exists()
     front = ["library_name: transformers" if "transformers" in loads_with else "library_name: pytorch"]
     front += [f"base_model: {base}"] if on_hub else []
-    said = {
-        "simulated": "These milliseconds come from a simulated device; nothing was measured.",
-    }.get(result["verdict"], "Medians with 95 % bootstrap intervals, both models measured in interleaved rounds.")
+    if result.verdict is Verdict.SIMULATED:
+        origin = "These milliseconds come from a simulated device; nothing was measured."
+    else:
+        origin = "These are medians with 95 % bootstrap intervals; both models were measured in interleaved rounds."
     lines = [
         "---",
         *front,
@@ -49,14 +53,14 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         f"A slim version of {base if on_hub else name}, made by HawAda: its widths were chosen so "
         "that its measured latency meets a budget.",
         "",
-        f"Verdict: **{result['verdict']}** ({result['reason']}).",
+        f"Verdict: **{result.verdict}** ({result.reason}).",
         "",
         "| | unpruned | slim |",
         "|---|---|---|",
         table,
         "",
-        f"{said} Measured as: {how}; on {fingerprint['name']}, torch {fingerprint['torch']}. Another device, shape or "
-        "version has other latencies.",
+        f"{origin} They hold for {how}, on {fingerprint['name']} with torch {fingerprint['torch']}. Another device, "
+        "shape or version has other latencies.",
         "",
         "```python",
         loads_with,
@@ -64,7 +68,3 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         "",
     ]
     return signed("\n".join(lines))
-
-
-def _interval(interval: Mapping[str, float]) -> str:
-    return f"{interval['median']:.4g} [{interval['low']:.4g}, {interval['high']:.4g}]"

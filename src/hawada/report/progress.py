@@ -1,4 +1,4 @@
-"""Live progress on the terminal: a bar with the time left and the figures of the moment."""
+"""Live progress on the terminal: a bar with the remaining time and the current figures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ console = Console(highlight=False)
 
 
 class Progress:
-    """One stage's bar, to be used as a context manager.
+    """The progress bar of one stage, to be used as a context manager.
 
     Args:
-        stage: what is going on.
-        total: number of steps; `done` fills the bar when the work ends sooner.
+        stage: the name of the stage.
+        total: the number of steps; `done` fills the bar when the work ends sooner.
     """
 
     def __init__(self, stage: str, total: int) -> None:
@@ -36,18 +36,18 @@ class Progress:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Show what is being done."""
+        """Show a text about the current step."""
         self._bar.update(self._task, text=text)
 
     def step(self, text: str | None = None, **figures: float | None) -> None:
-        """One step is done; show a text, or figures by name."""
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in figures.items() if value is not None)
-        self._bar.update(self._task, advance=1, text=shown if text is None else text)
+        """Count one step as done, and show a text, or figures by name."""
+        written = "  ".join(f"{name} {value:.3g}" for name, value in figures.items() if value is not None)
+        self._bar.update(self._task, advance=1, text=written if text is None else text)
 
     def skip(self, steps: int) -> None:
-        """So many steps were done before."""
+        """Count so many steps that an earlier run has done."""
         self._bar.update(self._task, advance=steps)
 
     def done(self) -> None:
-        """Fill the bar: the work ended before its last step."""
+        """Fill the bar, because the work ended before its last step."""
         self._bar.update(self._task, completed=self._bar.tasks[0].total)

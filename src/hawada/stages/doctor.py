@@ -31,6 +31,20 @@ from hawada.core.latency import (
 )
 from hawada.core.structure import Keep, keep_all, widths_of
 from hawada.experiment import Run
+from hawada.experiment.results import (
+    Bandwidth,
+    BottleneckFigures,
+    ComparedRuntime,
+    DoctorResult,
+    PeakFigures,
+    RefusedRuntime,
+    RemovableUnits,
+    SensibleTarget,
+    Stairs,
+    TimedAs,
+    TimedModel,
+    TimedSlice,
+)
 from hawada.report import Progress, describe, plot_staircases, summarize_findings
 from hawada.workspace import ModelStopwatch, Subject, open_stage
 
@@ -38,7 +52,7 @@ PROBED_AGAIN = 2  # times at most, where the model did better than the probes sa
 REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> DoctorResult:
     """Write `doctor/result.json` and `doctor/staircase.png`."""
     subject, watch, store = open_stage(cfg, run)
     subject.adapter.check_layout(cfg.export.layout, subject.groups)
@@ -51,8 +65,8 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         progress.step("measuring the smallest models")
         keeps = _slices(subject)
         models = {name: watch.timed(subject.slim(teacher, keep)) for name, keep in keeps.items()}
-        measured = _compare(watch, watch.timed(teacher), models)
-        teacher_ms = measured["teacher"]["latency_ms"]["median"]
+        whole, measured = _compare(watch, watch.timed(teacher), models)
+        teacher_ms = whole.latency_ms.median
         bottleneck = find_bottleneck(operators, peaks, teacher_ms)
         for _ in range(PROBED_AGAIN):
             if bottleneck.impossible:
@@ -66,29 +80,34 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             progress.say(f"widths of {axis[1].name}")
             stairs.append(_staircase(watch, teacher, axis))
             progress.step()
-        result: dict[str, Any] = {
-            "bottleneck": bottleneck.as_dict(),
-            "peaks": _peaks(peaks),
-            "teacher": measured.pop("teacher"),
-            "slices": {
-                name: {
-                    "removed": removed_fraction(keeps[name], subject.groups),
-                    "widths": widths_of(keeps[name], subject.groups),
-                    **measured[name],
-                }
-                for name in keeps
+        result = DoctorResult(
+            summary="",
+            words=(),
+            bottleneck=BottleneckFigures(
+                **asdict(bottleneck), shares=bottleneck.shares, impossible=bottleneck.impossible
+            ),
+            peaks=_peaks(peaks),
+            teacher=whole,
+            slices={
+                name: TimedSlice(
+                    removed=removed_fraction(keep, subject.groups),
+                    widths=widths_of(keep, subject.groups),
+                    latency_ms=measured[name].latency_ms,
+                    ratio=measured[name].ratio,
+                )
+                for name, keep in keeps.items()
             },
-            "runtimes": runtimes,
-            "stairs": [asdict(stair) for stair in stairs],
-            "target": _target(measured, teacher_ms),
-            "timed_as": {**watch.timed_as, "device": watch.kind, "runtime": _runtimes(watch)[0]},
-            "units": _units(subject, keeps.get("half")),
-            "simulated": watch.clock.simulated,
-            "environment": store.environment,
-        }
-        plot_staircases(folder / "staircase.png", result["stairs"], title=_title(watch))
-        words = describe(result)
-        return run.finish("doctor", {"summary": summarize_findings(result), "words": words, **result})
+            runtimes=runtimes,
+            stairs=tuple(Stairs(**asdict(stair)) for stair in stairs),
+            target=_target(measured, teacher_ms),
+            timed_as=TimedAs(**{**watch.timed_as, "device": watch.kind, "runtime": _runtimes(watch)[0]}),
+            units=_units(subject, keeps.get("half")),
+            simulated=watch.clock.simulated,
+            environment=store.environment,
+        )
+        plot_staircases(folder / "staircase.png", result.stairs, title=_title(watch))
+        result = replace(result, summary=summarize_findings(result), words=tuple(describe(result)))
+        return run.finish("doctor", result)
 
 
 def _slices(subject: Subject) -> dict[str, Keep]:
@@ -108,18 +127,17 @@ def _rounds(watch: ModelStopwatch) -> Rounds:
     return replace(watch.rounds, max_seconds=min(watch.rounds.max_seconds, watch.cfg.doctor.max_seconds))
 
 
-def _compare(watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+def _compare(
+    watch: ModelStopwatch, teacher: nn.Module, models: Mapping[str, nn.Module]
+) -> tuple[TimedModel, dict[str, TimedModel]]:
     """Latency of the teacher and of each model, and their ratios to the teacher, in the same interleaved rounds."""
     inputs = watch.inputs()
     samplers = [watch.clock.prepare(model, inputs) for model in (teacher, *models.values())]
     samples = watch.sample(samplers, _rounds(watch))
-    return {
-        name: {
-            "latency_ms": summarize(samples[:, column]).as_dict(),
-            "ratio": bootstrap_median(samples[:, column] / samples[:, 0]).as_dict(),
-        }
-        for column, name in enumerate(("teacher", *models))
-    }
+    timed = [
+        TimedModel(latency_ms=summarize(column), ratio=bootstrap_median(column / samples[:, 0])) for column in samples.T
+    ]
+    return timed[0], dict(zip(models, timed[1:], strict=True))
 
 
 def _runtimes(watch: ModelStopwatch) -> list[str]:
@@ -131,12 +149,14 @@ def _runtimes(watch: ModelStopwatch) -> list[str]:
     return list(dict.fromkeys((own, *(watch.cfg.doctor.runtimes or others))))
 
 
-def _compare_runtimes(watch: ModelStopwatch, teacher: nn.Module, half: nn.Module | None) -> dict[str, dict[str, Any]]:
+def _compare_runtimes(
+    watch: ModelStopwatch, teacher: nn.Module, half: nn.Module | None
+) -> dict[str, ComparedRuntime | RefusedRuntime]:
     """For each further runtime, the teacher's ratio to its time in the first, and the half-width model's to the
     teacher's in the same; or why it cannot be used."""
     own, *others = _runtimes(watch)
     inputs = watch.inputs()
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, ComparedRuntime | RefusedRuntime] = {}
     for runtime in others:
         try:
             clock = watch.clock_of(runtime)
@@ -144,15 +164,14 @@ def _compare_runtimes(watch: ModelStopwatch, teacher: nn.Module, half: nn.Module
             samplers = [watch.clock.prepare(teacher, inputs), *(clock.prepare(model, inputs) for model in models)]
             samples = watch.sample(samplers, _rounds(watch))
         except REFUSALS as error:
-            found[runtime] = {"refused": " ".join(str(error).split())}
+            found[runtime] = RefusedRuntime(refused=" ".join(str(error).split()))
             continue
-        found[runtime] = {
-            "latency_ms": summarize(samples[:, 1]).as_dict(),
-            "against": own,
-            "ratio": bootstrap_median(samples[:, 1] / samples[:, 0]).as_dict(),
-        }
-        if half is not None:
-            found[runtime]["half"] = bootstrap_median(samples[:, 2] / samples[:, 1]).as_dict()
+        found[runtime] = ComparedRuntime(
+            latency_ms=summarize(samples[:, 1]),
+            against=own,
+            ratio=bootstrap_median(samples[:, 1] / samples[:, 0]),
+            half=None if half is None else bootstrap_median(samples[:, 2] / samples[:, 1]),
+        )
     return found
 
 
@@ -169,30 +188,33 @@ def _staircase(watch: ModelStopwatch, teacher: nn.Module, axis: Any) -> Staircas
     )
 
 
-def _peaks(peaks: Peaks) -> dict[str, Any]:
-    return {
-        "launch_us": peaks.launch_ms * 1e3,
-        "gbps": [{"bytes": size, "gbps": size / ms / 1e6} for size, ms in peaks.transfers],
-        "tflops": peaks.flops_per_ms / 1e9,
-    }
+def _peaks(peaks: Peaks) -> PeakFigures:
+    return PeakFigures(
+        launch_us=peaks.launch_ms * 1e3,
+        gbps=tuple(Bandwidth(bytes=size, gbps=size / ms / 1e6) for size, ms in peaks.transfers),
+        tflops=peaks.flops_per_ms / 1e9,
+    )
 
 
-def _target(measured: Mapping[str, Any], teacher_ms: float) -> dict[str, list[float]] | None:
+def _target(measured: Mapping[str, TimedModel], teacher_ms: float) -> SensibleTarget | None:
     """The range of sensible targets, as ratios and in milliseconds."""
     if "both" not in measured:
         return None
-    half = measured["half"]["ratio"]["median"] if "half" in measured else 1.0
-    ratios = sensible_ratios(measured["both"]["ratio"]["high"], half)
-    return None if ratios is None else {"ratio": list(ratios), "ms": [ratio * teacher_ms for ratio in ratios]}
+    half = measured["half"].ratio.median if "half" in measured else 1.0
+    ratios = sensible_ratios(measured["both"].ratio.high, half)
+    if ratios is None:
+        return None
+    low, high = ratios
+    return SensibleTarget(ratio=(low, high), ms=(low * teacher_ms, high * teacher_ms))
 
 
-def _units(subject: Subject, half: Keep | None) -> dict[str, Any]:
+def _units(subject: Subject, half: Keep | None) -> RemovableUnits:
     """What may go: kinds of units that the half-width slice halves, and kinds of layers and branches."""
     halved: Sequence[str] = [] if half is None else [g.kind for g in subject.groups if len(half[g.name]) < g.units]
-    return {
-        "width": list(dict.fromkeys(halved)),
-        "depth": list(dict.fromkeys(group.kind for group in subject.groups if group.removes)),
-    }
+    return RemovableUnits(
+        width=tuple(dict.fromkeys(halved)),
+        depth=tuple(dict.fromkeys(group.kind for group in subject.groups if group.removes)),
+    )
 
 
 def _title(watch: ModelStopwatch) -> str:

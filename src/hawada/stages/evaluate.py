@@ -8,9 +8,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -18,11 +17,21 @@ from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
+from hawada.core.evaluate import Scores, compare_outputs, count_macs, count_parameters, score
 from hawada.core.files import is_signed, write_json, write_text
 from hawada.core.latency import MeasurementError, source_of
-from hawada.core.verdict import Comparison, Interval
+from hawada.core.verdict import Comparison, Latency, Verdict
 from hawada.experiment import Run
+from hawada.experiment.results import (
+    Equivalence,
+    EvaluateResult,
+    ModelFigures,
+    ModelLatency,
+    PhaseLatency,
+    Reload,
+    SlimFigures,
+    TimedAs,
+)
 from hawada.report import Progress, console, model_card
 from hawada.stages.export import EQUALITY
 from hawada.workspace import (
@@ -44,12 +53,12 @@ torch.set_num_threads(int(threads))
 adapter, model = load_with_adapter(pathlib.Path(folder), trust=trust)
 given = load_file(inputs)
 with torch.no_grad():
-    said = adapter.logits(model(*(given[name] for name in sorted(given))))
-    save_file({"logits": said.contiguous()}, output)
+    logits = adapter.logits(model(*(given[name] for name in sorted(given))))
+    save_file({"logits": logits.contiguous()}, output)
 """
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> EvaluateResult:
     """Write the figures that `outputs/<name>/result.json` promises, and a card beside the slim model."""
     subject, watch, store = open_stage(cfg, run)
     models = {"teacher": subject.teacher(), "slim": subject.saved_model("finetune", "slim")}
@@ -61,32 +70,52 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 subject, paths["slim"], run.folder("finetune") / "check_outputs.safetensors", Path(scratch)
             )
         progress.step("scoring")
-        quality = score_models(watch, models)
+        scores = score_models(watch, models)
         progress.step("measuring")
         verification = measure_for_verdict(watch, models, paths, folder)
-        comparison = verification.or_else(Comparison.from_dict(run.result("export")["measured"]))
+        comparison = verification.or_else(run.result("export").measured)
         phases = {watch.shape.phase: comparison}
         if verification.failed is None and comparison.source != "table":
             phases |= measure_other_phases(watch, models)
         progress.step("")
-        result = {
-            **decide(watch, comparison, verification.every),
-            **quality,
-            "phases": {name: _phase(c) for name, c in phases.items()},
-        }
-        latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
-        for name, path in paths.items():
-            result[name] |= {"latency_ms": _short(latency[name]) | {"p95": latency[name].p95}}
-            result[name] |= {"path": str((path).resolve())}
-        result["slim"]["loads_with"] = subject.adapter.loads_with(result["slim"]["path"], models["slim"])
-        result |= {
-            "kd": run.result("train").get("kd"),
-            "proxy": run.result("profile")["fidelity"],
-            "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
-            "environment": store.environment,
-            "measured": comparison.as_dict(),
-            "verification": {name: _short(repeat.ratio) for name, repeat in verification.measured.items()},
-        }
+        decision = decide(watch, comparison, verification.every)
+        place = str(paths["slim"].resolve())
+        export = run.result("export")
+        result = EvaluateResult(
+            summary=f"{decision.verdict}: {decision.reason}",
+            verdict=decision.verdict,
+            reason=decision.reason,
+            target_ms=decision.target_ms,
+            target_ratio=decision.target_ratio,
+            timed_as=TimedAs(**watch.timed_as),
+            latency_ratio=comparison.ratio,
+            metric=subject.data.metric,
+            agreement=agreement(scores),
+            teacher=ModelFigures(
+                **costs(watch, models["teacher"]),
+                **{subject.data.metric: getattr(scores["teacher"], subject.data.metric)},
+                latency_ms=_without_samples(comparison.baseline),
+                path=str(paths["teacher"].resolve()),
+            ),
+            slim=SlimFigures(
+                **costs(watch, models["slim"]),
+                **{subject.data.metric: getattr(scores["slim"], subject.data.metric)},
+                latency_ms=_without_samples(comparison.candidate),
+                path=place,
+                loads_with=subject.adapter.loads_with(place, models["slim"]),
+            ),
+            phases={name: _phase(measured) for name, measured in phases.items()},
+            kd=run.result("train").kd,
+            proxy=run.result("profile").fidelity,
+            equivalence=Equivalence(
+                max_abs_diff=export.equivalence.max_abs_diff,
+                max_abs_logit=export.equivalence.max_abs_logit,
+                reload=reloaded,
+            ),
+            environment=store.environment,
+            measured=comparison,
+            verification={name: repeat.ratio for name, repeat in verification.measured.items()},
+        )
         example = subject.adapter.loads_with("path/to/it", models["slim"])
         card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
         write_card(paths["slim"] / "README.md", card)
@@ -101,29 +130,44 @@ def write_card(path: Path, card: str) -> None:
     write_text(path, card)
 
 
-def score_models(watch: ModelStopwatch, models: dict[str, nn.Module]) -> dict[str, Any]:
-    """Quality on test data and costs of each model, and how often their answers agree."""
+def score_models(watch: ModelStopwatch, models: Mapping[str, nn.Module]) -> dict[str, Scores]:
+    """Quality of each model on test data."""
     subject = watch.subject
-    loader, metric = subject.data.test_loader(subject.cfg.evaluate.batch_size), subject.data.metric
+    loader = subject.data.test_loader(subject.cfg.evaluate.batch_size)
+    return {name: score(watch.placed(model), loader, subject.adapter.logits) for name, model in models.items()}
+
+
+def agreement(scores: Mapping[str, Scores]) -> float:
+    """How often both models predict the same."""
+    return float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
+
+
+def costs(watch: ModelStopwatch, model: nn.Module) -> dict[str, int]:
+    """Parameters, and multiply-accumulates of one call with a batch of 1."""
     one = replace(watch.shape, batch=1)
-    scores = {name: score(watch.placed(model), loader, subject.adapter.logits) for name, model in models.items()}
-    agreement = float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
-    return {
-        "metric": metric,
-        "agreement": agreement,
-        **{
-            name: {
-                "params": count_parameters(model),
-                "macs": count_macs(subject.adapter.workload(model, one), watch.inputs(one)),
-                metric: getattr(scores[name], metric),
-            }
-            for name, model in models.items()
-        },
-    }
+    macs = count_macs(watch.subject.adapter.workload(model, one), watch.inputs(one))
+    return {"params": count_parameters(model), "macs": macs}
 
 
-def decide(watch: ModelStopwatch, comparison: Comparison, every: Comparison | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Decision:
     """The verdict on a fresh measurement, with what it was measured against.
+
+    Attributes:
+        verdict: whether the target was met.
+        reason: the figures behind it, and what helps where they do not decide.
+        target_ms: milliseconds that were asked for; None without a target.
+        target_ratio: the same as a fraction of the teacher's time.
+    """
+
+    verdict: Verdict
+    reason: str
+    target_ms: float | None
+    target_ratio: float | None
+
+
+def decide(watch: ModelStopwatch, comparison: Comparison, every: Comparison | None = None) -> Decision:
+    """Compare a fresh measurement with the target.
 
     Args:
         watch: by which the stage measures.
@@ -131,18 +175,10 @@ def decide(watch: ModelStopwatch, comparison: Comparison, every: Comparison | No
         every: of all rounds; None when that is the same.
     """
     verdict, reason = watch.budget.verdict(comparison, every)
-    if verdict == "unverified" and comparison.source == "measured" and watch.budget.has_target:
+    if verdict is Verdict.UNVERIFIED and comparison.source == "measured" and watch.budget.has_target:
         reason = f"{reason}; {remedy(watch)}"
     ratio = watch.budget.ratio(comparison.baseline.median) if watch.budget.has_target else None
-    return {
-        "summary": f"{verdict}: {reason}",
-        "verdict": verdict,
-        "reason": reason,
-        "target_ms": None if ratio is None else ratio * comparison.baseline.median,
-        "target_ratio": ratio,
-        "timed_as": watch.timed_as,
-        "latency_ratio": _short(comparison.ratio),
-    }
+    return Decision(verdict, reason, None if ratio is None else ratio * comparison.baseline.median, ratio)
 
 
 def remedy(watch: ModelStopwatch) -> str:
@@ -160,7 +196,7 @@ def measure_for_verdict(
 ) -> Verification:
     """A fresh comparison of teacher and slim model: of the saved ones in a process of their own, if time is taken."""
     if watch.cfg.gpu.timing == "table":
-        return Verification(Comparison.from_dict(watch.store.result("export")["measured"]))
+        return Verification(watch.store.run.result("export").measured)
     if source_of(watch.clock) == "measured":
         for model in models.values():
             model.cpu()  # the device is left to the other process
@@ -183,8 +219,8 @@ def measure_other_phases(watch: ModelStopwatch, models: Mapping[str, nn.Module])
     return measured
 
 
-def prove_reload(subject: Subject, path: Path, answers: Path, scratch: Path) -> dict[str, Any]:
-    """Difference between what the finetuned model said before it was saved and what its files say in a new process.
+def prove_reload(subject: Subject, path: Path, outputs: Path, scratch: Path) -> Reload:
+    """Difference between the outputs of the finetuned model in memory and of its files in a new process.
 
     The process loads the files with stock tools and cannot import this package, where the format allows it. A language
     model must also generate the same tokens.
@@ -200,27 +236,22 @@ def prove_reload(subject: Subject, path: Path, answers: Path, scratch: Path) -> 
         command += subject.trust
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
-    before, after = load_file(answers), load_file(output)
-    record: dict[str, Any] = compare_outputs(before["logits"], after["logits"])
-    if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
-        raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")
-    record["stock"] = subject.adapter.stock_reload is not None
-    if "tokens" in before:
-        record["same_tokens"] = bool((before["tokens"] == after["tokens"]).all())
-        if not record["same_tokens"]:
-            raise RuntimeError(f"{path} generates other tokens after reloading")
-    return record
+        reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"{path} does not load in a fresh process: {reason[-1]}")
+    before, after = load_file(outputs), load_file(output)
+    difference = compare_outputs(before["logits"], after["logits"])
+    same_tokens = bool((before["tokens"] == after["tokens"]).all()) if "tokens" in before else None
+    found = Reload(**difference, stock=subject.adapter.stock_reload is not None, same_tokens=same_tokens)
+    if not found.max_abs_diff <= EQUALITY * found.max_abs_logit:
+        raise RuntimeError(f"{path} computes something else after reloading: {found.max_abs_diff:.3g}")
+    if same_tokens is False:
+        raise RuntimeError(f"{path} generates other tokens after reloading")
+    return found
 
 
-def _phase(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "teacher_ms": _short(comparison.baseline),
-        "slim_ms": _short(comparison.candidate),
-        "ratio": _short(comparison.ratio),
-    }
+def _phase(comparison: Comparison) -> PhaseLatency:
+    return PhaseLatency(teacher_ms=comparison.baseline, slim_ms=comparison.candidate, ratio=comparison.ratio)
 
 
-def _short(interval: Interval) -> dict[str, float]:
-    return {"median": interval.median, "low": interval.low, "high": interval.high}
+def _without_samples(latency: Latency) -> ModelLatency:
+    return ModelLatency(median=latency.median, low=latency.low, high=latency.high, p95=latency.p95)

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -21,8 +20,9 @@ from hawada.core.gates import Student
 from hawada.core.latency import Budget, Proxy, source_of
 from hawada.core.search import BudgetSearch, Candidate, SearchResult, search_export
 from hawada.core.structure import Group, Keep, completed, keep_all, keep_from_gates, widths_of
-from hawada.core.verdict import Comparison
+from hawada.core.verdict import Comparison, Verdict
 from hawada.experiment import Run
+from hawada.experiment.results import CandidateModel, Difference, ExportResult, InfeasibleExport, SearchOutcome
 from hawada.report import Progress
 from hawada.workspace import (
     ModelStopwatch,
@@ -37,7 +37,7 @@ from hawada.workspace import (
 EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> ExportResult | InfeasibleExport:
     """Write `export/slim` and `export/teacher`, what was measured on the way, and the equivalence proof."""
     subject, watch, store = open_stage(cfg, run)
     teacher = subject.teacher()
@@ -45,18 +45,28 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     with store.writing("export") as folder, Progress("export", cfg.export.max_measurements) as progress:
         quality = Quality(subject, student, teacher, progress, has_target=watch.budget.has_target)
         progress.say("choosing widths and measuring")
-        keep, record = _choose(watch, student, teacher, quality, progress)
-        if "verdict" in record:
-            return record  # nothing holds the budget: the stage leaves no manifest and counts as not finished
+        keep, outcome = _choose(watch, student, teacher, quality, progress)
+        if isinstance(outcome, InfeasibleExport):
+            return outcome  # nothing holds the budget: the stage leaves no manifest and counts as not finished
         progress.done()
         slim = subject.slim(student.model, keep)
         equivalence = prove_equivalence(subject, student, slim, keep)
-        slim, refit = quality.compensated(slim, keep)
+        slim, reconstruction = quality.compensated(slim, keep)
         subject.save(folder / "slim", slim, keep)
         subject.save(folder / "teacher", teacher, keep_all(subject.groups))
         write_json(folder / "keep.json", {name: list(kept) for name, kept in keep.items()})
-        record |= {"widths": widths_of(keep, subject.groups), "equivalence": equivalence, **quality.as_dict()}
-        return run.finish("export", {**record, **refit})
+        result = ExportResult(
+            summary=outcome.summary,
+            status=outcome.status,
+            measured=outcome.measured,
+            candidates=outcome.candidates,
+            widths=widths_of(keep, subject.groups),
+            equivalence=equivalence,
+            refitted=reconstruction.refitted,
+            nats=reconstruction.nats,
+            sensitivity=quality.sensitivities,
+        )
+        return run.finish("export", result)
 
 
 def load_student(subject: Subject, teacher: nn.Module) -> Student:
@@ -71,7 +81,7 @@ def load_student(subject: Subject, teacher: nn.Module) -> Student:
     return student.eval()
 
 
-def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep: Keep) -> dict[str, float]:
+def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep: Keep) -> Difference:
     """Difference of logits between the hard-gated student and the slim model on example inputs.
 
     Raises:
@@ -82,12 +92,10 @@ def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep:
     with torch.no_grad(), student.hard_gated({g.name: keep[g.name] for g in student.groups}):
         gated = subject.adapter.logits(student.cpu()(*inputs))
         sliced = subject.adapter.logits(slim(*inputs))
-    record = compare_outputs(gated, sliced)
-    if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
-        raise RuntimeError(
-            f"the sliced model differs from the gated one by {record['max_abs_diff']:.3g}: a group is wrong"
-        )
-    return record
+    found = Difference(**compare_outputs(gated, sliced))
+    if not found.max_abs_diff <= EQUALITY * found.max_abs_logit:
+        raise RuntimeError(f"the sliced model differs from the gated one by {found.max_abs_diff:.3g}: a group is wrong")
+    return found
 
 
 @contextmanager
@@ -145,7 +153,7 @@ def make_search(
         policies=subject.policies,
         measure=measure,
         budget=budget,
-        teacher_ms=subject.store.result("profile")["teacher_ms"],
+        teacher_ms=subject.store.run.result("profile").teacher_ms,
         start=widths_of(from_gates, subject.groups) if subject.cfg.export.widths == "gates" else None,
         confirmations=watch.confirmations,
     )
@@ -153,7 +161,7 @@ def make_search(
 
 def _choose(
     watch: ModelStopwatch, student: Student, teacher: nn.Module, quality: Quality, progress: Progress
-) -> tuple[Keep, dict[str, Any]]:
+) -> tuple[Keep, SearchOutcome]:
     """Kept indices and what was measured to find them."""
     with measuring(watch, student.model, teacher, lambda measured: tell(progress, measured)) as measure:
         return _search(watch, student, quality, measure)
@@ -166,49 +174,53 @@ def tell(progress: Progress, measured: Comparison) -> None:
 
 def _search(
     watch: ModelStopwatch, student: Student, quality: Quality, measure: Callable[[Keep], Comparison]
-) -> tuple[Keep, dict[str, Any]]:
+) -> tuple[Keep, SearchOutcome]:
     """Kept indices for the configured target, or those of the gates where there is none."""
     subject = watch.subject
     if not watch.budget.has_target:
         keep = completed(keep_from_gates(student.own_gates(), student.groups, subject.policy), subject.groups)
         comparison = measure(keep)
-        return keep, {
-            "summary": f"no target; the gates' widths take {comparison.ratio.median:.3f} of the teacher's time",
-            "status": "no target",
-            "measured": comparison.as_dict(),
-            "candidates": [],
-        }
+        return keep, SearchOutcome(
+            summary=f"no target; the gates' widths take {comparison.ratio.median:.3f} of the teacher's time",
+            status="no target",
+            measured=comparison,
+            candidates=(),
+        )
     search = make_search(watch, student, quality, measure, watch.budget, load_proxy(subject, "train"))
     found = search_export(search, subject.cfg.export.max_measurements)
-    record = described(found, subject.groups)
+    outcome = described(found, subject.groups)
     if found.status == "infeasible":
-        comparison = found.chosen.comparison
-        target_ms = watch.budget.ratio(comparison.baseline.median) * comparison.baseline.median
-        record |= {
-            "verdict": "infeasible",
-            "reason": f"the fastest is {comparison.candidate.median:.3f} ms, the target is {target_ms:.3f} ms",
-            "target_ms": target_ms,
-        }
-    return found.chosen.keep, record
+        measured = outcome.measured
+        target_ms = watch.budget.ratio(measured.baseline.median) * measured.baseline.median
+        outcome = InfeasibleExport(
+            summary=outcome.summary,
+            status=outcome.status,
+            measured=measured,
+            candidates=outcome.candidates,
+            verdict=Verdict.INFEASIBLE,
+            reason=f"the fastest is {measured.candidate.median:.3f} ms, the target is {target_ms:.3f} ms",
+            target_ms=target_ms,
+        )
+    return found.chosen.keep, outcome
 
 
-def described(found: SearchResult, groups: Sequence[Group]) -> dict[str, Any]:
-    """A search's outcome, for JSON."""
+def described(found: SearchResult, groups: Sequence[Group]) -> SearchOutcome:
+    """A search's outcome, as results hold it."""
     comparison = found.chosen.comparison
-    return {
-        "summary": f"{found.status}: {comparison.ratio.median:.3f} of the teacher's time, "
+    return SearchOutcome(
+        summary=f"{found.status}: {comparison.ratio.median:.3f} of the teacher's time, "
         f"{len(found.candidates)} models measured",
-        "status": found.status,
-        "measured": comparison.as_dict(),
-        "candidates": [_described(candidate, groups) for candidate in found.candidates],
-    }
+        status=found.status,
+        measured=comparison,
+        candidates=tuple(_described(candidate, groups) for candidate in found.candidates),
+    )
 
 
-def _described(candidate: Candidate, groups: Sequence[Group]) -> dict[str, Any]:
-    return {
-        "level": candidate.level,
-        "predicted_ratio": candidate.predicted_ratio,
-        "ratio": candidate.comparison.ratio.as_dict(),
-        "worth": candidate.worth,
-        "widths": widths_of(candidate.keep, groups),
-    }
+def _described(candidate: Candidate, groups: Sequence[Group]) -> CandidateModel:
+    return CandidateModel(
+        level=candidate.level,
+        predicted_ratio=candidate.predicted_ratio,
+        ratio=candidate.comparison.ratio,
+        worth=candidate.worth,
+        widths=widths_of(candidate.keep, groups),
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from omegaconf import DictConfig
 from safetensors.torch import save_file
@@ -13,11 +12,12 @@ from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.memory_format import channels_last
 from hawada.core.structure import Keep
 from hawada.experiment import MetricsLog, Run
+from hawada.experiment.results import FinetuneResult
 from hawada.report import Progress
 from hawada.workspace import make_distillation, open_stage
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> FinetuneResult:
     """Write `finetune/slim`."""
     subject, _, store = open_stage(cfg, run)
     slim, teacher = subject.saved_model("export", "slim"), subject.teacher()
@@ -55,4 +55,4 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         subject.save(folder / "slim", slim, keep)
         last = history[-1] if history else {}
         summary = ", ".join([f"{len(history)} epochs", *(f"{name} {value:.3g}" for name, value in last.items())])
-        return run.finish("finetune", {"summary": summary, "epochs": len(history), **last})
+        return run.finish("finetune", FinetuneResult(summary=summary, epochs=len(history), losses=last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
@@ -12,12 +12,13 @@ from hawada.core.search import search_export
 from hawada.core.structure import Keep, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
+from hawada.experiment.results import FrontPoint, FrontResult, FrontSeconds, TimedAs
 from hawada.report import Progress, plot_front, print_front
 from hawada.stages.export import described, load_student, make_search, measuring, prove_equivalence, tell
 from hawada.workspace import Quality, load_proxy, open_stage
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> FrontResult:
     """Write `front/<target>/slim` for every target in `budget.target_ratio`, a table and a plot of what was measured.
 
     Every measurement joins the proxy's fit, so later targets need fewer.
@@ -27,7 +28,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     teacher = subject.teacher()
     student = load_student(subject, teacher)
     proxy = load_proxy(subject, "train")
-    points: list[dict[str, Any]] = []
+    points: list[FrontPoint] = []
     start, measuring_s = time.perf_counter(), 0.0
     with (
         store.writing("front") as folder,
@@ -47,33 +48,42 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             progress.say(f"target {target:g}")
             search = make_search(watch, student, quality, timed, watch.budget_for(target), proxy)
             found = search_export(search, cfg.export.max_measurements)
-            point = {"target_ratio": target, "worth": found.chosen.worth, **described(found, subject.groups)}
+            outcome, keep = described(found, subject.groups), found.chosen.keep
+            point = FrontPoint(
+                summary=outcome.summary,
+                status=outcome.status,
+                measured=outcome.measured,
+                candidates=outcome.candidates,
+                target_ratio=target,
+                worth=found.chosen.worth,
+            )
             if found.status != "infeasible":
-                slim = subject.slim(student.model, found.chosen.keep)
-                point["equivalence"] = prove_equivalence(subject, student, slim, found.chosen.keep)
-                slim, refit = quality.compensated(slim, found.chosen.keep)
-                point |= refit
+                slim = subject.slim(student.model, keep)
+                equivalence = prove_equivalence(subject, student, slim, keep)
+                slim, reconstruction = quality.compensated(slim, keep)
                 path = folder / f"{target:g}"
-                subject.save(path / "slim", slim, found.chosen.keep)
-                write_json(path / "keep.json", {name: list(kept) for name, kept in found.chosen.keep.items()})
-                point |= {
-                    "path": str((path / "slim").resolve()),
-                    "widths": widths_of(found.chosen.keep, subject.groups),
-                }
+                subject.save(path / "slim", slim, keep)
+                write_json(path / "keep.json", {name: list(kept) for name, kept in keep.items()})
+                point = replace(
+                    point,
+                    equivalence=equivalence,
+                    refitted=reconstruction.refitted,
+                    nats=reconstruction.nats,
+                    path=str((path / "slim").resolve()),
+                    widths=widths_of(keep, subject.groups),
+                )
             points.append(point)
         progress.done()
         plot_front(points, folder / "front.png", title=run.root.name)
         print_front(points, run.root.name)
-        reached = sum(point["status"] != "infeasible" for point in points)
-        return run.finish(
-            "front",
-            {
-                "summary": f"{reached} of {len(points)} targets reached, see {folder / 'front.png'}",
-                "points": points,
-                **quality.as_dict(),
-                "seconds": {"all": time.perf_counter() - start, "measuring": measuring_s},
-                "teacher_ms": run.result("profile")["teacher_ms"],
-                "timed_as": watch.timed_as,
-                "environment": store.environment,
-            },
+        reached = sum(point.status != "infeasible" for point in points)
+        result = FrontResult(
+            summary=f"{reached} of {len(points)} targets reached, see {folder / 'front.png'}",
+            points=tuple(points),
+            sensitivity=quality.sensitivities,
+            seconds=FrontSeconds(all=time.perf_counter() - start, measuring=measuring_s),
+            teacher_ms=run.result("profile").teacher_ms,
+            timed_as=TimedAs(**watch.timed_as),
+            environment=store.environment,
         )
+        return run.finish("front", result)

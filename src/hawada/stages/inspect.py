@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 
 from hawada.adapters import group_table
@@ -16,7 +14,7 @@ from hawada.workspace import open_stage
 SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
 
 
-def run_inspect(run: Run) -> dict[str, Any]:
+def run_inspect(run: Run) -> None:
     """Print one row per group; writes nothing."""
     subject, _, _ = open_stage(run.settings("train"), run)
     trained = run.is_finished("train") and not run.different_keys("train")
@@ -29,4 +27,3 @@ def run_inspect(run: Run) -> dict[str, Any]:
     for row in rows:
         table.add_row(*(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in SHOWN))
     console.print(table)
-    return {"groups": rows}

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from rich.markup import escape
 
 from hawada.adapters.huggingface import hub
 from hawada.core.finetune import NORMS
 from hawada.core.formats import check_formats
-from hawada.core.verdict import Interval, Verdict
+from hawada.core.verdict import Verdict
 from hawada.experiment import PLANS, Run, order, upstream
+from hawada.experiment.results import (
+    Conclusion,
+    DecidedByProfile,
+    DoctorResult,
+    Environment,
+    EvaluateResult,
+    StageResult,
+    TeacherLatency,
+    from_json,
+)
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
 from hawada.workspace import Subject, check_distillation, open_stage
@@ -90,10 +98,13 @@ def _check_training(stage: str, run: Run) -> None:
 
 def _check_same_machine(stages: list[str], run: Run) -> None:
     """Refuse latencies that another machine or stack measured, or with overwrite=true take them afresh."""
-    here = open_stage(run.settings("profile"), run)[2].environment["fingerprint"]
+    here = open_stage(run.settings("profile"), run)[2].environment.fingerprint
     needed = {earlier for stage in stages for earlier in (*upstream(stage, run.cfg), stage)}
     for stage in [name for name in PLANS if name in needed and PLANS[name].measures and run.is_finished(name)]:
-        there = json.loads((run.folder(stage) / "environment.json").read_text())["fingerprint"]
+        path = run.folder(stage) / "environment.json"
+        remedy = "choose another name=..., or set overwrite=true to measure again"
+        recorded: Environment = from_json(Environment, json.loads(path.read_text()), place=str(path), remedy=remedy)
+        there = recorded.fingerprint
         different = [f"{key} {there.get(key)}" for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
         if different and run.overwrite and stage in stages:
             run.discard(stage)
@@ -104,74 +115,78 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
             )
 
 
-def run_stage(stage: str, run: Run) -> dict[str, Any]:
+def run_stage(stage: str, run: Run) -> StageResult:
     """Run one stage unless it is finished with this configuration, or the budget needs no training.
 
     An evaluation that could not tell, because of what the machine was doing meanwhile, is not finished.
     """
     run.check_upstream(stage)
-    if run.check(stage) and not (stage == "evaluate" and can_be_verified_again(run.result(stage))):
+    result: StageResult | None = run.result(stage) if run.check(stage) else None
+    if isinstance(result, EvaluateResult) and can_be_verified_again(result):
+        result = None
+    if result is not None:
         console.print(f"[bold]{stage:>9}[/] already done in {escape(str(run.folder(stage)))}", soft_wrap=True)
-        result = run.result(stage)
     elif stage == "train" and (decided := result_of_profile(run)):
         result = decided
     else:
         module = importlib.import_module(PLANS[stage].module)
         result = module.run(run.settings(stage), run)
-        console.print(f"[bold]{stage:>9}[/] {escape(result['summary'])}", soft_wrap=True)
-    if stage == "doctor":
+        console.print(f"[bold]{stage:>9}[/] {escape(result.summary)}", soft_wrap=True)
+    if isinstance(result, DoctorResult):
         print_diagnosis(result)
-    if "verdict" in result:
+    if isinstance(result, Conclusion):
         run.conclude(result)
     return result
 
 
-def can_be_verified_again(result: Mapping[str, Any]) -> bool:
+def can_be_verified_again(result: EvaluateResult) -> bool:
     """Whether an evaluation ended without a verdict only for what the machine was doing meanwhile."""
-    measured = result["measured"]["source"] == "measured"
-    return bool(result["verdict"] == "unverified" and measured and result["target_ratio"] is not None)
+    undecided = result.verdict is Verdict.UNVERIFIED and result.measured.source == "measured"
+    return undecided and result.target_ratio is not None
 
 
-def run_pipeline(run: Run) -> dict[str, Any]:
+def run_pipeline(run: Run) -> Conclusion:
     """Everything from a teacher to a verdict; `result.json` lies beside the stages' folders then."""
-    result: dict[str, Any] = {}
+    conclusion: Conclusion | None = None
     for stage in order(run.cfg):
         if stage == "pretrain" and (decided := result_of_profile(run)):
             run.conclude(decided)
             return decided
-        if stage == "publish" and not Verdict(result["verdict"]).may_be_published:
-            console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
+        if stage == "publish" and conclusion is not None and not conclusion.verdict.may_be_published:
+            console.print(f"[bold]{stage:>9}[/] left out: the verdict is {conclusion.verdict}")
             break
         try:
             done = run_stage(stage, run)
         except Exception:
-            if stage == "publish":
-                print_result(result, run.root)  # what was found out before the hub refused
+            if stage == "publish" and conclusion is not None:
+                print_result(conclusion, run.root)  # what was found out before the hub refused
             raise
-        result = {**result, "published": done} if stage == "publish" else done
-        if "verdict" in result and stage != "evaluate":
-            break
-    return result
+        if isinstance(done, Conclusion):
+            conclusion = done
+            if stage != "evaluate":
+                break
+    assert conclusion is not None
+    return conclusion
 
 
-def result_of_profile(run: Run) -> dict[str, Any] | None:
+def result_of_profile(run: Run) -> DecidedByProfile | None:
     """The result when measurements alone decide: the teacher meets the budget already, or nothing can."""
     profile = run.result("profile")
     subject, watch, _ = open_stage(run.settings("train"), run)
     if not watch.budget.has_target:
         return None
     everything = len(subject.gated_groups) == len(subject.groups)
-    fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(watch)
-    teacher = Interval(**{name: profile["teacher"][name] for name in ("median", "low", "high")})
+    fastest = profile.fastest_ratio if everything else measure_fastest(watch)
+    teacher = profile.teacher
     decided = watch.budget.decided_by_profile(teacher, fastest)
     if decided is None:
         return None
     verdict, reason = decided
-    return {
-        "summary": f"{verdict}: {reason}",
-        "verdict": verdict,
-        "reason": reason,
-        "target_ms": watch.budget.ratio(teacher.median) * teacher.median,
-        "teacher": {"latency_ms": profile["teacher"]},
-        "environment": profile["environment"],
-    }
+    return DecidedByProfile(
+        summary=f"{verdict}: {reason}",
+        verdict=verdict,
+        reason=reason,
+        target_ms=watch.budget.ratio(teacher.median) * teacher.median,
+        teacher=TeacherLatency(latency_ms=teacher),
+        environment=profile.environment,
+    )

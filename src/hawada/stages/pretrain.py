@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -14,11 +13,12 @@ from hawada.core.memory_format import channels_last
 from hawada.core.structure import keep_all
 from hawada.data import TextData, witten_bell_perplexity
 from hawada.experiment import MetricsLog, Run
-from hawada.report import Progress, shown
+from hawada.experiment.results import BitsPerByte, PretrainResult
+from hawada.report import Progress, format_quality
 from hawada.workspace import open_stage
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> PretrainResult:
     """Write `pretrain/teacher` and how good it is on test data."""
     subject, _, store = open_stage(cfg, run)
     loader = subject.data.train_loader(cfg.pretrain.batch_size, cfg.seed)
@@ -41,20 +41,18 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         subject.save(folder / "teacher", model, keep_all(subject.groups))
         scores = score(model, subject.data.test_loader(cfg.pretrain.batch_size), subject.adapter.logits)
         metric = subject.data.metric
-        result: dict[str, Any] = {metric: getattr(scores, metric)}
-        summary = f"test {metric} {shown(metric, result[metric])}"
+        quality = getattr(scores, metric)
+        summary, bits = f"test {metric} {format_quality(metric, quality)}", None
         if isinstance(subject.data, TextData):
-            result["bits_per_byte"] = compare_with_ngram(subject.data, scores)
-            summary += ", bits per byte: model {model:.3f}, interpolated byte 5-gram {ngram:.3f}".format(
-                **result["bits_per_byte"]
-            )
-        return run.finish("pretrain", {"summary": summary, **result})
+            bits = compare_with_ngram(subject.data, scores)
+            summary += f", bits per byte: model {bits.model:.3f}, interpolated byte 5-gram {bits.ngram:.3f}"
+        return run.finish("pretrain", PretrainResult(summary=summary, bits_per_byte=bits, **{metric: quality}))
 
 
-def compare_with_ngram(data: TextData, scores: Scores) -> dict[str, float]:
+def compare_with_ngram(data: TextData, scores: Scores) -> BitsPerByte:
     """Bits per byte of the test text: the model's, and those of an interpolated Witten-Bell byte 5-gram."""
     train, test = data.byte_splits()
-    return {
-        "model": scores.nll * len(scores.predicted) / math.log(2) / len(test),
-        "ngram": math.log2(witten_bell_perplexity(train, test, order=5)),
-    }
+    return BitsPerByte(
+        model=scores.nll * len(scores.predicted) / math.log(2) / len(test),
+        ngram=math.log2(witten_bell_perplexity(train, test, order=5)),
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -25,6 +24,14 @@ from hawada.core.latency import (
 from hawada.core.structure import Keep, completed, keep_all, smallest_keep, widths_of
 from hawada.core.verdict import Interval
 from hawada.experiment import Run
+from hawada.experiment.results import (
+    Fidelity,
+    HeldOutModel,
+    ProfiledModel,
+    ProfileResult,
+    TimedAs,
+    result_from_json,
+)
 from hawada.report import Progress
 from hawada.workspace import FILE, ModelStopwatch, Subject, given_table, open_stage, predicted, write_table
 
@@ -32,7 +39,7 @@ CHUNK = 8  # sliced models held in memory at once
 CHUNK_SECONDS = 3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> ProfileResult:
     """Write `profile/latency_table.json`, `profile/proxy.json` and how well the proxy predicts unseen models.
 
     The latency does not depend on the weights' values, so the untrained architecture is measured. With
@@ -50,27 +57,28 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         keeps = choose_models(subject)
         progress.say(f"measuring {len(keeps)} whole models")
         measured = measure_models(watch, teacher, keeps, progress)
-        teacher_ms = measured[0]["latency_ms"]["median"]
-        widths = [widths_of(keep, subject.groups) for keep in keeps]
-        samples = [(w, record["ratio"]["median"] * teacher_ms) for w, record in zip(widths, measured, strict=True)]
+        whole, smallest = measured[0].latency_ms, measured[1].ratio
+        samples = [(model.widths, model.ratio.median * whole.median) for model in measured]
         predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.fitted_models)
         write_json(folder / "proxy.json", proxy.state())
-        quality = fidelity(predicted_ms, real_ms)
-        result = {
-            "summary": f"teacher {teacher_ms:.3g} ms; on {len(real_ms)} unseen models the proxy is off by "
-            f"{quality['mape']:.1%} (Kendall tau {quality['kendall_tau']:.2f})",
-            "teacher_ms": teacher_ms,
-            "teacher": measured[0]["latency_ms"],
-            "fastest_ratio": measured[1]["ratio"],
-            "fastest_ms": measured[1]["ratio"]["median"] * teacher_ms,
-            "fidelity": quality,
-            "held_out": [{"predicted_ms": p, "measured_ms": m} for p, m in zip(predicted_ms, real_ms, strict=True)],
-            "models": [{"widths": w, **record} for w, record in zip(widths, measured, strict=True)],
-            "timed_as": watch.timed_as,
-            "handover_us": watch.handover_us,
-            "simulated": watch.clock.simulated,
-            "environment": store.environment,
-        }
+        quality = Fidelity(**fidelity(predicted_ms, real_ms))
+        result = ProfileResult(
+            summary=f"teacher {whole.median:.3g} ms; on {quality.samples} unseen models the proxy is off by "
+            f"{quality.mape:.1%} (Kendall tau {math.nan if quality.kendall_tau is None else quality.kendall_tau:.2f})",
+            teacher_ms=whole.median,
+            teacher=whole,
+            fastest_ratio=smallest,
+            fastest_ms=smallest.median * whole.median,
+            fidelity=quality,
+            held_out=tuple(
+                HeldOutModel(predicted_ms=p, measured_ms=m) for p, m in zip(predicted_ms, real_ms, strict=True)
+            ),
+            models=tuple(measured),
+            timed_as=TimedAs(**watch.timed_as),
+            handover_us=watch.handover_us,
+            simulated=watch.clock.simulated,
+            environment=store.environment,
+        )
         write_table(watch, folder, table, proxy, result)
         return run.finish("profile", result)
 
@@ -102,7 +110,7 @@ def choose_models(subject: Subject) -> list[Keep]:
     return keeps
 
 
-def adopt_table(watch: ModelStopwatch, run: Run) -> dict[str, Any]:
+def adopt_table(watch: ModelStopwatch, run: Run) -> ProfileResult:
     """Take what another machine measured.
 
     Raises:
@@ -114,13 +122,15 @@ def adopt_table(watch: ModelStopwatch, run: Run) -> dict[str, Any]:
         raise ValueError(
             f"gpu.table: {subject.cfg.gpu.table} has other sites than the model; measure again with stage=profile"
         )
+    remedy = "measure again with stage=profile where the model will run"
+    result: ProfileResult = result_from_json(
+        "profile", record["result"], place=str(subject.cfg.gpu.table), remedy=remedy
+    )
     with subject.store.writing("profile") as folder:
         write_json(folder / FILE, record)
         write_json(folder / "proxy.json", record["proxy"])
         there = record["fingerprint"]["name"]
-        return run.finish(
-            "profile", {**record["result"], "summary": f"table of {there} taken from {subject.cfg.gpu.table}"}
-        )
+        return run.finish("profile", replace(result, summary=f"table of {there} taken from {subject.cfg.gpu.table}"))
 
 
 def measure_fastest(watch: ModelStopwatch) -> Interval:
@@ -135,9 +145,9 @@ def measure_fastest(watch: ModelStopwatch) -> Interval:
 
 def measure_models(
     watch: ModelStopwatch, teacher: nn.Module, keeps: list[Keep], progress: Progress
-) -> list[dict[str, Any]]:
+) -> list[ProfiledModel]:
     """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
-    records: list[dict[str, Any]] = []
+    records: list[ProfiledModel] = []
     inputs, rounds = watch.inputs(), watch.quick_rounds
     rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=watch.rounds.patience_s)
     baseline = watch.clock.prepare(watch.timed(teacher), inputs)
@@ -147,6 +157,7 @@ def measure_models(
         samples = watch.sample(samplers, rounds)
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
-            records.append({"latency_ms": summarize(samples[:, column]).as_dict(), "ratio": ratio.as_dict()})
+            widths = widths_of(keeps[len(records)], watch.subject.groups)
+            records.append(ProfiledModel(widths=widths, latency_ms=summarize(samples[:, column]), ratio=ratio))
         progress.step(f"measured {len(records)} whole models")
     return records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,18 +18,19 @@ from hawada.core.importance.fisher import fisher_importance, start_from_importan
 from hawada.core.memory_format import channels_last
 from hawada.core.train import LagrangeTrainer, Step
 from hawada.experiment import MetricsLog, Run
+from hawada.experiment.results import TrainResult
 from hawada.report import Progress
 from hawada.workspace import ModelStopwatch, Subject, load_proxy, make_distillation, open_stage
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> TrainResult:
     """Write `train/gates.safetensors` (theta by group name) and the proxy as corrected by probes."""
     subject, watch, store = open_stage(cfg, run)
     if subject.adapter.saved_gates() is not None:
         return adopt_gates(subject, run)
     profile = run.result("profile")
     with store.writing("train") as folder:
-        trainer = make_trainer(watch, profile["teacher_ms"])
+        trainer = make_trainer(watch, profile.teacher_ms)
         loader = subject.data.train_loader(cfg.train.batch_size, cfg.seed)
         steps = min(len(loader), cfg.train.steps_per_epoch or len(loader))
         log = MetricsLog(folder / "metrics.jsonl")
@@ -68,21 +70,17 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(weights, folder / "weights.safetensors")
         write_json(folder / "proxy.json", trainer.proxy.state())
-        last = history[-1].as_dict() if history else {}
-        return run.finish(
-            "train",
-            {
-                "summary": _summary(stopped, history),
-                "stopped": stopped,
-                "epochs": len(history),
-                **last,
-                "target_ms": trainer.target_ms,
-                "open_units": {name: int((gate >= 0.5).sum()) for name, gate in own.items()},
-            },
+        result = TrainResult(
+            summary=_summary(stopped, history),
+            stopped=stopped,
+            epochs=len(history),
+            target_ms=trainer.target_ms,
+            open_units={name: int((gate >= 0.5).sum()) for name, gate in own.items()},
         )
+        return run.finish("train", replace(result, **asdict(history[-1])) if history else result)
 
 
-def adopt_gates(subject: Subject, run: Run) -> dict[str, Any]:
+def adopt_gates(subject: Subject, run: Run) -> TrainResult:
     """Take the gates that lie beside the teacher's weights instead of training.
 
     Raises:
@@ -102,8 +100,8 @@ def adopt_gates(subject: Subject, run: Run) -> dict[str, Any]:
     with subject.store.writing("train") as folder:
         save_file(thetas, folder / "gates.safetensors")
         write_json(folder / "proxy.json", load_proxy(subject, "profile").state())
-        result = {"stopped": "adopted", "epochs": 0, "source": str(source)}
-        return run.finish("train", {"summary": f"gates taken from {source}", **result})
+        summary = f"gates taken from {source}"
+        return run.finish("train", TrainResult(summary=summary, stopped="adopted", epochs=0, source=str(source)))
 
 
 def _summary(stopped: str, history: list[Step]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,22 @@ from hawada.core.importance import AnswerLoss, CalibrationData, Importance, Sens
 from hawada.core.reconstruction import compensate
 from hawada.core.search import Worths, saliency_from_gates
 from hawada.core.structure import Keep
+from hawada.experiment.results import Divergences, Sensitivities
 from hawada.report import Progress
 from hawada.workspace.subject import Subject
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What came of reconstructing a slim model.
+
+    Attributes:
+        refitted: how many layers were reconstructed; 0 where slicing alone is better.
+        nats: output divergence without and with reconstruction, or None where that was not measured.
+    """
+
+    refitted: int
+    nats: Divergences | None = None
 
 
 class Quality:
@@ -62,7 +77,7 @@ class Quality:
         """What a width is worth; None where the saliency tells."""
         return None if self.sensitivity is None else self.sensitivity.worth
 
-    def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, dict[str, Any]]:
+    def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
         """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
 
         Args:
@@ -74,21 +89,22 @@ class Quality:
             that slicing alone and slicing with a refit cost, where such were measured.
         """
         if not self.node.reconstruct or not self.batches:
-            return slim, {"refitted": 0}
-        nats: dict[str, Any] = {}
+            return slim, Reconstruction(0)
+        nats = None
         if self.loss is not None:
-            nats = {"nats": {"sliced": self.loss.without_refit(keep), "refitted": self.loss(keep)}}
-            if nats["nats"]["refitted"] > nats["nats"]["sliced"]:
-                return slim, {"refitted": 0, **nats}
+            nats = Divergences(sliced=self.loss.without_refit(keep), refitted=self.loss(keep))
+            if nats.refitted > nats.sliced:
+                return slim, Reconstruction(0, nats)
         student = self._placed(self.student)
         layers = compensate(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
         refitted = self.subject.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
-        return refitted.cpu(), {"refitted": len(layers), **nats}
+        return refitted.cpu(), Reconstruction(len(layers), nats)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {} if self.sensitivity is None else {"sensitivity": self.sensitivity.as_dict()}
+    @property
+    def sensitivities(self) -> Sensitivities | None:
+        """What each width of each group costs, as results hold it; None where that was not measured."""
+        return None if self.sensitivity is None else self.sensitivity.as_dict()
 
     def _measure(self, progress: Progress) -> None:
         """Order and worth of the units."""

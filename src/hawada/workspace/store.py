@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from hawada.core.files import write_json
 from hawada.core.latency import environment
 from hawada.experiment import Run
+from hawada.experiment.results import Environment, to_json
 from hawada.workspace.device import configured_device
 
 
@@ -31,10 +31,6 @@ class Store:
         """Where a stage writes."""
         return self.run.folder(stage)
 
-    def result(self, stage: str) -> dict[str, Any]:
-        """What a finished stage wrote."""
-        return self.run.result(stage)
-
     def record(self, files: Iterable[Path]) -> None:
         """Take note of files that this stage wrote under names that its plan does not list."""
         self.run.record(files)
@@ -43,14 +39,14 @@ class Store:
     def writing(self, stage: str) -> Iterator[Path]:
         """The stage's empty folder, with its configuration and a record of the environment."""
         with self.run.writing(stage) as folder:
-            write_json(folder / "environment.json", self.environment)
+            write_json(folder / "environment.json", to_json(self.environment))
             yield folder
 
     @cached_property
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> Environment:
         """Machine and versions."""
-        return environment(configured_device(self.cfg.gpu))
+        return Environment(**environment(configured_device(self.cfg.gpu)))
 
     def profiled_handover_us(self) -> float | None:
         """How near to each other the threads of a CPU ran when the teacher was profiled; None where it was not."""
-        return self.result("profile").get("handover_us") if self.run.is_finished("profile") else None
+        return self.run.result("profile").handover_us if self.run.is_finished("profile") else None

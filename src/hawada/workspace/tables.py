@@ -17,13 +17,14 @@ from hawada.core.latency import (
 )
 from hawada.core.structure import Keep, full_widths, widths_of
 from hawada.core.verdict import Comparison, Interval, Latency
+from hawada.experiment.results import ProfileResult, to_json
 from hawada.workspace.stopwatch import ModelStopwatch
 from hawada.workspace.subject import Subject
 
 FILE = "latency_table.json"
 
 
-def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy: Proxy, result: dict[str, Any]) -> None:
+def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy: Proxy, result: ProfileResult) -> None:
     """Write the file that carries everything which was measured to another machine."""
     record = {
         "format": FORMAT,
@@ -34,7 +35,7 @@ def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy:
         "model": watch.subject.adapter_spec,
         **table.as_dict(),
         "proxy": proxy.state(),
-        "result": result,
+        "result": to_json(result),
     }
     write_json(folder / FILE, record)
 
@@ -76,7 +77,7 @@ def load_proxy(subject: Subject, stage: str) -> Proxy:
 
 def predicted(subject: Subject, keep: Keep) -> Comparison:
     """What the table says of a choice beside the teacher, where nothing can be measured."""
-    proxy, teacher = load_proxy(subject, "profile"), Latency(**subject.store.result("profile")["teacher"])
+    proxy, teacher = load_proxy(subject, "profile"), subject.store.run.result("profile").teacher
     ratio = float(proxy.predict(widths_of(keep, subject.groups))) / float(proxy.predict(full_widths(subject.groups)))
     slim_ms = ratio * teacher.median
     slim = Latency(slim_ms, slim_ms, slim_ms, slim_ms, 0)

@@ -20,7 +20,7 @@ from hawada.core.latency import (
     sensible_ratios,
     stair_axes,
 )
-from hawada.core.latency.diagnosis import coarse_first, fine_widths, stair_ends
+from hawada.core.latency.diagnosis.staircase import coarse_first, fine_widths, stair_ends
 from hawada.core.latency.operators import Operator
 from hawada.core.structure import ExportPolicy, Group, Rounding, Site, widths_of
 
@@ -90,7 +90,7 @@ class Broken(SimulatedClock):
         return lambda: float("nan")
 
 
-def test_a_clock_that_tells_nothing_does_not_break_the_diagnosis():
+def test_a_clock_that_returns_nan_does_not_break_the_diagnosis():
     found = find_bottleneck(list_operators(NET, X), peaks_of(Broken()), 0.0)
     assert all(np.isfinite(share) for share in found.shares.values())
 
@@ -234,7 +234,7 @@ class Slow(SimulatedClock):
 
 
 def test_where_preparing_takes_too_long_fewer_widths_are_measured(toy, groups, sites, inputs, monkeypatch):
-    monkeypatch.setattr("hawada.core.latency.diagnosis.FEWEST", 3)
+    monkeypatch.setattr("hawada.core.latency.diagnosis.staircase.MIN_WIDTHS", 3)
     rounds = Rounds(min_rounds=1, max_rounds=1, max_seconds=1e-9)
     assert toy_staircase(toy, groups, sites, inputs, Slow(), rounds=rounds).widths == (1, 2, 8)
 

@@ -1,4 +1,4 @@
-"""The device that is present: which one it is, whether it is the one asked for, and how the CPU is set up.
+"""The device that is present: which one it is, whether it is the one asked for, and how a CPU is set up.
 
 Nothing here imports torch before it is needed, so that a wrong device is noticed in well under a second.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def present_gpus() -> list[str]:
-    """Product names of the NVIDIA GPUs that the driver lists; empty without a driver."""
+    """Return the product names of the NVIDIA GPUs that the driver lists; none without a driver."""
     import pynvml
 
     try:
@@ -36,7 +36,7 @@ def present_gpus() -> list[str]:
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, or None."""
+    """Return the version of the NVIDIA driver, or None without one."""
     import pynvml
 
     try:
@@ -47,15 +47,15 @@ def driver_version() -> str | None:
 
 
 def check_device(*, gpu: str, device: str, match: str | None) -> None:
-    """Check that the device that measurements need is the one that is here.
+    """Check that the device that measurements need is the one that is present.
 
     Args:
         gpu: the `gpu=` choice, for the message.
-        device: `auto`, `cpu`, `mps` or `cuda`.
-        match: regular expression that the GPU's product name must contain, or None for any.
+        device: the kind of device: `auto`, `cpu`, `mps` or `cuda`.
+        match: a regular expression that the GPU's product name must contain, or None for any.
 
     Raises:
-        ValueError: naming what is here and the remedies.
+        ValueError: when it is another device; the message names the one that is present and the remedies.
     """
     if device != "cuda":
         return
@@ -74,12 +74,12 @@ def check_runtime(runtime: str, *, gpu: str, device: str) -> None:
     """Check that models can be run as asked on the device that measurements need.
 
     Args:
-        runtime: `eager`, `cudagraph` or `compile`.
+        runtime: the runtime: `eager`, `cudagraph` or `compile`.
         gpu: the `gpu=` choice, for the message.
-        device: `auto`, `cpu`, `mps` or `cuda`.
+        device: the kind of device: `auto`, `cpu`, `mps` or `cuda`.
 
     Raises:
-        ValueError: when CUDA graphs are wanted where there is no CUDA.
+        ValueError: when CUDA graphs are asked for on a device without CUDA.
     """
     if runtime == "cudagraph" and (device in ("cpu", "mps") or not present_gpus()):
         raise ValueError(
@@ -89,11 +89,11 @@ def check_runtime(runtime: str, *, gpu: str, device: str) -> None:
 
 
 def resolve_device(device: str, *, match: str | None = None) -> torch.device:
-    """`auto` is cuda, else mps, else cpu; `cuda` is the first card that matches.
+    """Choose the device: for `auto` cuda, else mps, else cpu; for `cuda` the first card that matches.
 
     Args:
-        device: `auto`, `cpu`, `mps` or `cuda`.
-        match: regular expression that the card's product name must contain, or None for any.
+        device: the kind of device: `auto`, `cpu`, `mps` or `cuda`.
+        match: a regular expression that the card's product name must contain, or None for any.
 
     Raises:
         ValueError: when torch cannot use such a device.
@@ -120,23 +120,27 @@ def resolve_device(device: str, *, match: str | None = None) -> torch.device:
 
 @functools.cache
 def allowed_cpus() -> tuple[int, ...]:
-    """CPUs that this process might use when it was first asked, before it pinned itself."""
+    """Return the CPUs that this process was allowed at the first call, which comes before it pins itself."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def prepare_cpu(threads: int | None) -> int:
-    """Set the process up so that a CPU's times repeat; returns the number of threads.
+    """Set the process up so that a CPU's times repeat.
 
-    Fixes the intra-op threads, pins the process to as many CPUs, and tells glibc to keep freed memory: otherwise
-    every large activation is mapped afresh and its page faults (up to half of a forward pass, and erratic) are timed.
+    This fixes the number of intra-op threads, pins the process to as many CPUs, and makes glibc keep freed memory:
+    otherwise every large activation is mapped anew, and its page faults are timed, which vary and take up to half of a
+    forward pass.
 
     Args:
-        threads: None means every CPU that this process may use.
+        threads: the number of threads; None means one for every CPU that this process may use.
+
+    Returns:
+        The number of threads.
 
     Raises:
-        ValueError: when there are fewer CPUs.
+        ValueError: when this process may use fewer CPUs.
     """
     import torch
 
@@ -152,7 +156,7 @@ def prepare_cpu(threads: int | None) -> int:
 
 
 def _keep_freed_memory() -> bool:
-    """Raise glibc's mmap and trim thresholds; False where there is no glibc."""
+    """Raise the thresholds above which glibc maps memory and returns it; False where there is no glibc."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -162,7 +166,7 @@ def _keep_freed_memory() -> bool:
 
 
 def fingerprint(device: torch.device) -> dict[str, Any]:
-    """What a latency belongs to: hardware, driver and versions. Two that differ are not compared."""
+    """Describe what latencies depend on: hardware, driver and versions. Only where it is equal may they be compared."""
     import torch
 
     record: dict[str, Any] = {
@@ -176,7 +180,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
             "name": torch.cuda.get_device_name(device),
             "driver": driver_version(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch does not annotate it
             "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
             "tf32_conv": torch.backends.cudnn.allow_tf32,
         }
@@ -184,7 +188,7 @@ def fingerprint(device: torch.device) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The fingerprint, the platform and the versions of every library that a result may depend on."""
+    """Describe the fingerprint, the platform and the versions of every library that a result may depend on."""
     names = (
         "hawada",
         "torch",
@@ -212,7 +216,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The CPU's product name where the system tells it, else the architecture."""
+    """Return the CPU's product name where the system reports it, else the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What a model asks of a device: its operators, each with the arithmetic it does and the bytes it moves."""
+"""The operators that a model runs, each with the arithmetic that it does and the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 from hawada.core.structure import Inputs
 
 aten = torch.ops.aten
-ROWS_READ = {aten.embedding, aten.index, aten.index_select, aten.gather}  # of the table they read what they return
-ROWS_WRITTEN = {aten.index_copy_, aten.index_put_}  # of the table they write what they are given
+ROW_LOOKUPS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read only those rows that they return
+ROW_UPDATES = {aten.index_copy_, aten.index_put_}  # write only those rows that they are given
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Operator:
     """One operator of a forward pass.
 
     Attributes:
-        flops: floating-point operations, as torch counts them; 0 for whatever is no product of matrices.
-        bytes: read and written, every tensor once.
+        flops: the floating-point operations as torch counts them, which are those of products of matrices only.
+        bytes: the bytes that are read and written, every tensor once.
     """
 
     flops: int
@@ -33,14 +33,14 @@ class Operator:
 
 
 def list_operators(model: nn.Module, inputs: Inputs, *, tile: int = 1, on_shapes: bool = True) -> list[Operator]:
-    """The operators of one forward pass in order, without views, which move nothing.
+    """List the operators of one forward pass in order, without views, which move nothing.
 
     Args:
-        model: in eval mode.
-        inputs: what it is called with.
-        tile: arithmetic is counted on channels that are rounded up to a multiple of this.
-        on_shapes: call a copy without numbers, which computes nothing; otherwise the model itself, which then takes
-            the kernels that its device has (a fused attention, say).
+        model: a model in eval mode.
+        inputs: the tensors that it is called with.
+        tile: the number that channels are rounded up to a multiple of before arithmetic is counted.
+        on_shapes: whether to call a copy on the meta device, which computes nothing; otherwise the model itself is
+            called, and then uses the kernels of its own device (a fused attention, for example).
     """
     log = _OperatorLog(tile)
     if on_shapes:
@@ -50,11 +50,11 @@ def list_operators(model: nn.Module, inputs: Inputs, *, tile: int = 1, on_shapes
     return log.operators
 
 
-class _OperatorLog(TorchDispatchMode):
-    """Notes every operator that runs while it is active."""
+class _OperatorLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Records every operator that runs while it is active."""
 
     def __init__(self, tile: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.tile = tile
         self.operators: list[Operator] = []
 
@@ -68,11 +68,11 @@ class _OperatorLog(TorchDispatchMode):
         if formula is not None:
             shapes = tree_map(self._tiled_shape, (args, kwargs, output))
             flops = formula(*shapes[0], **shapes[1], out_val=shapes[2])
-        self.operators.append(Operator(int(flops), _moved(func.overloadpacket, args, kwargs, output)))
+        self.operators.append(Operator(int(flops), _bytes_moved(func.overloadpacket, args, kwargs, output)))
         return output
 
     def _tiled_shape(self, leaf: Any) -> Any:
-        """The shape that a tensor occupies in whole tiles; anything else unchanged."""
+        """Return the shape that a tensor takes up in whole tiles, and anything else unchanged."""
         if not isinstance(leaf, Tensor) or leaf.dim() < 2:
             return leaf
         shape = list(leaf.shape)
@@ -81,15 +81,16 @@ class _OperatorLog(TorchDispatchMode):
         return torch.Size(shape)
 
 
-def _moved(operator: Any, args: Any, kwargs: Any, output: Any) -> int:
-    """Bytes that an operator reads and writes."""
+def _bytes_moved(operator: Any, args: Any, kwargs: Any, output: Any) -> int:
+    """Count the bytes that an operator reads and writes."""
     given, returned = _bytes((args, kwargs)), _bytes(output)
-    if operator in ROWS_READ:
+    if operator in ROW_LOOKUPS:
         return given - _bytes(args[0]) + 2 * returned
-    if operator in ROWS_WRITTEN:
+    if operator in ROW_UPDATES:
         return 2 * (given - _bytes(args[0]))
     return given + returned
 
 
 def _bytes(tree: Any) -> int:
+    """Add up the bytes of all tensors in a nested structure."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor))

@@ -1,4 +1,4 @@
-"""Predicted milliseconds: a proxy over site tables, calibrated on whole sliced models."""
+"""Predicted milliseconds: a proxy over site tables, fitted to measurements of whole sliced models."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ class Term:
     """A part of the predicted time.
 
     Attributes:
-        groups: names of the groups whose widths it depends on.
-        milliseconds: called with an array of widths for each of them, all of one shape; returns such an array.
+        groups: the names of the groups whose widths it depends on.
+        milliseconds: a function of one array of widths per group, all of one shape, that returns such an array.
     """
 
     groups: tuple[str, ...]
     milliseconds: Callable[..., NDArray[np.float64] | float]
 
 
-ROBUST_FITS = 10
-OFF = 0.01  # a sample that is off by less than this relative error is never an outlier
+REWEIGHTING_STEPS = 10  # fits, each of which trusts the samples by their errors in the one before
+MIN_OUTLIER_ERROR = 0.01  # A sample with a smaller relative error is never taken for an outlier.
 
 
 class Proxy(Protocol):
     """What training and search need of a latency proxy, whatever it is made of."""
 
     def predict(self, widths: SoftWidths) -> Tensor:
-        """Milliseconds for the widths of every group: a scalar, differentiable in soft widths."""
+        """Predict the milliseconds for the widths of every group: a scalar, differentiable in soft widths."""
         ...
 
     def terms(self) -> Sequence[Term]:
-        """What the prediction is the sum of, for the allocation."""
+        """Return the parts whose sum is the prediction; the allocation needs them."""
         ...
 
     def add_sample(self, widths: Mapping[str, int], ms: float, weight: float = 1.0) -> None:
-        """Take in one measured model."""
+        """Add one measured model to the fit."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What it has learned, for JSON."""
+        """Return what was fitted, as JSON types."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Take over what `state` returned."""
         ...
 
 
 class LatencyProxy:
-    """milliseconds = overhead + sum over sites of scale[kind] * table(widths).
+    """Predicts milliseconds = overhead + sum over sites of scale[kind] * table(widths).
 
-    Overhead and scales come from non-negative least squares on whole sliced models, with a weak pull of the scales
+    Overhead and scales are fitted by non-negative least squares to whole sliced models, with a weak pull of the scales
     towards one another (sites timed alone do not add up to the model). Every figure that is measured later joins the
-    fit; a measurement that all others contradict counts for little (Holland and Welsch, Robust regression using
+    fit; a measurement that all others contradict has little weight (Holland and Welsch, Robust regression using
     iteratively reweighted least-squares, 1977).
 
     Args:
-        table: site times.
-        pull: weight of the pull towards a common scale, relative to one sample.
-        clock: what the table is made with (`stage=profile` asks the configuration); None means the device's own.
+        table: the times of the sites.
+        pull: the weight of the pull towards a common scale, relative to one sample.
+        clock: the clock that `stage=profile` measures the table with; None means the device's own.
     """
 
     def __init__(self, table: LatencyTable, pull: float = 0.05, clock: Clock | None = None) -> None:
@@ -81,17 +81,17 @@ class LatencyProxy:
         self.overhead = 0.0
         self.scales = dict.fromkeys(self.kinds, 1.0)
         self.samples: list[tuple[dict[str, int], float, float]] = []
-        self._known: dict[tuple[int, ...], float] = {}  # the search asks for the same whole widths again and again
+        self._known: dict[tuple[int, ...], float] = {}  # the search asks for the same whole widths many times
 
     def predict(self, widths: SoftWidths) -> Tensor:
-        """Milliseconds for soft or hard widths (every group present): a float64 scalar, differentiable."""
+        """Predict the milliseconds for soft or hard widths of every group: a float64 scalar, differentiable."""
         total = torch.tensor(self.overhead, dtype=torch.float64)
         for index, entry in enumerate(self.table.sites):
             total = total + self.scales[entry.site.kind] * self._site_ms(index, widths)
         return total
 
     def terms(self) -> list[Term]:
-        """The overhead, and every site by the scale of its kind."""
+        """Return the overhead, and the time of every site times the scale of its kind."""
 
         def scaled(entry: SiteTable) -> Callable[..., NDArray[np.float64]]:
             return lambda *widths: self.scales[entry.site.kind] * entry.at(*widths)
@@ -100,7 +100,7 @@ class LatencyProxy:
         return [overhead, *(Term(entry.site.groups, scaled(entry)) for entry in self.table.sites)]
 
     def _site_ms(self, index: int, widths: SoftWidths) -> Tensor | float:
-        """A site's table time; remembered for whole widths."""
+        """Look up a site's time in its table; for whole widths the result is cached."""
         entry = self.table.sites[index]
         own = [widths[name] for name in entry.site.groups]
         if not all(isinstance(width, int) for width in own):
@@ -116,52 +116,53 @@ class LatencyProxy:
         self._fit()
 
     def _fit(self) -> None:
-        """Non-negative least squares of relative errors, each sample weighted down by how far it lies off."""
-        features = np.asarray([self._features(widths) for widths, _, _ in self.samples])  # (samples, kinds)
+        """Fit relative errors by non-negative least squares; samples with large errors lose weight step by step."""
+        features = np.asarray([self._sums_by_kind(widths) for widths, _, _ in self.samples])  # (samples, kinds)
         ms = np.asarray([sample_ms for _, sample_ms, _ in self.samples])
         weights = np.asarray([weight for _, _, weight in self.samples])
         common = float(np.median(ms / np.maximum(features.sum(axis=1), TINY_MS)))
         rows = np.hstack([np.ones((len(ms), 1)), features]) / ms[:, None]  # times the solution: predicted / measured
         pull = self.pull / common * np.eye(1 + len(self.kinds))[1:]
         trust = np.ones(len(ms))
-        for _ in range(ROBUST_FITS):
+        for _ in range(REWEIGHTING_STEPS):
             strength = weights * trust
             solution, _ = nnls(
                 np.vstack([rows * strength[:, None], pull]), np.append(strength, np.full(len(pull), self.pull))
             )
-            off = np.abs(rows @ solution - 1)
-            trust = np.minimum(1.0, max(3 * float(np.median(off)), OFF) / np.maximum(off, TINY_MS))
+            errors = np.abs(rows @ solution - 1)
+            largest_trusted = max(3 * float(np.median(errors)), MIN_OUTLIER_ERROR)
+            trust = np.minimum(1.0, largest_trusted / np.maximum(errors, TINY_MS))
         self.overhead = float(solution[0])
         self.scales = {kind: float(scale) for kind, scale in zip(self.kinds, solution[1:], strict=True)}
 
-    def _features(self, widths: SoftWidths) -> list[float]:
-        """Sum of the site times of each kind."""
+    def _sums_by_kind(self, widths: SoftWidths) -> list[float]:
+        """Sum the times of the sites of each kind."""
         sums = dict.fromkeys(self.kinds, 0.0)
         for index, entry in enumerate(self.table.sites):
             sums[entry.site.kind] += float(self._site_ms(index, widths))
         return [sums[kind] for kind in self.kinds]
 
     def state(self) -> dict[str, Any]:
-        """The fit and its samples, for JSON."""
+        """Return the fit and its samples, as JSON types."""
         return {"overhead": self.overhead, "scales": self.scales, "samples": [list(sample) for sample in self.samples]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Take over what `state` returned."""
         self.overhead = float(state["overhead"])
         self.scales = dict(state["scales"])
         self.samples = [(dict(widths), float(ms), float(weight)) for widths, ms, weight in state["samples"]]
 
 
 def calibrate(proxy: Proxy, samples: Sequence[tuple[Widths, float]], fitted: int) -> tuple[list[float], list[float]]:
-    """Fit a proxy on the first `fitted` measured models, predict the others unseen, and then let it have them too.
+    """Fit a proxy to the first `fitted` measured models, predict the others unseen, and then fit it to these too.
 
     Args:
-        proxy: without samples.
-        samples: (widths, milliseconds).
-        fitted: how many are fitted before the others are predicted.
+        proxy: a proxy without samples.
+        samples: the measured models, as (widths, milliseconds).
+        fitted: how many models are fitted before the others are predicted.
 
     Returns:
-        Predicted and measured milliseconds of the unseen models.
+        The predicted and the measured milliseconds of the unseen models.
     """
     for widths, ms in samples[:fitted]:
         proxy.add_sample(widths, ms)
@@ -172,7 +173,7 @@ def calibrate(proxy: Proxy, samples: Sequence[tuple[Widths, float]], fitted: int
 
 
 def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | int | None]:
-    """How well a proxy predicts models it was not fitted on.
+    """Compare predictions with measurements of models that the proxy was not fitted to.
 
     Returns:
         `mape` (mean absolute error relative to the measurement), `kendall_tau` (None below two samples), `samples`.
@@ -185,14 +186,14 @@ def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str,
 def random_keep(
     groups: Sequence[Group], policy: ExportPolicy, random: np.random.Generator, *, around_density: bool = False
 ) -> Keep:
-    """Kept indices of a random model: every allowed width is as likely as the others.
+    """Draw the kept indices of a random model, in which every allowed width is as likely as the others.
 
     Args:
-        groups: every group.
-        policy: allowed widths.
-        random: source of randomness.
-        around_density: widths lie around a density that is drawn for the whole model, so that such models spread over
-            the whole range of latencies; sums of independent widths do not.
+        groups: every group of the model.
+        policy: the policy of allowed widths.
+        random: the source of randomness.
+        around_density: draw the widths around a density that is drawn for the whole model, so that such models spread
+            over the whole range of latencies; with independent widths they would lie close together.
     """
     density = random.uniform(0.05, 1.0)
     staying = 0.4 + 0.6 * density if around_density else random.uniform(0.0, 1.0)
@@ -202,8 +203,8 @@ def random_keep(
         if members[0].removes:
             width = int(random.random() < staying)
         elif around_density:
-            wanted = members[0].full_width * np.clip(random.normal(density, 0.2), 0.0, 1.0)
-            width = min(allowed, key=lambda choice: abs(choice - wanted))
+            drawn = members[0].full_width * np.clip(random.normal(density, 0.2), 0.0, 1.0)
+            width = min(allowed, key=lambda choice: abs(choice - drawn))
         else:
             width = int(random.choice(allowed))
         widths |= dict.fromkeys((member.name for member in members), width)

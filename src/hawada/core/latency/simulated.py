@@ -1,4 +1,4 @@
-"""An analytic device with the profiler's clock interface, for rehearsals and deterministic tests."""
+"""A clock that computes times analytically instead of measuring them, for rehearsals and deterministic tests."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hawada.core.structure import Inputs
 
 
 class SimulatedClock:
-    """Roofline time of every operator, summed: launch cost + max(compute, memory traffic).
+    """Sums the roofline time of every operator: its launch cost + max(compute, memory traffic).
 
     Channels are rounded up to a tile, so the device has the stairs of a real one. Williams et al., Roofline, 2009.
     Nothing is executed: shapes are propagated on the meta device.
 
     Args:
-        tflops: arithmetic peak, 1e12 operations per second.
-        gbps: memory bandwidth, 1e9 bytes per second.
-        launch_us: fixed cost of one operator in microseconds.
-        tile: channels are processed in multiples of this.
-        noise: relative standard deviation of a sample; 0 is exactly repeatable.
-        seed: of the noise.
+        tflops: the arithmetic peak in 1e12 operations per second.
+        gbps: the memory bandwidth in 1e9 bytes per second.
+        launch_us: the fixed cost of one operator in microseconds.
+        tile: the number of channels that are processed together; others are rounded up to a multiple of it.
+        noise: the relative standard deviation of a sample; with 0 the times repeat exactly.
+        seed: the seed of the noise.
     """
 
     simulated = True
@@ -42,6 +42,7 @@ class SimulatedClock:
         self._random = np.random.default_rng(seed)
 
     def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
+        """Compute the model's time once; the returned function gives it in milliseconds, with fresh noise each time."""
         milliseconds = 0.0
         for operator in list_operators(model, inputs, tile=self.tile):
             compute_ms = operator.flops / (self.tflops * 1e9)

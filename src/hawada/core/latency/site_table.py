@@ -1,4 +1,4 @@
-"""Times of single sites over a grid of widths, taken from really sliced modules."""
+"""Latency tables: the times of single sites over a grid of widths, measured on really sliced modules."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SiteTable:
     """Times of one site over a grid of widths.
 
     Attributes:
-        site: which module, touched by which groups.
+        site: the module that is timed, with the groups that change its shape.
         grid: for each of `site.groups`, the widths that were measured, ascending.
-        ms: milliseconds, one axis per group.
+        ms: the milliseconds at every grid point, with one axis for each group.
     """
 
     site: Site
@@ -39,7 +39,14 @@ class SiteTable:
     ms: NDArray[np.float64]
 
     def interpolate(self, widths: SoftWidths) -> Tensor:
-        """Multilinear in the widths, constant outside the grid; differentiable; a float64 scalar."""
+        """Predict the site's milliseconds: multilinear in the widths, constant outside the grid, differentiable.
+
+        Args:
+            widths: the width of every group of the site, soft (a tensor) or hard.
+
+        Returns:
+            A float64 scalar.
+        """
         values = torch.as_tensor(self.ms, dtype=torch.float64)
         for name, points in zip(self.site.groups, self.grid, strict=True):
             axis = torch.tensor(points, dtype=torch.float64)
@@ -53,12 +60,14 @@ class SiteTable:
         return values
 
     def at(self, *widths: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Multilinear as `interpolate`, for an array of widths for each of the site's groups, all of one shape."""
+        """Interpolate as `interpolate` does, for one array of widths per group of the site, all of one shape."""
         result = np.zeros(np.shape(widths[0]))
-        corners: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # by axis: left neighbour, share of the right
-        for points, wanted in zip(self.grid, widths, strict=True):
+        corners: list[
+            tuple[NDArray[np.int64], NDArray[np.float64]]
+        ] = []  # per axis: left neighbour, weight of the right
+        for points, asked in zip(self.grid, widths, strict=True):
             axis = np.asarray(points, dtype=np.float64)
-            inside = np.clip(wanted, axis[0], axis[-1])
+            inside = np.clip(asked, axis[0], axis[-1])
             left = np.clip(np.searchsorted(axis, inside) - 1, 0, max(len(points) - 2, 0))
             step = np.diff(axis, append=axis[-1] + 1)[left]
             corners.append((left, (inside - axis[left]) / step))
@@ -73,13 +82,13 @@ class SiteTable:
 
 
 class LatencyTable:
-    """One `SiteTable` per site. Rows are monotone: a stair stays a stair, but a wider site is never cheaper."""
+    """One `SiteTable` for each site. Times are monotone: a stair stays a stair, but a wider site is never faster."""
 
     def __init__(self, sites: Sequence[SiteTable]) -> None:
         self.sites = tuple(sites)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the table as JSON types; `from_dict` reads it back."""
         return {
             "sites": [
                 {
@@ -98,7 +107,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LatencyTable:
-        """The inverse of `as_dict`."""
+        """Make the table that `as_dict` described."""
         return cls(
             [
                 SiteTable(
@@ -136,17 +145,17 @@ def build_table(
     Sites of the same architecture and arguments share one measurement.
 
     Args:
-        model: teacher or skeleton, in eval mode on the device that is timed.
-        groups: its declaration.
-        sites: what to time.
+        model: the teacher or a skeleton of it, in eval mode on the device that is timed.
+        groups: the groups that the adapter declares for the model.
+        sites: the sites to time.
         calls: what the latency is made of, as (how many times, a module that calls `model`, its inputs): a plain
             forward pass is [(1, model, inputs)].
-        clock: takes the time.
-        policy: its rounding decides which widths exist.
-        points: grid points per group with many units (fewer when several groups touch a site).
+        clock: the clock that takes the times.
+        policy: the policy whose rounding decides which widths exist.
+        points: the number of grid points for a group with many units; fewer when several groups change a site.
         rounds: how long to measure.
-        monitor: watches the device.
-        on_site: called with each site's path when it is done.
+        monitor: what watches the device for disturbances meanwhile.
+        on_site: a function that is called with each site's path once the site is timed.
     """
     by_name = {group.name: group for group in groups}
     captured = [
@@ -177,7 +186,7 @@ def build_table(
 
 
 def _grid(widths: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most `count` of the allowed widths, evenly spread, both ends among them."""
+    """Choose at most `count` of the allowed widths, evenly spread, with both ends among them."""
     picks = np.linspace(0, len(widths) - 1, min(count, len(widths))).round().astype(int)
     return tuple(widths[pick] for pick in sorted(set(picks.tolist())))
 
@@ -198,7 +207,7 @@ class SiteCall(nn.Module):
 
     @staticmethod
     def inputs(arguments: Arguments) -> Inputs:
-        """The tensors among the arguments, in the order of `forward`."""
+        """Return the tensors among the arguments, in the order that `forward` takes them in."""
         return tuple(leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
 
     def forward(self, *tensors: Tensor) -> Any:
@@ -209,7 +218,7 @@ class SiteCall(nn.Module):
 
 
 def capture_arguments(model: nn.Module, paths: Sequence[str], call: nn.Module, inputs: Inputs) -> dict[str, Arguments]:
-    """What each module is called with when the whole model is: (positional, keyword) arguments."""
+    """Record the (positional, keyword) arguments that each module is called with in a call of the whole model."""
     captured: dict[str, Arguments] = {}
 
     def capture(path: str) -> Any:
@@ -241,12 +250,19 @@ def _time_grid(
     rounds: Rounds,
     monitor: Monitor | None,
 ) -> NDArray[np.float64]:
-    """Milliseconds at every grid point; points that slice to the same module are timed once, a removed one takes 0."""
+    """Measure the milliseconds at every grid point.
+
+    Points that slice to the same module are timed once; a module that is removed takes no time.
+    """
     full = full_widths(groups)
-    points: dict[tuple[int, ...], tuple[int, ...]] = {}  # grid widths -> widths that remain once parents are gone
+    points: dict[
+        tuple[int, ...], tuple[int, ...]
+    ] = {}  # grid widths -> widths that remain once removed parents have taken their units along
     calls: dict[str, SiteCall] = {}
     inputs: dict[str, Inputs] = {}
-    for widths in itertools.product(*[reversed(axis) for axis in grid]):  # the full width comes first: the baseline
+    for widths in itertools.product(
+        *[reversed(axis) for axis in grid]
+    ):  # the full width comes first, as what the others are compared with
         keep = keep_first(groups, full | dict(zip(site.groups, widths, strict=True)))
         remain = widths_of(keep, groups)
         points[widths] = tuple(remain[name] for name in site.groups)
@@ -265,7 +281,7 @@ def _time_grid(
 
 
 def monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least-squares isotonic along each axis in turn.
+    """Make times ascend along every axis, by isotonic least squares along each axis in turn.
 
     An axis that is done stays monotone: where one row lies nowhere above another, nor does its isotonic regression,
     which is a maximum of minima of means (Robertson, Wright and Dykstra, Order restricted statistical inference, 1988).

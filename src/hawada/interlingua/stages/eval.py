@@ -11,6 +11,14 @@ from omegaconf import DictConfig
 
 from hawada.config import build
 from hawada.experiment import Run
+from hawada.experiment.results import (
+    EvaluatedLLM,
+    InterlinguaEvalResult,
+    JointAnswers,
+    PairedDifference,
+    PrefillComparison,
+    PrefillFigures,
+)
 from hawada.interlingua.checkpoint import load_checkpoint
 from hawada.interlingua.evaluation.answers import Answers, answer, answer_together, difference
 from hawada.interlingua.evaluation.baselines import (
@@ -30,6 +38,7 @@ from hawada.interlingua.examples import Example
 from hawada.interlingua.llms.llm import LMWrapper
 from hawada.interlingua.messenger import Messenger
 from hawada.interlingua.recall import Recall
+from hawada.interlingua.stages.figures import scores_of
 from hawada.interlingua.stages.parts import InterlinguaParts
 from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report import Progress
@@ -46,7 +55,7 @@ COMPARED = (
 )  # with latents, example by example
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> InterlinguaEvalResult:
     """Write every row's figures, the paired differences, what models answer together, and what all of it costs."""
     parts, node = InterlinguaParts(cfg, run), cfg.interlingua
     prompt = tuned_prompt(parts)
@@ -70,41 +79,40 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             examples,
             batch=cfg.evaluate.batch_size,
         )
-        result: dict[str, Any] = {
-            "query_aware": node.query_aware,
-            "questions": len(examples),
-            "guessing": guessing(parts),
-            "models": {
-                name: {
-                    "rows": {row: answers.as_dict() for row, answers in answered.items()},
-                    "latents_minus": {
-                        row: difference(answered["latents"].em, answered[row].em, contexts)
-                        for row in COMPARED
-                        if row in answered
-                    },
-                    "context_tokens": answered["text"].tokens,
-                    "cache_bytes_saved": cache_bytes(
-                        parts.llms[name], answered["text"].tokens - answered["latents"].tokens
-                    ),
-                    "prefill": prefill(
-                        parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED], rows
-                    ),
-                }
-                for name, answered in found.items()
-            },
-            "together": together,
-            "answers_shown_to_encoder": sum(map(messenger.source.holds_answer, examples)) / len(examples),
-            "payload_bytes": payload_bytes(parts.latents_sent, node.d_z),
-            "environment": parts.store.environment,
-        }
-        said = ", ".join(
+        kind = "query-aware" if node.query_aware else "query-agnostic"
+        exact_matches = ", ".join(
             f"{name} {answered['latents'].em.mean():.1%} (text {answered['text'].em.mean():.1%}, "
             f"shuffled {answered['shuffled latents'].em.mean():.1%})"
             for name, answered in found.items()
         )
+        result = InterlinguaEvalResult(
+            summary=f"exact match, {kind}: {exact_matches}",
+            query_aware=node.query_aware,
+            questions=len(examples),
+            guessing=guessing(parts),
+            models={
+                name: EvaluatedLLM(
+                    rows={row: scores_of(answers) for row, answers in answered.items()},
+                    latents_minus={
+                        row: PairedDifference(**difference(answered["latents"].em, answered[row].em, contexts))
+                        for row in COMPARED
+                        if row in answered
+                    },
+                    context_tokens=answered["text"].tokens,
+                    cache_bytes_saved=cache_bytes(
+                        parts.llms[name], answered["text"].tokens - answered["latents"].tokens
+                    ),
+                    prefill=prefill(parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED], rows),
+                )
+                for name, answered in found.items()
+            },
+            together=JointAnswers(**together),
+            answers_shown_to_encoder=sum(map(messenger.source.holds_answer, examples)) / len(examples),
+            payload_bytes=payload_bytes(parts.latents_sent, node.d_z),
+            environment=parts.store.environment,
+        )
         (folder / "rows.md").write_text(table(result))
-        kind = "query-aware" if node.query_aware else "query-agnostic"
-        return run.finish("interlingua-eval", {"summary": f"exact match, {kind}: {said}", **result})
+        return run.finish("interlingua-eval", result)
 
 
 def tuned_prompt(parts: InterlinguaParts) -> Messenger | None:
@@ -159,35 +167,37 @@ def guessing(parts: InterlinguaParts) -> dict[str, float]:
 
 def prefill(
     parts: InterlinguaParts, llm: LMWrapper, messenger: Messenger, examples: Any, rows: dict[str, Contender]
-) -> dict[str, Any]:
+) -> PrefillFigures:
     """Time to the first answer token as a fraction of the text's, without and with encoding."""
     inputs = (torch.zeros(1, device=parts.device),)
     whole = Prefill(llm, rows["text"](llm, examples))
-    found: dict[str, Any] = {"batch": len(examples)}
-    for name, candidate in (
-        ("latents", LatentPrefill(llm, messenger, examples, encode=False)),
-        ("latents with encoding", LatentPrefill(llm, messenger, examples, encode=True)),
-    ):
-        compared = parts.watch.compare(whole, candidate, inputs)
-        found[name] = {
-            "text_ms": compared.baseline.as_dict(),
-            "latency_ms": compared.candidate.as_dict(),
-            "ratio": compared.ratio.as_dict(),
-            "noisy": compared.noisy,
-        }
-    return found
+
+    def compared(candidate: LatentPrefill) -> PrefillComparison:
+        comparison = parts.watch.compare(whole, candidate, inputs)
+        return PrefillComparison(
+            text_ms=comparison.baseline,
+            latency_ms=comparison.candidate,
+            ratio=comparison.ratio,
+            noisy=comparison.noisy,
+        )
+
+    return PrefillFigures(
+        batch=len(examples),
+        latents=compared(LatentPrefill(llm, messenger, examples, encode=False)),
+        latents_with_encoding=compared(LatentPrefill(llm, messenger, examples, encode=True)),
+    )
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: InterlinguaEvalResult) -> str:
     """The rows in Markdown."""
     lines = [
         "| model | shown | tokens | EM | F1 | NLL | first token top-1 | top-5 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, model in result["models"].items():
-        for row, figures in model["rows"].items():
+    for name, model in result.models.items():
+        for row, scores in model.rows.items():
             lines.append(
-                f"| {name} | {row} | {figures['tokens']:.1f} | {figures['em']:.3f} | {figures['f1']:.3f} | "
-                f"{figures['nll']:.3f} | {figures['top1']:.3f} | {figures['top5']:.3f} |"
+                f"| {name} | {row} | {scores.tokens:.1f} | {scores.em:.3f} | {scores.f1:.3f} | {scores.nll:.3f} | "
+                f"{scores.top1:.3f} | {scores.top5:.3f} |"
             )
     return "\n".join(lines) + "\n"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from omegaconf import DictConfig
 
 from hawada.adapters.huggingface import quietly
 from hawada.experiment import MetricsLog, Run
+from hawada.experiment.results import InterlinguaLLMsResult, TrainedLLM
 from hawada.interlingua.evaluation.answers import answer
 from hawada.interlingua.evaluation.baselines import text
 from hawada.interlingua.llms.tiny import pretrain_recall
@@ -18,11 +17,11 @@ from hawada.report import Progress
 TESTED = 256  # contexts
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> InterlinguaLLMsResult:
     """Write one folder a model, in transformers' format, and how well each recalls from text."""
     parts, training = InterlinguaParts(cfg, run), dict(cfg.llms.training)
-    wanted = training.pop("text_em")
-    found: dict[str, Any] = {}
+    least_em = training.pop("text_em")
+    found: dict[str, TrainedLLM] = {}
     with run.writing("interlingua-llms") as folder, Progress("llms", len(NAMES)) as progress:
         log = MetricsLog(folder / "metrics.jsonl")
         for name in NAMES:
@@ -37,19 +36,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             with quietly():
                 llm.model.save_pretrained(folder / name)
             em = {
-                pairs: float(answer(llm, text(), Recall(pairs, 1).test(TESTED)).em.mean())
+                str(pairs): float(answer(llm, text(), Recall(pairs, 1).test(TESTED)).em.mean())
                 for pairs in sorted({2, 4, 8, 16, training["pairs"]})
                 if pairs <= training["pairs"]
             }
             progress.step(f"{name} is trained")
-            found[name] = {"parameters": sum(p.numel() for p in llm.model.parameters()), "text_em": em}
-        worst = min(em for record in found.values() for em in record["text_em"].values())
-        if worst < wanted:
+            parameters = sum(p.numel() for p in llm.model.parameters())
+            found[name] = TrainedLLM(parameters=parameters, text_em=em)
+        worst = min(em for record in found.values() for em in record.text_em.values())
+        if worst < least_em:
             raise RuntimeError(
-                f"the tiny models recall {worst:.1%} from text and {wanted:.1%} are asked for; raise "
+                f"the tiny models recall {worst:.1%} from text and {least_em:.1%} are asked for; raise "
                 "llms.training.steps, take another seed, or set llms.training.text_em lower"
             )
         summary = "; ".join(
-            f"{name} recalls {min(record['text_em'].values()):.1%} from text" for name, record in found.items()
+            f"{name} recalls {min(record.text_em.values()):.1%} from text" for name, record in found.items()
         )
-        return run.finish("interlingua-llms", {"summary": summary, **found})
+        return run.finish("interlingua-llms", InterlinguaLLMsResult(summary=summary, **found))

@@ -9,9 +9,11 @@ from omegaconf import DictConfig
 
 from hawada.config import build
 from hawada.experiment import MetricsLog, Run
+from hawada.experiment.results import InterlinguaResult
 from hawada.interlingua.checkpoint import load_checkpoint, save_checkpoint
 from hawada.interlingua.evaluation.answers import answer
 from hawada.interlingua.evaluation.baselines import latent, shuffled
+from hawada.interlingua.stages.figures import scores_of
 from hawada.interlingua.stages.parts import InterlinguaParts
 from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report import Progress
@@ -19,7 +21,7 @@ from hawada.report import Progress
 WATCHED = 64  # contexts by which the best is chosen, and on which collapse is looked for, while training
 
 
-def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+def run(cfg: DictConfig, run: Run) -> InterlinguaResult:
     """Write `best` and `last`, the trained weights, and how often each model answers right."""
     parts, node = InterlinguaParts(cfg, run), cfg.interlingua
     messenger = parts.new_messenger()
@@ -58,18 +60,18 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         load_checkpoint(folder / "best", messenger, None)
         tests = parts.task.test(node.test_contexts)
         scores = {
-            name: answer(llm, latent(messenger), tests, max_new_tokens=node.max_new_tokens).as_dict()
+            name: scores_of(answer(llm, latent(messenger), tests, max_new_tokens=node.max_new_tokens))
             for name, llm in parts.llms.items()
         }
-        said = ", ".join(f"{name} EM {score['em']:.1%}" for name, score in scores.items())
+        exact_matches = ", ".join(f"{name} EM {score.em:.1%}" for name, score in scores.items())
         return run.finish(
             "interlingua",
-            {
-                "summary": f"{node.latent_len} latents, {trainer.step} steps: {said}",
-                "scores": scores,
-                "seconds": state["seconds"],
-                "parameters": sum(p.numel() for p in messenger.parameters()),
-            },
+            InterlinguaResult(
+                summary=f"{node.latent_len} latents, {trainer.step} steps: {exact_matches}",
+                scores=scores,
+                seconds=state["seconds"],
+                parameters=sum(p.numel() for p in messenger.parameters()),
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""A model compiled as one graph of fixed shapes."""
+"""The compile runtime: the model is compiled as one graph of fixed shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from hawada.core.latency.runtimes.unsuited import unsuited
 
 
 def compile_call(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Compiles the model as one graph of fixed shapes and calls it once, which is when it is compiled."""
+    """Compile the model as one graph of fixed shapes, and call it once, which is when torch compiles it.
+
+    Raises:
+        ValueError: when the model cannot be compiled so.
+    """
 
     def forward(*given: Tensor) -> Any:
         return model(*given)

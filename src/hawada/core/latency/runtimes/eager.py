@@ -1,4 +1,4 @@
-"""A model called as plain PyTorch calls it, one kernel launch after another."""
+"""The eager runtime: PyTorch launches one kernel after another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def eager_call(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Calls the model itself in inference mode."""
+    """Return a function that calls the model itself in inference mode."""
 
     @torch.inference_mode()
     def call() -> Any:

@@ -1,4 +1,4 @@
-"""How a model is run while it is timed."""
+"""The choice of the runtime that a model is timed in."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ RUNTIMES = tuple(_PREPARE)
 
 
 def prepare_call(model: nn.Module, inputs: tuple[Tensor, ...], runtime: str) -> Callable[[], Any]:
-    """A function without arguments that runs the model once, in inference mode, on inputs of its own.
+    """Return a function without arguments that runs the model once, in inference mode, on inputs of its own.
 
-    Never for a model with gates: a graph would replay the gates that it was captured with.
+    The model must have no gates, because a graph would replay the gates that it was captured with.
 
     Args:
-        model: in eval mode, on the inputs' device.
-        inputs: are copied, so that no two prepared models share a buffer.
+        model: a model in eval mode, on the inputs' device.
+        inputs: the tensors to call it with; they are copied, so that no two prepared models share a buffer.
         runtime: one of `RUNTIMES`.
 
     Raises:
-        ValueError: when the model or its device cannot be run so, naming runtime=eager.
+        ValueError: when the model or its device cannot be run so; the message names runtime=eager as the remedy.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime: {runtime!r} is not one of {', '.join(RUNTIMES)}; set runtime to one of them")

@@ -1,4 +1,4 @@
-"""Why a model cannot be run in a runtime."""
+"""The error for a model that cannot be run in a runtime."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import nn
 
 
 def unsuited(model: nn.Module, attempt: str, error: Exception) -> ValueError:
-    """The error to raise when a runtime refuses a model.
+    """Make the error to raise when a runtime refuses a model.
 
     Args:
-        model: what was tried.
-        attempt: what failed, as in "cannot be ...".
-        error: what the runtime raised; the first line of its message is repeated.
+        model: the model that was refused.
+        attempt: what failed, as a participle that follows "cannot be".
+        error: the runtime's error; the first line of its message is repeated.
     """
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return ValueError(f"runtime: {type(model).__name__} cannot be {attempt} ({reason}); use runtime=eager")
