@@ -57,7 +57,8 @@ def compare_proxies(model: str, root: Path, overrides: list[str]) -> dict[str, A
     ]
     record: dict[str, Any] = {"model": model, "teacher_ms": teacher_ms, "timed_as": watch.timed_as, "proxies": {}}
     for proxy, space in spaces.items():
-        predicted, real = calibrate(
+        fitted = 2 + watch.cfg.profile.fitted_models
+        predicted, real = calibrate(space.subject.new_proxy(tables[proxy]), samples, fitted=fitted)
             space.subject.new_proxy(tables[proxy]), samples, fitted=2 + watch.cfg.profile.fitted_models
         )
         record["proxies"][proxy] = fidelity(predicted, real) | {"predicted_ms": predicted}

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+from stage_results import example, final
 from torch import nn
 
 from hawada.adapters import save_model
@@ -68,7 +69,7 @@ def attempt(run: Run, stage: str = "export") -> Path:
 
 def finish(run: Run, stage: str = "export") -> Path:
     folder = attempt(run, stage)
-    run.finish(stage, {"summary": "done"})
+    run.finish(stage, example(stage))
     return folder
 
 
@@ -134,7 +135,7 @@ def test_files_beside_a_finished_stage_s_own_do_not_make_it_unfinished(tmp_path:
     run = make_run(tmp_path)
     with run.writing("export") as folder:
         theirs = plant(folder / "slim" / "notes.txt")  # while the stage is at work
-        run.finish("export", {"summary": "done"})
+        run.finish("export", example("export"))
     plant(folder / "more.txt")
     assert run.is_finished("export") and "slim/notes.txt" not in run._manifest("export")["files"]
     theirs.unlink()
@@ -219,7 +220,7 @@ def test_a_stage_that_will_be_stale_is_refused_before_the_first_one_runs(tmp_pat
 def test_a_result_of_something_else_is_not_replaced(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_bytes(content)
     run = make_run(tmp_path)
-    result = {"summary": "", "verdict": "met", "reason": "", "target_ms": None}
+    result = final()
     for act in (run.check_writable, lambda: run.conclude(result)):
         with pytest.raises(ValueError, match=r"result\.json was not written by this program.*; move it away"):
             act()

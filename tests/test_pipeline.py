@@ -26,7 +26,8 @@ from hawada.core import files as core_files
 from hawada.core.files import sha256
 from hawada.core.finetune import Finetuner
 from hawada.core.train import LagrangeTrainer
-from hawada.core.verdict import Comparison
+from hawada.core.verdict import Verdict
+from hawada.experiment.results import EvaluateResult, FinalResult, from_json, to_json
 from hawada.stages.pipeline import can_be_verified_again
 from hawada.workspace import ModelStopwatch, Verification
 
@@ -150,6 +151,7 @@ def test_the_result_has_every_promised_key(finished: Finished) -> None:
     promised = {"verdict", "target_ms", "latency_ratio", "teacher", "slim", "agreement", "proxy", "equivalence"}
     assert promised | {"environment", "metric", "phases"} <= set(result)
     assert set(result["latency_ratio"]) >= INTERVAL
+    assert to_json(from_json(FinalResult, result, place="result.json", remedy="")) == result
     assert result["metric"] == "accuracy"
     assert set(result["phases"]) == {"forward"}
     assert all(set(figure) >= INTERVAL for figure in result["phases"]["forward"].values())
@@ -411,7 +413,7 @@ def test_a_measurement_without_a_verdict_fails_the_run_after_everything_is_saved
     (root / "evaluate" / "manifest.json").unlink()
 
     def lose(watch: ModelStopwatch, *_: Any) -> Verification:
-        earlier = Comparison.from_dict(watch.store.result("export")["measured"])
+        earlier = watch.store.run.result("export").measured
         return Verification(replace(earlier, source="measured", noisy="device lost"), failed="device lost")
 
     with mock.patch("hawada.stages.evaluate.measure_for_verdict", lose):
@@ -432,11 +434,11 @@ def test_an_evaluation_that_measuring_again_cannot_change_is_finished(
     finished: Finished,
 ) -> None:
     """Without a target, or with figures of a table, another measurement gives no verdict either."""
-    result = read(finished.root / "evaluate" / "result.json")
-    for changes in ({"target_ratio": None, "source": "measured"}, {"target_ratio": 0.6, "source": "table"}):
-        changed = {**result, "verdict": "unverified", "target_ratio": changes["target_ratio"]}
-        changed["measured"] = {**result["measured"], "source": changes["source"]}
-        assert not can_be_verified_again(changed)
-    measured = {**result["measured"], "source": "measured"}
-    assert can_be_verified_again({**result, "verdict": "unverified", "measured": measured})
-    assert not can_be_verified_again({**result, "verdict": "missed", "measured": measured})
+    plain = read(finished.root / "evaluate" / "result.json")
+    result: EvaluateResult = from_json(EvaluateResult, plain, place="result.json", remedy="")
+    undecided = replace(result, verdict=Verdict.UNVERIFIED)
+    measured = replace(result.measured, source="measured")
+    assert not can_be_verified_again(replace(undecided, target_ratio=None, measured=measured))
+    assert not can_be_verified_again(replace(undecided, measured=replace(result.measured, source="table")))
+    assert can_be_verified_again(replace(undecided, measured=measured))
+    assert not can_be_verified_again(replace(result, verdict=Verdict.MISSED, measured=measured))

@@ -16,9 +16,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError
+from stage_results import example
 
 from hawada.config import conf_dir, register_resolvers
 from hawada.experiment import PLANS, Run, order, upstream
+from hawada.experiment.results import StageResult
 from hawada.stages import pipeline
 
 HOLD = (
@@ -50,7 +52,7 @@ def finish(run: Run, *stages: str, note: str = "") -> None:
             (folder / "deep").mkdir()
             (folder / "deep" / "data.bin").write_bytes(f"{stage} {note}".encode())
             run.record([folder / "deep" / "data.bin"])
-            run.finish(stage, {"summary": "done", "note": note})
+            run.finish(stage, example(stage, summary=note))
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen: list[str] = []
 
-    def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    def run(cfg: DictConfig, run: Run) -> StageResult:
         seen.append("profile")
         finish(run, "profile", note=f"attempt {len(seen)}")
         return run.result("profile")
@@ -73,7 +75,7 @@ def test_a_finished_stage_is_not_run_again_with_the_same_configuration(tmp_path:
     first = pipeline.run_stage("profile", make_run(tmp_path))
     again = pipeline.run_stage("profile", make_run(tmp_path))
     assert calls == ["profile"]
-    assert first["note"] == again["note"] == "attempt 1"
+    assert first.summary == again.summary == "attempt 1"
 
 
 def test_a_key_that_a_stage_does_not_read_does_not_matter_to_it(tmp_path: Path, calls: list[str]) -> None:
@@ -88,7 +90,7 @@ def test_results_of_another_configuration_are_not_overwritten_unasked(tmp_path: 
         pipeline.run_stage("profile", make_run(tmp_path, "profile.points=5"))
     assert "\n" not in str(caught.value)
     assert calls == ["profile"]
-    assert make_run(tmp_path).result("profile")["note"] == "attempt 1"
+    assert make_run(tmp_path).result("profile").summary == "attempt 1"
 
 
 def test_results_from_before_there_was_a_key_are_refused_by_its_name(tmp_path: Path, calls: list[str]) -> None:
@@ -107,7 +109,7 @@ def test_overwrite_redoes_a_stage_whose_configuration_changed(tmp_path: Path, ca
     pipeline.run_stage("profile", make_run(tmp_path))
     redone = pipeline.run_stage("profile", make_run(tmp_path, "profile.points=5", overwrite=True))
     assert calls == ["profile", "profile"]
-    assert redone["note"] == "attempt 2"
+    assert redone.summary == "attempt 2"
     assert make_run(tmp_path, "profile.points=5").check("profile")  # and the new configuration is what counts now
 
 
@@ -115,6 +117,32 @@ def test_overwrite_keeps_a_stage_whose_configuration_is_the_same(tmp_path: Path,
     pipeline.run_stage("profile", make_run(tmp_path))
     pipeline.run_stage("profile", make_run(tmp_path, overwrite=True))
     assert calls == ["profile"]
+
+
+@pytest.mark.parametrize("damage", ["more", "less"])
+def test_results_of_another_version_are_refused_or_replaced(damage: str, tmp_path: Path, calls: list[str]) -> None:
+    run = make_run(tmp_path)
+    with run.writing("profile"):
+        run.finish("profile", example("profile"))
+    path = run.folder("profile") / "result.json"
+    result = json.loads(path.read_text())
+    if damage == "more":
+        result["judged"] = {}
+    else:
+        del result["teacher_ms"]
+    path.write_text(json.dumps(result))
+    manifest = json.loads((run.folder("profile") / "manifest.json").read_text())
+    manifest["files"]["result.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (run.folder("profile") / "manifest.json").write_text(json.dumps(manifest))
+    message = (
+        r"profile/result\.json is not what this version writes \((judged|teacher_ms): .*\); run stage=profile with "
+    )
+    for act in (lambda run: pipeline.run_stage("profile", run), lambda run: run.result("profile")):
+        with pytest.raises(ValueError, match=message + r"overwrite=true, or choose another name=") as caught:
+            act(make_run(tmp_path))
+        assert "\n" not in str(caught.value)
+    assert calls == []
+    assert pipeline.run_stage("profile", make_run(tmp_path, overwrite=True)).summary == "attempt 1"
 
 
 def test_a_folder_without_a_manifest_is_done_again_from_scratch(tmp_path: Path, calls: list[str]) -> None:
@@ -139,7 +167,7 @@ def test_a_finished_stage_whose_file_was_changed_is_redone(name: str, tmp_path: 
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.read_bytes() != before and path.stat().st_size == times.st_size
     assert not make_run(tmp_path).is_finished("profile")
-    assert pipeline.run_stage("profile", make_run(tmp_path))["note"] == "attempt 2"
+    assert pipeline.run_stage("profile", make_run(tmp_path)).summary == "attempt 2"
     assert calls == ["profile", "profile"]
 
 

@@ -6,13 +6,20 @@ import copy
 from typing import Any
 
 import pytest
+from stage_results import AS_JSON, STAIRS, typed
 
+from hawada.experiment.results import DoctorResult
 from hawada.report import console, describe, print_diagnosis, summarize_findings
 
 
-def found(ratio: float, spread: float = 0.01, removed: float = 0.0) -> dict[str, Any]:
+def timed(ratio: float, spread: float = 0.01) -> dict[str, Any]:
     interval = {"median": ratio, "low": ratio - spread, "high": ratio + spread}
-    return {"ratio": interval, "latency_ms": {key: 10 * value for key, value in interval.items()}, "removed": removed}
+    latency_ms = {key: 10 * value for key, value in interval.items()} | {"p95": 10 * ratio, "samples": 5}
+    return {"ratio": interval, "latency_ms": latency_ms}
+
+
+def found(ratio: float, spread: float = 0.01, removed: float = 0.0) -> dict[str, Any]:
+    return {**timed(ratio, spread), "removed": removed, "widths": {}}
 
 
 RESULT: dict[str, Any] = {
@@ -23,18 +30,20 @@ RESULT: dict[str, Any] = {
         "compute_ms": 0.5,
         "shares": {"launch": 0.9, "memory": 0.1, "compute": 0.05},
         "impossible": False,
+        **{name: AS_JSON["doctor"]["bottleneck"][name] for name in ("measured_ms", "operators", "flops", "bytes")},
     },
-    "teacher": found(1.0),
+    **{name: AS_JSON["doctor"][name] for name in ("summary", "words", "peaks", "environment")},
+    "teacher": timed(1.0),
     "slices": {
         "half": found(0.96, removed=0.5),
         "width": found(0.9, removed=0.9),
         "depth": found(0.25),
         "both": found(0.2, removed=0.9),
     },
-    "runtimes": {"cudagraph": {**found(0.3), "against": "eager", "half": found(0.62)["ratio"]}},
+    "runtimes": {"cudagraph": {**timed(0.3), "against": "eager", "half": found(0.62)["ratio"]}},
     "stairs": [
-        {"site": "layer1.0", "unit": "channel", "widths": [8, 9], "ms": [1.0, 2.0], "ends": [8, 16, 24]},
-        {"site": "layer2.0", "unit": "channel", "widths": [8, 9], "ms": [1.0, 2.0], "ends": [48, 96]},
+        {**STAIRS, "ends": [8, 16, 24]},
+        {**STAIRS, "site": "layer2.0", "ends": [48, 96]},
     ],
     "target": {"ratio": [0.25, 0.64], "ms": [2.5, 6.4]},
     "timed_as": {"batch": 1, "phase": "forward", "runtime": "eager", "device": "cuda", "dtype": "float32"},
@@ -43,7 +52,7 @@ RESULT: dict[str, Any] = {
 }
 
 
-def changed(**changes: Any) -> dict[str, Any]:
+def changed(**changes: Any) -> DoctorResult:
     result = copy.deepcopy(RESULT)
     for key, value in changes.items():
         node, _, name = key.replace("__", ".").rpartition(".")
@@ -51,11 +60,11 @@ def changed(**changes: Any) -> dict[str, Any]:
         for part in node.split(".") if node else ():
             target = target[part]
         target[name] = value
-    return result
+    return typed(DoctorResult, result)
 
 
 def test_a_launch_bound_model_on_a_gpu() -> None:
-    assert describe(RESULT)[0] == (
+    assert describe(changed())[0] == (
         "At batch 1 in eager mode this model is launch-bound: removing half of the channels buys 4%. "
         "Remove branches, raise the batch, or use runtime=cudagraph."
     )
@@ -109,7 +118,7 @@ def test_more_than_the_whole_time_is_doubted() -> None:
 
 
 def test_the_reach_names_what_cannot_go() -> None:
-    assert "1.11x by width alone, 4.00x by depth alone, 5.00x by width and depth" in " ".join(describe(RESULT))
+    assert "1.11x by width alone, 4.00x by depth alone, 5.00x by width and depth" in " ".join(describe(changed()))
     without = {name: RESULT["slices"][name] for name in ("half", "width", "both")}
     words = " ".join(describe(changed(units__depth=[], slices=without)))
     assert "No layers or branches of this model can go" in words and "depth alone" not in words
@@ -125,20 +134,22 @@ def test_nothing_to_remove_at_all_still_gives_words() -> None:
 
 
 def test_runtimes_are_compared_or_refused() -> None:
-    words = " ".join(describe(RESULT))
+    words = " ".join(describe(changed()))
     assert "runtime=cudagraph takes 0.30 of the time that eager takes; half of the widths buys 38% there." in words
     refused = describe(changed(runtimes={"compile": {"refused": "no compiler"}}))
     assert "runtime=compile is not possible here: no compiler." in refused
 
 
 def test_stairs_are_named_as_multiples_where_they_are() -> None:
-    assert "(layer1.0 after multiples of 8; layer2.0 after 48, 96)" in " ".join(describe(RESULT))
+    assert "(layer1.0 after multiples of 8; layer2.0 after 48, 96)" in " ".join(describe(changed()))
     assert "No stairs show" in " ".join(describe(changed(stairs=[{**RESULT["stairs"][0], "ends": []}])))
     assert "stairs" not in " ".join(describe(changed(stairs=[])))
 
 
 def test_the_target_is_a_range_and_a_suggestion_inside_it() -> None:
-    assert describe(RESULT)[-1].endswith("budget.target_ratio=0.40.") and "2.5 ms (0.25 of" in describe(RESULT)[-1]
+    assert (
+        describe(changed())[-1].endswith("budget.target_ratio=0.40.") and "2.5 ms (0.25 of" in describe(changed())[-1]
+    )
 
 
 def test_a_simulated_device_is_named_first() -> None:
@@ -149,8 +160,8 @@ def test_a_simulated_device_is_named_first() -> None:
 def test_the_table_shows_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "_width", 240)
     with console.capture() as capture:
-        print_diagnosis({**RESULT, "words": describe(RESULT)})
+        print_diagnosis(changed(words=describe(changed())))
     text = capture.get()
     for cell in ("0.96 [0.95, 0.97]", "launching operators, at least", "90%", "5.00x", "teacher, runtime=cudagraph"):
         assert cell in text
-    assert all(sentence in text for sentence in describe(RESULT))
+    assert all(sentence in text for sentence in describe(changed()))

@@ -3,9 +3,19 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from hawada.experiment.results import Stairs
 from hawada.report import plot_staircases
 
-STAIR = {"site": "layer1.0", "unit": "channel", "widths": [8, 9, 16], "ms": [1.0, 2.0, 2.1], "ends": [8]}
+STAIR = Stairs(
+    site="layer1.0",
+    kind="layer1",
+    group="layer1.0.conv1",
+    unit="channel",
+    widths=(8, 9, 16),
+    ms=(1.0, 2.0, 2.1),
+    half_widths=(0.0, 0.0, 0.0),
+    ends=(8,),
+)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stage_results import AS_JSON, ENDED_EARLY, example, typed
 
+from hawada.experiment import Job
+from hawada.experiment.results import DecidedByProfile, FinalResult, InfeasibleExport, StageResult
 from hawada.report import console, print_result, print_sweep
 
 RESULT: dict[str, Any] = {
+    **AS_JSON["evaluate"],
     "verdict": "met",
     "reason": "ratio 0.575 [0.570, 0.581] against a target of 0.600",
     "target_ms": 3.846,
@@ -19,14 +23,14 @@ RESULT: dict[str, Any] = {
     "timed_as": {"device": "cpu", "dtype": "float32", "batch": 256, "runtime": "eager", "phase": "forward"},
     "latency_ratio": {"median": 0.575, "low": 0.570, "high": 0.581},
     "teacher": {
-        "latency_ms": {"median": 6.41, "low": 6.38, "high": 6.45},
+        "latency_ms": {"median": 6.41, "low": 6.38, "high": 6.45, "p95": 6.5},
         "params": 5280330,
         "macs": 27579392,
         "accuracy": 0.972,
         "path": "/out/export/teacher",
     },
     "slim": {
-        "latency_ms": {"median": 3.6857, "low": 3.65, "high": 3.72},
+        "latency_ms": {"median": 3.6857, "low": 3.65, "high": 3.72, "p95": 3.8},
         "params": 2707274,
         "macs": 12041216,
         "accuracy": 0.9648,
@@ -50,18 +54,19 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def printed_result(result: dict[str, Any], root: str = "outputs/tiny_resnet-local") -> str:
     with console.capture() as capture:
-        print_result(result, Path(root))
+        print_result(typed(FinalResult, result), Path(root))
     return capture.get()
 
 
-def printed_sweep(*jobs: dict[str, Any], keys: Sequence[str] = KEYS) -> str:
+def printed_sweep(*jobs: Job, keys: Sequence[str] = KEYS) -> str:
     with console.capture() as capture:
         print_sweep(jobs, keys)
     return capture.get()
 
 
-def a_job(value: str, result: dict[str, Any], error: Exception | None = None, key: str = KEYS[0]) -> dict[str, Any]:
-    return {"overrides": {key: value, "seed": "0"}, "result": result, "error": error}
+def a_job(value: str, result: dict[str, Any] | StageResult | None, error: Exception | None = None) -> Job:
+    whole = typed(FinalResult, result) if isinstance(result, dict) else result
+    return Job({KEYS[0]: value, "seed": "0"}, whole, error)
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -111,7 +116,10 @@ def test_other_phases_than_the_targets_have_rows_of_their_own() -> None:
 
 
 def test_a_language_models_quality_is_its_perplexity() -> None:
-    quality = {"teacher": {**RESULT["teacher"], "perplexity": 8.16}, "slim": {**RESULT["slim"], "perplexity": 1234.5}}
+    quality = {
+        name: {key: value for key, value in RESULT[name].items() if key != "accuracy"} | {"perplexity": perplexity}
+        for name, perplexity in (("teacher", 8.16), ("slim", 1234.5))
+    }
     result = {**RESULT, **quality, "metric": "perplexity"}
     assert cells(printed_result(result), "perplexity") == ["8.16", "1234", ""]
     assert "accuracy" not in printed_result(result)
@@ -139,7 +147,7 @@ def test_without_a_target_none_is_shown() -> None:
 
 def test_a_run_that_ended_early_shows_its_verdict_and_the_reason() -> None:
     reason = "the fastest is 1.250 ms, the target is 0.100 ms"
-    text = printed_result({"verdict": "infeasible", "reason": reason})
+    text = printed_result({**ENDED_EARLY[InfeasibleExport], "reason": reason})
     assert f"infeasible: {reason}" in " ".join(text.split())
 
 
@@ -162,19 +170,19 @@ def test_a_sweep_has_one_row_per_job_with_its_figures() -> None:
 
 
 def test_a_sweep_over_two_keys_shows_both() -> None:
-    job = {"overrides": {"lambda.lr": "0.1", "seed": "7"}, "result": RESULT, "error": None}
+    job = Job({"lambda.lr": "0.1", "seed": "7"}, typed(FinalResult, RESULT), None)
     assert cells(printed_sweep(job, keys=["lambda.lr", "seed"]), "0.1")[:3] == ["7", "met", "0.575"]
 
 
 def test_a_sweep_shows_why_a_job_failed_and_goes_on() -> None:
-    text = printed_sweep(a_job("-1", {}, ValueError("lambda.lr: -1 is not\n at least 0")), a_job("0.1", RESULT))
+    text = printed_sweep(a_job("-1", None, ValueError("lambda.lr: -1 is not\n at least 0")), a_job("0.1", RESULT))
     assert cells(text, "-1")[0].startswith("failed")
     assert "lambda.lr: -1 is not at least 0" in " ".join(text.split())
     assert "0.575" in cells(text, "0.1")
 
 
 def test_a_sweep_over_a_single_stage_shows_that_it_is_done() -> None:
-    text = printed_sweep(a_job("0.1", {"epochs": 3}), a_job("0.5", {"verdict": "already_met", "reason": "fast"}))
+    text = printed_sweep(a_job("0.1", example("finetune")), a_job("0.5", ENDED_EARLY[DecidedByProfile]))
     assert cells(text, "0.1")[0] == "done"
     assert cells(text, "0.5")[0] == "already_met"
 

@@ -54,7 +54,7 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Subject, dict[str, Any]]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tuple[Subject, Any]]]:
     """Run stage=export (or front) with overrides, behind a teacher of some epochs and gates that were not trained."""
     threads = torch.get_num_threads()
     GlobalHydra.instance().clear()
@@ -73,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
         for stage in (profile, pretrain, train):
             stage.run(run.settings(stage.__name__.rpartition(".")[2]), run)
 
-        def export_with(*overrides: str) -> tuple[Subject, dict[str, Any]]:
+        def export_with(*overrides: str) -> tuple[Subject, Any]:
             cfg = configured(*overrides)
             again = Run(root / "tiny", cfg)
             many = "[" in str(cfg.budget.target_ratio)
@@ -96,32 +96,32 @@ def accuracy(subject: Subject, folder: str = "slim", stage: str = "export") -> f
 def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
     subject, plain = trained("export.sensitivity=gates", "export.reconstruct=false")
     before = accuracy(subject)
-    assert plain["refitted"] == 0 and "sensitivity" not in plain
+    assert plain.refitted == 0 and plain.sensitivity is None
     subject, refitted = trained("export.sensitivity=gates")
-    assert refitted["refitted"] > 0 and refitted["widths"] == plain["widths"]
+    assert refitted.refitted > 0 and refitted.widths == plain.widths
     assert accuracy(subject) > before + 0.1
     subject, nothing = trained("calibration.samples=0")
-    assert nothing["refitted"] == 0 and nothing["widths"] == plain["widths"]
+    assert nothing.refitted == 0 and nothing.widths == plain.widths
     assert accuracy(subject) == before
 
 
 @pytest.mark.parametrize("importance", ["gates", "obs", "magnitude", "fisher"])
 def test_measured_sensitivity_is_kept_with_the_result(importance: str, trained: Any) -> None:
     subject, result = trained(f"importance={importance}")
-    assert result["status"] == "on_target"
-    assert set(result["sensitivity"]) == {group.name for group in subject.groups}
-    assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
-    assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
-    assert result["nats"]["refitted"] < result["nats"]["sliced"]
+    assert result.status == "on_target"
+    assert set(result.sensitivity) == {group.name for group in subject.groups}
+    assert all(min(costs.values()) == 0 for costs in result.sensitivity.values())
+    assert result.equivalence.max_abs_diff <= 1e-5 * result.equivalence.max_abs_logit
+    assert result.nats.refitted < result.nats.sliced
     measured = accuracy(subject)
     assert measured > accuracy(trained("export.sensitivity=gates")[0]) - 0.02
 
 
 def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
     subject, result = trained("budget.target_ratio=[0.8,0.6]")
-    assert [point["refitted"] > 0 for point in result["points"]] == [True, True]
-    assert 0 < result["seconds"]["measuring"] < result["seconds"]["all"]
-    assert set(result["sensitivity"]) == {group.name for group in subject.groups}
+    assert [point.refitted > 0 for point in result.points] == [True, True]
+    assert 0 < result.seconds.measuring < result.seconds.all
+    assert set(result.sensitivity) == {group.name for group in subject.groups}
     assert accuracy(subject, "0.8/slim", "front") >= accuracy(subject, "0.6/slim", "front") - 0.02
 
 
@@ -141,14 +141,14 @@ def test_quality_is_measured_in_eval_mode_however_the_models_come(trained: Any) 
             quality = Quality(subject, student, teacher.train(training), progress, has_target=True)
             slim, _ = quality.compensated(subject.slim(student.model, keep), keep)
         assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
-        sensitivities.append(quality.as_dict())
+        sensitivities.append(quality.sensitivities)
         refits.append(slim.state_dict())
-    assert sensitivities[0]["sensitivity"] == sensitivities[1]["sensitivity"] == result["sensitivity"]
+    assert sensitivities[0] == sensitivities[1] == result.sensitivity is not None
     assert all(torch.equal(tensor, refits[1][name]) for name, tensor in refits[0].items())
 
 
 def test_widths_of_the_gates_are_not_measured(trained: Any) -> None:
-    assert "sensitivity" not in trained("export.widths=gates")[1]
+    assert trained("export.widths=gates")[1].sensitivity is None
 
 
 def test_an_importance_that_cannot_compare_groups_needs_a_measured_sensitivity() -> None:

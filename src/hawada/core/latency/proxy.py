@@ -172,7 +172,7 @@ def calibrate(proxy: Proxy, samples: Sequence[tuple[Widths, float]], fitted: int
     return predicted, [ms for _, ms in samples[fitted:]]
 
 
-def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float | int | None]:
+def fidelity(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, Any]:
     """Compare predictions with measurements of models that the proxy was not fitted to.
 
     Returns:

@@ -67,6 +67,8 @@ from .shared import (
     Divergences as Divergences,
     Environment as Environment,
     SearchOutcome as SearchOutcome,
+    Sensitivities as Sensitivities,
     StageResult as StageResult,
     TimedAs as TimedAs,
+    Widths as Widths,
 )

@@ -29,7 +29,7 @@ def record(cls: type[T]) -> type[T]:
     return made
 
 
-def to_json(value: object) -> dict[str, Any]:
+def to_json(value: Any) -> dict[str, Any]:
     """A record as what `json.dumps` takes."""
     plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json", by_alias=True)
     return plain
