@@ -59,8 +59,6 @@ def compare_proxies(model: str, root: Path, overrides: list[str]) -> dict[str, A
     for proxy, space in spaces.items():
         fitted = 2 + watch.cfg.profile.fitted_models
         predicted, real = calibrate(space.subject.new_proxy(tables[proxy]), samples, fitted=fitted)
-            space.subject.new_proxy(tables[proxy]), samples, fitted=2 + watch.cfg.profile.fitted_models
-        )
         record["proxies"][proxy] = fidelity(predicted, real) | {"predicted_ms": predicted}
         record["measured_ms"] = real
     return record | {"environment": to_json(watch.store.environment)}

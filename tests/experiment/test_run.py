@@ -134,11 +134,9 @@ def test_results_of_another_version_are_refused_or_replaced(damage: str, tmp_pat
     manifest = json.loads((run.folder("profile") / "manifest.json").read_text())
     manifest["files"]["result.json"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (run.folder("profile") / "manifest.json").write_text(json.dumps(manifest))
-    message = (
-        r"profile/result\.json is not what this version writes \((judged|teacher_ms): .*\); run stage=profile with "
-    )
+    message = r"profile/result\.json is not what this version writes \((judged|teacher_ms): .*\); run stage=profile "
     for act in (lambda run: pipeline.run_stage("profile", run), lambda run: run.result("profile")):
-        with pytest.raises(ValueError, match=message + r"overwrite=true, or choose another name=") as caught:
+        with pytest.raises(ValueError, match=message + r"with overwrite=true, or choose another name=") as caught:
             act(make_run(tmp_path))
         assert "\n" not in str(caught.value)
     assert calls == []

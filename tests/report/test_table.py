@@ -64,9 +64,11 @@ def printed_sweep(*jobs: Job, keys: Sequence[str] = KEYS) -> str:
     return capture.get()
 
 
-def a_job(value: str, result: dict[str, Any] | StageResult | None, error: Exception | None = None) -> Job:
+def a_job(
+    value: str, result: dict[str, Any] | StageResult | None, error: Exception | None = None, *, key: str = KEYS[0]
+) -> Job:
     whole = typed(FinalResult, result) if isinstance(result, dict) else result
-    return Job({KEYS[0]: value, "seed": "0"}, whole, error)
+    return Job({key: value, "seed": "0"}, whole, error)
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -189,7 +191,7 @@ def test_a_sweep_over_a_single_stage_shows_that_it_is_done() -> None:
 
 @pytest.mark.parametrize("error", [None, ValueError("groups: [layer9.*] matches nothing of [a, b]")])
 def test_a_sweep_shows_brackets_as_they_are(error: ValueError | None) -> None:
-    job = a_job("[layer9.*]", RESULT if error is None else {}, error, key="groups.name")
+    job = a_job("[layer9.*]", RESULT if error is None else None, error, key="groups.name")
     text = printed_sweep(job, keys=["groups.name"])
     assert cells(text, "[layer9.*]")
     assert error is None or str(error) in " ".join(text.split())
