@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What `hawada --cfg job` needs at run time; copied from here because tests run without a network.
-NEEDED = ("hydra", "omegaconf", "antlr4", "yaml", "_yaml", "packaging")
+NEEDED = (
+    *("hydra", "omegaconf", "antlr4", "yaml", "_yaml", "packaging", "lazy_loader", "filelock"),
+    *("pydantic", "pydantic_core", "annotated_types", "typing_inspection", "typing_extensions"),
+)
 DISTRIBUTIONS = ("hydra_core", "omegaconf", "antlr4_python3_runtime", "pyyaml", "packaging")
 
 
@@ -46,9 +49,12 @@ def link_dependencies(site_packages: Path) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None:  # PyYAML's C part is optional
             continue
-        assert spec.submodule_search_locations is not None
-        source = Path(next(iter(spec.submodule_search_locations)))
-        (site_packages / name).symlink_to(source, target_is_directory=True)
+        if spec.submodule_search_locations is None:  # a single file
+            assert spec.origin is not None
+            source = Path(spec.origin)
+        else:
+            source = Path(next(iter(spec.submodule_search_locations)))
+        (site_packages / source.name).symlink_to(source, target_is_directory=source.is_dir())
         for record in source.parent.glob("*.dist-info"):
             link = site_packages / record.name
             if record.name.lower().startswith(DISTRIBUTIONS) and not link.exists():

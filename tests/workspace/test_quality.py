@@ -1,4 +1,4 @@
-"""What the export does about quality, as configured: order, worth and compensation."""
+"""What the export does about quality, as configured: importance, sensitivity and reconstruction."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Run:
         return self._folders[stage]
 
     def is_finished(self, stage: str) -> bool:
-        """Whether a stage's result is there and every file is as the manifest says."""
+        """Whether a stage's result is there and every file is as the manifest has it."""
         folder = self.folder(stage)
         manifest = _read_manifest(folder / MANIFEST, stage)
         if manifest is None or stage in self._discarded:

@@ -21,8 +21,8 @@ class MetricsLog:
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    def keep(self, kept: Callable[[dict[str, Any]], bool]) -> None:
         """Drop every other record, such as those that a run wrote after its last checkpoint."""
         if self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and wanted(json.loads(line))))
+            write_text(self.path, "".join(line for line in lines if line.endswith("\n") and kept(json.loads(line))))

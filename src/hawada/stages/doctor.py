@@ -1,4 +1,4 @@
-"""Says before any training what bounds a model on a device, what pruning could buy there, and which target is sensible.
+"""Finds before any training what bounds a model on a device, what pruning could buy there, and which target is sensible.
 
 The latency does not depend on the weights' values, so the untrained architecture is measured; no data are read.
 """
@@ -48,7 +48,7 @@ from hawada.experiment.results import (
 from hawada.report import Progress, describe, plot_staircases, summarize_findings
 from hawada.workspace import ModelStopwatch, Subject, open_stage
 
-PROBED_AGAIN = 2  # times at most, where the model did better than the probes said was possible
+PROBED_AGAIN = 2  # times at most, where the model did better than the probes had found possible
 REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
 
 

@@ -89,13 +89,13 @@ def adopt_gates(subject: Subject, run: Run) -> TrainResult:
     source = subject.adapter.saved_gates()
     assert source is not None
     thetas = load_file(source)
-    wanted = {group.name: (group.units,) for group in subject.gated_groups}
+    expected = {group.name: (group.units,) for group in subject.gated_groups}
     found = {name: tuple(theta.shape) for name, theta in thetas.items()}
-    if found != wanted:
-        odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))[0]
+    if found != expected:
+        odd = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[0]
         raise ValueError(
-            f"model.path: {source} has {found.get(odd, 'no gates')} for {odd}, the model wants "
-            f"{wanted.get(odd, 'none')}; gate the same groups, or remove the file to train gates anew"
+            f"model.path: {source} has {found.get(odd, 'no gates')} for {odd}, the model takes "
+            f"{expected.get(odd, 'none')}; gate the same groups, or remove the file to train gates anew"
         )
     with subject.store.writing("train") as folder:
         save_file(thetas, folder / "gates.safetensors")
@@ -148,7 +148,7 @@ def _start(subject: Subject, student: Student) -> None:
     """Gates of units that matter begin further open, if so configured."""
     node = subject.cfg.train.importance
     if node.samples:
-        student.to(subject.accelerator.device).eval().requires_grad_(False)  # the trainer says what trains
+        student.to(subject.accelerator.device).eval().requires_grad_(False)  # the trainer chooses what trains
         batches = subject.data.calibration_loader(subject.cfg.train.batch_size, node.samples)
         importance = fisher_importance(student, batches, subject.adapter.outputs, subject.cfg.distill.chunk)
         start_from_importance(student, importance, node.spread)

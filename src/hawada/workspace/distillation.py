@@ -1,4 +1,4 @@
-"""What students and slim models are to reproduce: the teacher, or in its place another model's answers."""
+"""What students and slim models are to reproduce: the teacher, or another model in its place."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ def check_distillation(subject: Subject, *, trains: bool) -> None:
         other.check_teacher()
         meta = other.skeleton()
     try:
-        known, wanted = subject.classes(other, meta), subject.classes(subject.adapter, subject.meta)
+        known, own = subject.classes(other, meta), subject.classes(subject.adapter, subject.meta)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"distill.teacher: it does not take what {subject.cfg.model.name} takes ({error}); choose one that does"
         ) from error
-    if known != wanted:
+    if known != own:
         raise ValueError(
-            f"distill.teacher: it knows {known} classes and {subject.cfg.model.name} {wanted}; choose one of the same "
+            f"distill.teacher: it knows {known} classes and {subject.cfg.model.name} {own}; choose one of the same "
             "classes, or for a language model, of the same tokenizer"
         )
 
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """What adapters say of their keys, said of those of another teacher's."""
+    """Turn messages about the model's keys into messages about those of another teacher."""
     try:
         yield
     except ValueError as error:
-        said = str(error).replace(" or model.pretrain=true", "")  # that would train the model itself
-        said = said.replace("model.adapter", "distill.teacher").replace("model.path", "distill.teacher.path")
-        raise ValueError(said) from error
+        message = str(error).replace(" or model.pretrain=true", "")  # that would train the model itself
+        message = message.replace("model.adapter", "distill.teacher").replace("model.path", "distill.teacher.path")
+        raise ValueError(message) from error
 
 
 def _other_adapter(subject: Subject) -> Adapter | None:

@@ -1,4 +1,4 @@
-"""What the export knows of quality: which units go first, what widths are worth, and how to make up for what goes."""
+"""What the export does about quality: importance of units, sensitivity to widths, and reconstruction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Reconstruction:
 class Quality:
     """As configured under `export` and `calibration`, from the gates and training data, which are read when it is made.
 
-    Half of the data is for refitting layers while worths are measured, the other half for comparing answers.
+    Half of the data is for reconstructing layers while sensitivity is measured, the other half for comparing outputs.
 
     Args:
         subject: what is exported.
@@ -47,10 +47,10 @@ class Quality:
         has_target: whether widths are chosen for a latency.
 
     Attributes:
-        gates: saliency by gated group, (units,), larger is kept longer.
+        gates: importance by gated group, (units,), as the gates have it.
         saliency: the same, or the importance that was asked for.
-        sensitivity: what each width costs; None where the saliency tells.
-        loss: of a whole choice of units, in nats per answer; None likewise.
+        sensitivity: output divergence of each width; None where importance decides.
+        loss: output divergence of a whole choice of units; None likewise.
     """
 
     def __init__(
@@ -74,19 +74,18 @@ class Quality:
 
     @property
     def worths(self) -> Worths | None:
-        """What a width is worth; None where the saliency tells."""
+        """The value of a width; None where importance decides."""
         return None if self.sensitivity is None else self.sensitivity.worth
 
     def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
-        """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
+        """The slim model with reconstructed layers and BatchNorm statistics of its own, if that is better.
 
         Args:
             slim: what slicing alone made.
             keep: what it was sliced to.
 
         Returns:
-            The better of the two models, and for the record: how many layers were `refitted`, and the nats per answer
-            that slicing alone and slicing with a refit cost, where such were measured.
+            The better of the two models, and what came of reconstruction.
         """
         if not self.node.reconstruct or not self.batches:
             return slim, Reconstruction(0)
@@ -107,7 +106,7 @@ class Quality:
         return None if self.sensitivity is None else self.sensitivity.as_dict()
 
     def _measure(self, progress: Progress) -> None:
-        """Order and worth of the units."""
+        """Measure importance and sensitivity."""
         subject, half = self.subject, max(1, len(self.batches) // 2)
         fitted, judged = self.batches[:half], self.batches[half:] or self.batches
         model = self._ungated()
@@ -133,7 +132,7 @@ class Quality:
             subject.policy,
             self.saliency,
             points=self.node.points,
-            on_group=lambda name: progress.say(f"measured what {name} is worth"),
+            on_group=lambda name: progress.say(f"measured the sensitivity to {name}"),
         )
 
     def _ungated(self) -> nn.Module:

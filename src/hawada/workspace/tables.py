@@ -76,7 +76,7 @@ def load_proxy(subject: Subject, stage: str) -> Proxy:
 
 
 def predicted(subject: Subject, keep: Keep) -> Comparison:
-    """What the table says of a choice beside the teacher, where nothing can be measured."""
+    """What the table predicts for a choice beside the teacher, where nothing can be measured."""
     proxy, teacher = load_proxy(subject, "profile"), subject.store.run.result("profile").teacher
     ratio = float(proxy.predict(widths_of(keep, subject.groups))) / float(proxy.predict(full_widths(subject.groups)))
     slim_ms = ratio * teacher.median

@@ -4,7 +4,7 @@ The figures decide: the intervals of the rounds that count and of all rounds. A 
 rounds; where it differs from the teacher, the machine is unstable and nothing is decided.
 
 `python -m hawada.workspace.verification request.json` is that process; it writes what it measured where the request
-says, whatever happens to the device meanwhile.
+asks for it, whatever happens to the device meanwhile.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def record(cls: type[T]) -> type[T]:
 
 def to_json(value: Any) -> dict[str, Any]:
     """A record as what `json.dumps` takes."""
-    plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json", by_alias=True)
+    kind: Any = type(value)
+    plain: dict[str, Any] = _adapter(kind).dump_python(value, mode="json", by_alias=True)
     return plain
 
 

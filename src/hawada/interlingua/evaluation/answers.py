@@ -42,11 +42,6 @@ class Answers:
     top5: Values
     tokens: float
 
-    def as_dict(self) -> dict[str, float]:
-        """Means, for JSON."""
-        figures = {name: float(getattr(self, name).mean()) for name in ("em", "f1", "nll", "top1", "top5")}
-        return figures | {"tokens": self.tokens, "different_answers": len(set(self.texts))}
-
 
 @torch.no_grad()
 def answer(

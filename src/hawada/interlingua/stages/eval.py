@@ -1,4 +1,4 @@
-"""What latents are worth: answers and costs beside text, truncation, prompt tuning, shuffled and zero latents."""
+"""Compares latents with text, truncation, prompt tuning, shuffled and zero latents: quality and costs."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaEvalResult:
     load_checkpoint(run.folder("interlingua") / "best", messenger, None)
     examples = parts.task.test(node.test_contexts)
     contexts = [example.context for example in examples]
-    rows = contenders(messenger, prompt, examples, node.latent_len)
+    rows = compared_ways(messenger, prompt, examples, node.latent_len)
     with run.writing("interlingua-eval") as folder, Progress("evaluate", len(rows) * len(parts.llms)) as progress:
         found: dict[str, dict[str, Answers]] = {name: {} for name in parts.llms}
         for name, llm in parts.llms.items():
-            for row, contender in rows.items():
+            for row, way in rows.items():
                 found[name][row] = answer(
-                    llm, contender, examples, batch=cfg.evaluate.batch_size, max_new_tokens=node.max_new_tokens
+                    llm, way, examples, batch=cfg.evaluate.batch_size, max_new_tokens=node.max_new_tokens
                 )
                 progress.step(f"{name}: {row}")
         together = answer_together(
@@ -138,7 +138,7 @@ def of_different_contexts(examples: Sequence[Example]) -> list[Example]:
     return list({example.context: example for example in reversed(examples)}.values())[::-1]
 
 
-def contenders(
+def compared_ways(
     messenger: Messenger, prompt: Messenger | None, examples: Sequence[Example], latent_len: int
 ) -> dict[str, Contender]:
     """The rows of the table, by name; a prompt only where it was tuned."""

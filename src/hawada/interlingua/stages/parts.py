@@ -117,7 +117,7 @@ class InterlinguaParts:
 
     @property
     def latents_sent(self) -> int:
-        """For one context, to all readers together: the latents that they share, and each one's own."""
+        """For one context, to all models together: the latents that they share, and each one's own."""
         node = self.cfg.interlingua
         return int(node.latent_len + node.private_len * (len(NAMES) - 1))
 
