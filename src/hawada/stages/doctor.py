@@ -1,4 +1,4 @@
-"""Finds before any training what bounds a model on a device, what pruning could buy there, and which target is sensible.
+"""Finds what bounds a model on a device, what pruning could buy there, and which target is sensible, before training.
 
 The latency does not depend on the weights' values, so the untrained architecture is measured; no data are read.
 """
