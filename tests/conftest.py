@@ -22,6 +22,8 @@ torch.set_warn_always(True)  # it warns once a process, so that the order of tes
 @pytest.fixture
 def no_reload():
     """Leaves out the fresh process that takes seconds for every model, where a test is about something else."""
-    proof = {"max_abs_diff": 0.0, "max_abs_logit": 1.0}
+    from hawada.experiment.results import Reload
+
+    proof = Reload(max_abs_diff=0.0, max_abs_logit=1.0, stock=False)
     with mock.patch("hawada.stages.evaluate.prove_reload", lambda *_: proof):
         yield
