@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hawada.core.distill import AnswerCache, Distillation, KDConfig, Outputs
+from hawada.core.distill import Distillation, KDConfig, Outputs, TeacherCache
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 
 
@@ -62,13 +62,13 @@ def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
     assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_remembered_answers_teach_the_same(net, problem, accelerator):
+def test_a_cached_teacher_teaches_the_same(net, problem, accelerator):
     loader, x, _ = problem
     numbered = [(x, y, torch.arange(16) + 16 * index) for index, (x, y) in enumerate(loader)]
     teacher, shown = copy.deepcopy(net).eval(), []
     teacher.register_forward_hook(lambda module, args, output: shown.append(len(output)))
     students = []
-    for batches, cache in ((loader, None), (numbered, AnswerCache(len(x)))):
+    for batches, cache in ((loader, None), (numbered, TeacherCache(len(x)))):
         torch.manual_seed(1)
         students.append(nn.Linear(6, 3))
         distillation = Distillation(KDConfig(1.0), cache=cache)
@@ -109,7 +109,7 @@ def test_norms_and_biases_take_no_weight_decay(problem, accelerator):
     nn.init.ones_(model[0].bias)
     before = copy.deepcopy(model.state_dict())
     silent = Finetuner(2, lr=0.1, weight_decay=0.5)
-    mute = Distillation(reader=lambda model, inputs, **_: Outputs(model(inputs) * 0.0))
+    mute = Distillation(outputs=lambda model, inputs, **_: Outputs(model(inputs) * 0.0))
     silent.fit(model, problem[0], accelerator=accelerator, distillation=mute)
     assert float(model[0].weight.detach().norm()) < 0.9 * float(before["0.weight"].norm())
     assert torch.equal(model[0].bias, before["0.bias"]) and torch.equal(model[1].weight, before["1.weight"])

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from hawada.core.distill import IGNORED, AnswerCache, Distillation, KDConfig, mse_reg
+from hawada.core.distill import IGNORED, Distillation, KDConfig, TeacherCache, mse_reg
 from hawada.core.gates import L1, Student
 from hawada.core.structure import ExportPolicy, full_widths, materialize
 from hawada.core.train import LagrangeTrainer, Step
@@ -75,10 +75,10 @@ def test_lambda_is_fixed_without_a_rate_or_a_target(make_trainer, loader, option
     assert float(trainer.predicted_ms()) < before  # the cost still counts
 
 
-def test_gates_learn_the_same_from_remembered_answers(make_trainer, inputs):
+def test_gates_learn_the_same_from_a_cached_teacher(make_trainer, inputs):
     batches = [(part, torch.zeros(len(part)), numbers) for part, numbers in halves(inputs)]
     thetas = []
-    for cache in (None, AnswerCache(len(inputs))):
+    for cache in (None, TeacherCache(len(inputs))):
         trainer, shown = make_trainer(distillation=Distillation(KDConfig(1.0), cache=cache)), []
         handle = trainer.teacher.register_forward_hook(
             lambda module, args, output, shown=shown: shown.append(len(output))

@@ -136,8 +136,8 @@ class Finetuner:
         inputs, *rest = (tensor.to(accelerator.device) for tensor in batch)
         labels, numbers = (*rest, None, None)[:2]
         with accelerator.autocast():
-            said = distillation.read(model, inputs)
-            wanted = None if teacher is None else distillation.wanted(teacher, inputs, numbers)
+            said = distillation.outputs_of(model, inputs)
+            wanted = None if teacher is None else distillation.targets(teacher, inputs, numbers)
             losses = distillation.losses(said, wanted, labels)
         if not losses:
             raise ValueError("there is nothing to learn from: no teacher, and no labels or label_weight=0")

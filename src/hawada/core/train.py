@@ -254,7 +254,7 @@ class LagrangeTrainer:
     def _step(self, inputs: Tensor, labels: Tensor | None, numbers: Tensor | None) -> Step:
         """Weights on KD if they train, then gates on KD, penalties and the latency gap, then lambda."""
         with self.accelerator.autocast():
-            said = self.distillation.wanted(self.teacher, inputs, numbers)
+            said = self.distillation.targets(self.teacher, inputs, numbers)
         if self.weight_optimizer is not None:
             self._descend(self._distill(inputs, labels, said), self.weight_optimizer)
         kd = self._distill(inputs, labels, said)
@@ -272,7 +272,7 @@ class LagrangeTrainer:
 
     def _distill(self, inputs: Tensor, labels: Tensor | None, said: Outputs) -> Tensor:
         with self.accelerator.autocast():
-            losses = self.distillation.losses(self.distillation.read(self.student, inputs), said, labels)
+            losses = self.distillation.losses(self.distillation.outputs_of(self.student, inputs), said, labels)
         return torch.stack(list(losses.values())).sum()
 
     def _descend(self, loss: Tensor, optimizer: Optimizer) -> None:

@@ -101,7 +101,7 @@ class Quality:
             fitted=fitted if self.node.compensate else [],
             judged=judged,
             distillation=Distillation(
-                KDConfig(temperature=1.0), reader=work.adapter.outputs, chunk=work.cfg.distill.chunk
+                KDConfig(temperature=1.0), outputs=work.adapter.outputs, chunk=work.cfg.distill.chunk
             ),
         )
         self.sensitivity = measure_sensitivity(

@@ -11,12 +11,12 @@ from scipy.stats import norm, rankdata
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hawada.core.distill import IGNORED, Outputs, Reader, plain_reader
+from hawada.core.distill import IGNORED, Outputs, OutputsFunction, plain_outputs
 from hawada.core.gates import Student
 
 
 def fisher_importance(
-    student: Student, batches: Iterable[Any], reader: Reader = plain_reader, chunk: int | None = None
+    student: Student, batches: Iterable[Any], outputs: OutputsFunction = plain_outputs, chunk: int | None = None
 ) -> dict[str, Tensor]:
     """By gated group, (units,): nats that a sample's answers are expected to lose when one unit alone goes.
 
@@ -27,7 +27,7 @@ def fisher_importance(
     Args:
         student: gated; as before after the call.
         batches: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
-        reader: runs the model; an adapter's `outputs`.
+        outputs: runs the model; an adapter's `outputs`.
         chunk: make logits from features for so many tokens at a time; None makes them all at once.
     """
     device = next(student.gates.parameters()).device
@@ -38,7 +38,7 @@ def fisher_importance(
             student.gate_of(group.name).hard = mask
         for batch in batches:
             inputs, *rest = (tensor.to(device) for tensor in batch)
-            said = reader(student, inputs, features=chunk is not None, hidden=False)
+            said = outputs(student, inputs, features=chunk is not None, hidden=False)
             loss = _surprise(said, rest[0] if rest else None, chunk)
             for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
                 total += gradient.square()

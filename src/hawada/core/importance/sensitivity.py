@@ -107,11 +107,11 @@ class AnswerLoss:
         """On one batch; the teacher's answers are remembered where they are little."""
         device = next(self.student.model.parameters()).device
         inputs, *rest = (tensor.to(device) for tensor in self.judged[index])
-        said = self._answers.get(index) or self.distillation.read(self.teacher, inputs)
+        said = self._answers.get(index) or self.distillation.outputs_of(self.teacher, inputs)
         shown = said.features if said.logits is None else said.logits
         if shown is not None and shown.numel() * len(self.judged) <= REMEMBERED:
             self._answers[index] = said
-        own = self.distillation.read(self.student, inputs)
+        own = self.distillation.outputs_of(self.student, inputs)
         return float(self.distillation.losses(own, said, rest[0] if rest else None)["kd"])
 
 
