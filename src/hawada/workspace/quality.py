@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
-from hawada.core.importance import AnswerLoss, Sensitivity, measure_sensitivity, reconstruction_ranks
-from hawada.core.reconstruction import compensate
+from hawada.core.importance import AnswerLoss, Sensitivity, measure_sensitivity, obs_ranks
+from hawada.core.reconstruction import reconstruct
 from hawada.core.search import Worths, saliency_from_gates
 from hawada.core.structure import Keep
 from hawada.report import Progress
@@ -77,7 +77,7 @@ class Quality:
             if nats["nats"]["refitted"] > nats["nats"]["sliced"]:
                 return slim, {"refitted": 0, **nats}
         student = self._placed(self.student)
-        layers = compensate(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
+        layers = reconstruct(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
         refitted = self.work.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
         return refitted.cpu(), {"refitted": len(layers), **nats}
@@ -93,7 +93,7 @@ class Quality:
         model = self._ungated()
         if self.node.order == "reconstruction":
             progress.say("finding out which units can be replaced")
-            self.saliency |= reconstruction_ranks(model, work.gated_groups, fitted)
+            self.saliency |= obs_ranks(model, work.gated_groups, fitted)
         self.loss = AnswerLoss(
             self._placed(self.student),
             self._placed(self.teacher),

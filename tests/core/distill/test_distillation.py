@@ -245,7 +245,7 @@ def test_a_model_without_hidden_states_is_named_with_the_remedy(models):
 
 
 class Counting(nn.Module):
-    """Logits from its own layer; counts the samples that it was samples."""
+    """Logits from its own layer; counts the samples that it ran on."""
 
     def __init__(self, seed):
         super().__init__()

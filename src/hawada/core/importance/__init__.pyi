@@ -1,5 +1,5 @@
 from .fisher import fisher_importance as fisher_importance, start_from_importance as start_from_importance
-from .obs import reconstruction_ranks as reconstruction_ranks
+from .obs import obs_ranks as obs_ranks
 from .sensitivity import (
     AnswerLoss as AnswerLoss,
     Sensitivity as Sensitivity,
