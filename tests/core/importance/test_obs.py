@@ -55,9 +55,8 @@ def test_many_units_are_removed_a_few_at_a_time():
     weights = torch.linspace(0.1, 10, 100, dtype=torch.float64)[:, None]
     ranks = elimination_ranks(x.T @ x / len(x), weights, torch.arange(100)[:, None])
     assert sorted(ranks.tolist()) == list(range(1, 101))
-    assert (
-        ranks - torch.arange(1, 101)
-    ).abs().max() <= 4  # uncorrelated units are removed in the order of their weights' sizes
+    # units that are not correlated are removed in the order of their weights' sizes
+    assert (ranks - torch.arange(1, 101)).abs().max() <= 4
 
 
 def test_groups_with_a_single_consumer_are_ranked(toy, groups, inputs):
