@@ -90,9 +90,7 @@ def test_labels_are_weighted_against_the_teacher(net, problem, accelerator):
         accelerator=accelerator,
         on_step=records.append,
     )
-    assert (
-        distillation.label_weight == 0.0
-    )  # the finetuner's own weight counts, and the caller's object does not change
+    assert distillation.label_weight == 0.0  # the finetuner's own weight counts; the caller's object is unchanged
     net.train().requires_grad_(False)
     assert records[0]["label"] == pytest.approx(0.25 * float(F.cross_entropy(net(x), y)), rel=1e-3)
     assert records[0]["kd"] == pytest.approx(float(KDConfig(2.0)(net(x), teacher(x))), rel=1e-3)

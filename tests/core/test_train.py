@@ -103,9 +103,8 @@ def test_gates_are_annealed_epoch_by_epoch(make_trainer, loader):
     def note(*_):
         found.append({round(gate.temperature, 6) for gate in trainer.gated.gates})
 
-    assert (
-        trainer.fit(loader, epochs=3, patience=1, converged_within=10.0, on_epoch=note) == "finished"
-    )  # annealing must end first
+    # the gap is within 10 from the start, but gates count as converged only after annealing
+    assert trainer.fit(loader, epochs=3, patience=1, converged_within=10.0, on_epoch=note) == "finished"
     assert found == [{1.0}, {0.5}, {0.25}]
 
 
@@ -115,7 +114,7 @@ def test_a_negative_lambda_is_refused(make_trainer, options):
         make_trainer(**options)
 
 
-def test_below_the_target_latency_does_not_push(make_trainer, loader):
+def test_below_the_target_latency_does_not_move_gates(make_trainer, loader):
     trainer = make_trainer(
         target_ms=8.95, lambda_init=100.0, lambda_lr=0.0, distillation=Distillation(lambda s, t: (s * 0.0).sum())
     )
@@ -124,7 +123,7 @@ def test_below_the_target_latency_does_not_push(make_trainer, loader):
     assert same(before, states(trainer.gated.gates))
 
 
-def test_penalties_push_and_are_reported(make_trainer, loader):
+def test_penalties_lower_gates_and_are_reported(make_trainer, loader):
     trainer = make_trainer(
         lambda_init=0.0, penalties=[L1(5.0)], distillation=Distillation(lambda s, t: (s * 0.0).sum())
     )
@@ -278,10 +277,15 @@ def scripted(trainer, kds, gaps):
     ("kds", "gaps", "reason", "epochs"),
     [
         ([1.0] * 6, [0.01] * 6, "settled", 3),
-        ([1.0] * 6, [0.5] * 6, "finished", 6),  # never near the target
-        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [0.01] * 6, "finished", 6),  # still improving
+        ([1.0] * 6, [0.5] * 6, "finished", 6),  # the gap is never within 0.02
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], [0.01] * 6, "finished", 6),  # KD still improves
         ([1.0] * 6, [0.5, 0.5, 0.01, -0.01, 0.01, 0.01], "settled", 5),
-        ([1.0] * 6, [0.01, 0.01, 0.5, 0.01, 0.5, 0.5], "finished", 6),  # near it, but never two epochs on end
+        (
+            [1.0] * 6,
+            [0.01, 0.01, 0.5, 0.01, 0.5, 0.5],
+            "finished",
+            6,
+        ),  # the gap is within 0.02, but never for long enough
     ],
 )
 def test_training_stops_early_when_the_gates_have_converged(make_trainer, kds, gaps, reason, epochs):

@@ -48,7 +48,7 @@ def test_attach_then_detach_is_bit_identical(toy, groups, inputs):
     assert torch.equal(toy(inputs), expected)
 
 
-def test_a_with_block_detaches_even_after_an_error(toy, groups, inputs):
+def test_the_context_manager_detaches_even_after_an_error(toy, groups, inputs):
     expected = toy(inputs)
     with pytest.raises(RuntimeError, match="stop"), Student(toy, groups) as student:
         set_gates(student, -50.0)
@@ -162,7 +162,7 @@ def failing_factory(units):
             {"gated_at": (GatePoint("first.down", side="inside"),)},
             SigmoidGate,
             ValueError,
-            "second.hidden: side 'inside' of first.down is not input or output; set it to one",
+            "second.hidden: side 'inside' of first.down is not input or output; choose one",
         ),
         ({"gated_at": (GatePoint("third"),)}, SigmoidGate, ValueError, "the model has no module 'third'"),
         ({}, failing_factory, RuntimeError, "no such gate"),
@@ -229,7 +229,7 @@ def test_a_norm_over_a_gated_stream_keeps_its_dtype_and_passes_gradients(normed,
 def test_a_norm_of_an_unknown_kind_is_refused(normed):
     model, stream = normed
     stream = replace(stream, norms=(Norm("norm", "batch", EPS),))
-    with pytest.raises(ValueError, match="stream: norm kind 'batch' of norm is not layer or rms; set it to one"):
+    with pytest.raises(ValueError, match="stream: norm kind 'batch' of norm is not layer or rms; choose one"):
         Student(model, [stream])
     assert count_hooks(model) == 0
 
@@ -407,7 +407,7 @@ def test_the_soft_width_of_shared_units_is_the_mean_of_each_parent(stream_model)
     assert float(soft["stream"]) == pytest.approx(float(student.own_gates()["stream"].sum()))
 
 
-def test_hard_gates_close_the_heads_of_a_head_that_goes(stream_model):
+def test_hard_gates_close_the_query_heads_of_a_removed_kv_head(stream_model):
     groups = stream_groups()
     with Student(stream_model, groups).hard_gated(keep_all(groups) | {"layers.0.kv": (1,)}) as student:
         assert student.own_gates()["layers.0.query"].tolist() == [0.0, 0.0, 1.0, 1.0]

@@ -18,7 +18,7 @@ GateFactory = Callable[[int], SigmoidGate]
 
 
 class GateHook(ModelHook):
-    """Multiplies a module's input or output by a gate."""
+    """Multiplies a module's first input, or its first output, by a gate."""
 
     def __init__(self, gate: SigmoidGate, point: GatePoint) -> None:
         self.gate = gate
@@ -79,12 +79,12 @@ class Student(nn.Module):
             for point in group.gated_at:
                 if point.side not in ("input", "output"):
                     raise ValueError(
-                        f"{group.name}: side {point.side!r} of {point.module} is not input or output; set it to one"
+                        f"{group.name}: side {point.side!r} of {point.module} is not input or output; choose one"
                     )
             for norm in group.norms:
                 if norm.kind not in ("layer", "rms"):
                     raise ValueError(
-                        f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms; set it to one"
+                        f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms; choose one"
                     )
         self.groups = tuple(groups)
         self.model = model

@@ -61,8 +61,9 @@ def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> 
 
     def nll_of_chunk(part: Tensor) -> Tensor:
         logits = (part if outputs.head is None or outputs.logits is not None else outputs.head(part)).float()
-        predictions = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
-        drawn = predictions.sample()  # type: ignore[no-untyped-call]  # torch has no type hints here
+        # `Any`, because torch gives `sample` no type hints
+        predictions: Any = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
+        drawn: Tensor = predictions.sample()
         return F.cross_entropy(logits, drawn, reduction="sum")
 
     parts = torch.split(rows, chunk or max(len(rows), 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def _refit(model: nn.Module, path: str, gone: Tensor, pairs: Iterable[tuple[Tens
         gone: the indices of the inputs that are removed.
         pairs: the layer's inputs and its target outputs, batch by batch.
     """
-    module: Any = model.get_submodule(path)  # a linear layer or a convolution: `Any` saves a cast at each use
+    module = cast(nn.Linear | nn.Conv2d, model.get_submodule(path))  # `is_linear` chose it
     stays = torch.ones(module.weight.shape[1], dtype=torch.bool)
     stays[gone] = False
     index = stays.nonzero().flatten().to(module.weight.device)

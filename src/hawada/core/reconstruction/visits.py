@@ -66,7 +66,9 @@ def _fits_side_by_side(student: Student, inputs: Sequence[Tensor]) -> bool:
         return passes * bytes_of_pass <= free // 2
     if passes * torch.get_num_threads() > MAX_WAITING_THREADS:
         return False
-    return passes * _activation_bytes(student, x) <= psutil.virtual_memory().available // 2
+    bytes_of_pass = _activation_bytes(student, x)
+    available: int = psutil.virtual_memory().available
+    return passes * bytes_of_pass <= available // 2
 
 
 def _activation_bytes(student: Student, x: Tensor) -> int:
