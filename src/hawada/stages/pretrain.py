@@ -33,7 +33,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             trainer.fit(
                 model,
                 loader,
-                distillation=Distillation(reader=work.adapter.outputs, chunk=cfg.distill.chunk),
+                distillation=Distillation(outputs=work.adapter.outputs, chunk=cfg.distill.chunk),
                 accelerator=work.accelerator,
                 on_step=lambda losses: progress.step(loss=losses["label"]),
                 on_epoch=lambda epoch, losses: log.write({"epoch": epoch, **losses}),

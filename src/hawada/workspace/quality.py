@@ -12,7 +12,7 @@ from hawada.core.distill import Distillation, KDConfig
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
 from hawada.core.importance import AnswerLoss, CalibrationData, Importance, Sensitivity, measure_sensitivity, rank_units
-from hawada.core.reconstruction import compensate
+from hawada.core.reconstruction import reconstruct
 from hawada.core.search import Worths, saliency_from_gates
 from hawada.core.structure import Keep
 from hawada.report import Progress
@@ -78,7 +78,7 @@ class Quality:
             if nats["nats"]["refitted"] > nats["nats"]["sliced"]:
                 return slim, {"refitted": 0, **nats}
         student = self._placed(self.student)
-        layers = compensate(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
+        layers = reconstruct(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
         refitted = self.work.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
         return refitted.cpu(), {"refitted": len(layers), **nats}
@@ -105,7 +105,7 @@ class Quality:
             fitted=fitted if self.node.reconstruct else [],
             judged=judged,
             distillation=Distillation(
-                KDConfig(temperature=1.0), reader=work.adapter.outputs, chunk=work.cfg.distill.chunk
+                KDConfig(temperature=1.0), outputs=work.adapter.outputs, chunk=work.cfg.distill.chunk
             ),
         )
         self.sensitivity = measure_sensitivity(

@@ -74,7 +74,7 @@ def test_finetuning_on_states_draws_them_to_the_teachers(family):
         return float(hidden_mse(own, theirs))
 
     before = distance()
-    distillation = Distillation(KDConfig(), reader=adapter.outputs, hidden_weight=10.0)
+    distillation = Distillation(KDConfig(), outputs=adapter.outputs, hidden_weight=10.0)
     losses = []
     Finetuner(20, lr=3e-3, warm_up=0.0).fit(
         slim, [(images,)], teacher=teacher, distillation=distillation, on_step=losses.append

@@ -280,9 +280,9 @@ def test_a_slim_model_trains(choose, build_model):
 
 def losses_and_gradients(distillation, student, teacher, inputs, labels):
     with torch.no_grad():
-        taught = distillation.read(teacher, inputs)
+        taught = distillation.outputs_of(teacher, inputs)
     student.zero_grad()
-    losses = distillation.losses(distillation.read(student, inputs), taught, labels)
+    losses = distillation.losses(distillation.outputs_of(student, inputs), taught, labels)
     sum(losses.values()).backward()
     gradients = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
     return {name: loss.detach() for name, loss in losses.items()}, gradients
@@ -303,7 +303,7 @@ def test_losses_in_chunks_are_the_plain_losses(kind, chunk, build_model, random_
             for gate in student.gates:
                 gate.theta.normal_(1.0, 1.0)
     options = {
-        "reader": adapter.outputs,
+        "outputs": adapter.outputs,
         "hidden_weight": 0.5,
         "label_weight": 0.25,
         "alignment": adapter.alignment(groups, keep if kind == "slim" else keep_all(groups)),

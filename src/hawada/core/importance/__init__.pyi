@@ -10,7 +10,7 @@ from .gates import (
     rank_units as rank_units,
 )
 from .magnitude import Magnitude as Magnitude
-from .obs import ObsImportance as ObsImportance
+from .obs import ObsImportance as ObsImportance, obs_ranks as obs_ranks
 from .sensitivity import (
     AnswerLoss as AnswerLoss,
     Sensitivity as Sensitivity,

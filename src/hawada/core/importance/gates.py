@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hawada.core.distill import Reader, plain_reader
+from hawada.core.distill import OutputsFunction, plain_outputs
 from hawada.core.gates import Student
 from hawada.core.search import saliency_from_gates
 from hawada.core.structure import Group
@@ -25,7 +25,7 @@ class CalibrationData:
     """
 
     batches: Sequence[Any]
-    outputs: Reader = plain_reader
+    outputs: OutputsFunction = plain_outputs
     chunk: int | None = None
 
 

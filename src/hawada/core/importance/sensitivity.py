@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hawada.core.distill import Distillation, Outputs
 from hawada.core.gates import Student
-from hawada.core.reconstruction import batch_statistics, compensate, readers
+from hawada.core.reconstruction import batch_statistics, consumers, reconstruct
 from hawada.core.structure import ExportPolicy, Group, best_first, completed, full_widths, keep_first
 
 REMEMBERED = 2**26  # elements of the teacher's answers that are kept, rather than asked for again each time
@@ -79,7 +79,7 @@ class AnswerLoss:
         if choice not in self._known:
             before = self._weights(keep) if self.fitted else {}
             if self.fitted:
-                compensate(self.student, self.model, keep, self.fitted)
+                reconstruct(self.student, self.model, keep, self.fitted)
             self._known[choice] = self.without_refit(keep)
             for parameter, weight in before.items():
                 parameter.copy_(weight)
@@ -93,7 +93,7 @@ class AnswerLoss:
     def _weights(self, keep: Mapping[str, Sequence[int]]) -> dict[nn.Parameter, Tensor]:
         """Copies of what compensation is going to change."""
         with self.student.hard_gated(keep):
-            paths = readers(self.student, self.model, keep, self.fitted[0][0])
+            paths = consumers(self.student, self.model, keep, self.fitted[0][0])
         changing = [p for path in paths for p in self.student.model.get_submodule(path).parameters()]
         return {parameter: parameter.clone() for parameter in changing}
 
@@ -107,11 +107,11 @@ class AnswerLoss:
         """On one batch; the teacher's answers are remembered where they are little."""
         device = next(self.student.model.parameters()).device
         inputs, *rest = (tensor.to(device) for tensor in self.judged[index])
-        said = self._answers.get(index) or self.distillation.read(self.teacher, inputs)
+        said = self._answers.get(index) or self.distillation.outputs_of(self.teacher, inputs)
         shown = said.features if said.logits is None else said.logits
         if shown is not None and shown.numel() * len(self.judged) <= REMEMBERED:
             self._answers[index] = said
-        own = self.distillation.read(self.student, inputs)
+        own = self.distillation.outputs_of(self.student, inputs)
         return float(self.distillation.losses(own, said, rest[0] if rest else None)["kd"])
 
 
