@@ -13,14 +13,14 @@ from hawada.report.progress import console
 
 
 def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
-    """One row a target: what was measured for it and what its widths are worth.
+    """One row a target: what was measured for it and the value of its widths.
 
     Args:
-        points: each with `target_ratio`, `status`, `measured`, `worth` and `candidates`.
+        points: each with `target_ratio`, `status`, `measured`, `value` and `candidates`.
         title: of the table.
     """
     table = Table(title=escape(title), title_justify="left")
-    for name in ("target", "measured ratio", "slim ms", "worth", "models measured", "status"):
+    for name in ("target", "measured ratio", "slim ms", "value", "models measured", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
     for point in points:
         ratio, slim = point["measured"]["ratio"], point["measured"]["candidate"]
@@ -28,7 +28,7 @@ def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
             f"{point['target_ratio']:g}",
             f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
             f"{slim['median']:.3g}",
-            f"{point['worth']:.3f}",
+            f"{point['value']:.3f}",
             str(len(point["candidates"])),
             point["status"],
         )
@@ -36,7 +36,7 @@ def print_front(points: Sequence[Mapping[str, Any]], title: str) -> None:
 
 
 def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Worth of the widths over measured milliseconds: every model that was measured, and those chosen.
+    """Value of the widths over measured milliseconds: every model that was measured, and those chosen.
 
     Args:
         points: see `print_front`.
@@ -51,15 +51,15 @@ def plot_front(points: Sequence[Mapping[str, Any]], path: Path, title: str) -> N
     axes = figure.subplots()
     teacher_ms = points[0]["measured"]["baseline"]["median"]
     tried = [candidate for point in points for candidate in point["candidates"]]
-    axes.scatter([c["ratio"]["median"] * teacher_ms for c in tried], [c["worth"] for c in tried], s=12, color="0.7")
+    axes.scatter([c["ratio"]["median"] * teacher_ms for c in tried], [c["value"] for c in tried], s=12, color="0.7")
     chosen = sorted(points, key=lambda point: point["measured"]["ratio"]["median"])
     ms = [point["measured"]["ratio"]["median"] * teacher_ms for point in chosen]
     spread = [
         [(r["median"] - r["low"]) * teacher_ms for r in (p["measured"]["ratio"] for p in chosen)],
         [(r["high"] - r["median"]) * teacher_ms for r in (p["measured"]["ratio"] for p in chosen)],
     ]
-    axes.errorbar(ms, [point["worth"] for point in chosen], xerr=spread, marker="o", capsize=3)
+    axes.errorbar(ms, [point["value"] for point in chosen], xerr=spread, marker="o", capsize=3)
     for point in chosen:
         axes.axvline(point["target_ratio"] * teacher_ms, color="0.8", linestyle=":", zorder=0)
-    axes.set(xlabel="milliseconds, measured", ylabel="worth", title=title)
+    axes.set(xlabel="milliseconds, measured", ylabel="value", title=title)
     figure.savefig(path, dpi=120)

@@ -30,20 +30,20 @@ def totals(factors, picks):
     )
 
 
-def brute_force(domains, factors, limit, wanted=0.0):
+def brute_force(domains, factors, limit, at_least=0.0):
     every = [
         totals(factors, dict(zip(domains, picks, strict=True)))
         for picks in itertools.product(*[range(count) for count in domains.values()])
     ]
     fitting = [(cost, value) for cost, value in every if cost <= limit]
-    return max((value for cost, value in fitting if cost >= wanted), default=None)
+    return max((value for cost, value in fitting if cost >= at_least), default=None)
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("joint", [1, 16, 4096])
 @pytest.mark.parametrize("stairs", [False, True])
 def test_small_problems_are_solved_exactly_however_they_are_cut_into_pieces(monkeypatch, seed, joint, stairs):
-    monkeypatch.setattr(knapsack, "JOINT", joint)
+    monkeypatch.setattr(knapsack, "MAX_ENUMERATED_CHOICES", joint)
     domains, factors = random_problem(seed, stairs=stairs)
     highest = totals(factors, {name: count - 1 for name, count in domains.items()})[0]
     for share in (0.6, 0.8, 1.0):
@@ -67,24 +67,25 @@ def test_a_limit_out_of_reach_has_no_solution():
 
 def test_where_nothing_costs_enough_the_dearest_that_fits_is_taken():
     factors = [Factor(("a",), np.array([1.0, 5.0, 20.0]), np.array([9.0, 1.0, 2.0]))]
-    assert solve({"a": 3}, factors, 10.0, wanted=9.0).picks == {"a": 1}
-    assert solve({"a": 3}, factors, 10.0, wanted=0.5).picks == {"a": 0}
+    assert solve({"a": 3}, factors, 10.0, at_least=9.0).picks == {"a": 1}
+    assert solve({"a": 3}, factors, 10.0, at_least=0.5).picks == {"a": 0}
 
 
 def test_only_options_that_may_be_taken_are():
     factors = [Factor(("a",), np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))]
-    assert solve({"a": 3}, factors, 10.0, start={"a": [0, 1]}).picks == {"a": 1}
+    assert solve({"a": 3}, factors, 10.0, options={"a": [0, 1]}).picks == {"a": 1}
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_thinned_frontiers_and_coarse_steps_lose_little(monkeypatch, seed):
+def test_coarse_frontiers_and_coarse_steps_lose_little(monkeypatch, seed):
     domains, factors = random_problem(seed, variables=7, options=5)
     limit = float(sum(np.median(factor.cost) for factor in factors))
     best = brute_force(domains, factors, limit)
-    monkeypatch.setattr(knapsack, "BINS", 300)
-    monkeypatch.setattr(knapsack, "JOINT", 4)
+    monkeypatch.setattr(knapsack, "MAX_FRONTIER_POINTS", 300)
+    monkeypatch.setattr(knapsack, "MAX_ENUMERATED_FRONTIER_POINTS", 300 // 8)
+    monkeypatch.setattr(knapsack, "MAX_ENUMERATED_CHOICES", 4)
     assert solve(domains, factors, limit).value >= 0.995 * best
-    monkeypatch.setattr(knapsack, "WORK", 6)
+    monkeypatch.setattr(knapsack, "MAX_CONDITIONED_CHOICES", 6)
     assert solve(domains, factors, limit).value >= 0.9 * best
 
 

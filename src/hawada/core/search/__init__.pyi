@@ -1,4 +1,11 @@
-from .allocation import Worths as Worths, saliency_from_gates as saliency_from_gates
+from .allocation import Allocation as Allocation
+from .objective import (
+    ImportanceObjective as ImportanceObjective,
+    Objective as Objective,
+    SensitivityObjective as SensitivityObjective,
+    importance_from_gates as importance_from_gates,
+    reachable as reachable,
+)
 from .search_export import (
     BudgetSearch as BudgetSearch,
     Candidate as Candidate,
