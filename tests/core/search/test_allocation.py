@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from hawada.core.latency import random_keep
 from hawada.core.latency.proxy import Term
@@ -271,3 +272,52 @@ def test_enough_branches_stay_when_a_layer_takes_its_own_along():
     allocation = allocate(groups, {name: torch.tensor([v]) for name, v in importance.items()}, proxy, policy)
     widths = allocation.within(1.0)
     assert widths["a.attention"] + widths["b.attention"] >= 1
+
+
+@st.composite
+def declared(draw):
+    """Layers that can go, with heads and neurons inside, beside channels that every layer reads; half milliseconds."""
+    groups, terms = [Group("stream", "stream", draw(st.integers(1, 4)), ())], []
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    for path in [f"layers.{index}" for index in range(draw(st.integers(1, 3)))]:
+        kinds = {"kv": draw(st.integers(1, 4)), "ffn": draw(st.integers(1, 5))}
+        groups.append(Group(path, "layer", 1, (), removes=(Removal(path),)))
+        groups += [Group(f"{path}.{kind}", kind, units, (), parent=path) for kind, units in kinds.items()]
+        for kind, units in kinds.items():
+            steps = random.integers(1, 5, (groups[0].units + 1, units + 1)).cumsum(0).cumsum(1) / 2
+
+            def milliseconds(stream, layer, width, steps=steps):
+                return np.asarray(layer) * steps[np.asarray(stream, int), np.asarray(width, int)]
+
+            terms.append((("stream", path, f"{path}.{kind}"), milliseconds))
+    importance = {group.name: torch.tensor(random.random(group.units) + 0.01) for group in groups}
+    return groups, terms, importance, draw(st.floats(0.05, 1.0))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problem=declared())
+def test_the_value_of_the_widths_is_that_of_a_mixed_integer_program(oracle, problem):
+    """The value is written down once more: a layer's own share, and what is inside only while the layer stays."""
+    groups, terms, importance, share = problem
+    proxy, by_name = SumOfTerms(*terms), {group.name: group for group in groups}
+    widths_of_option = {g.name: [0, 1] if g.removes else list(range(1, g.units + 1)) for g in groups}
+    domains = {name: len(widths) for name, widths in widths_of_option.items()}
+    factors = []
+    for names, milliseconds in terms:
+        grid = np.meshgrid(*[np.array(widths_of_option[name], float) for name in names], indexing="ij")
+        costs = milliseconds(*grid)
+        factors.append((names, costs, np.zeros(costs.shape)))
+    for name, group in by_name.items():
+        best = np.sort(importance[name].float().double().numpy())[::-1]
+        values = np.array([math.sqrt(best[:width].sum() * best.sum()) for width in widths_of_option[name]])
+        names = (name,) if group.parent is None else (group.parent, name)
+        values = values if group.parent is None else np.stack([np.zeros(len(values)), values])
+        factors.append((names, np.zeros(values.shape), values))
+    full_ms = float(proxy.predict(full_widths(groups)))
+    limit = math.floor(2 * share * full_ms) / 2 + 0.25
+    picks = oracle(domains, factors, limit)
+    best = sum(float(values[tuple(picks[name] for name in names)]) for names, _, values in factors)
+    allocation = allocate(groups, importance, proxy, ExportPolicy())
+    widths = allocation.within(limit)
+    assert float(proxy.predict(widths)) <= limit
+    assert allocation.value(widths) == pytest.approx(best, rel=1e-9)

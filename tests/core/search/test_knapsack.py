@@ -1,7 +1,9 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from hawada.core.search import knapsack
 from hawada.core.search.knapsack import Factor, solve
@@ -59,6 +61,38 @@ def test_small_problems_are_solved_exactly_however_they_are_cut_into_pieces(monk
             assert (found.cost, found.value) == pytest.approx(totals(factors, found.picks))
             assert floor * limit <= found.cost <= limit * (1 + 1e-9)
             assert found.value == pytest.approx(best)
+
+
+@st.composite
+def coupled(draw):
+    """Variables with a few options, tables over one to three of them, whole costs, and a limit between two of these."""
+    names = [f"v{index}" for index in range(draw(st.integers(1, 5)))]
+    domains = {name: draw(st.integers(1, 4)) for name in names}
+    scopes = draw(st.lists(st.lists(st.sampled_from(names), unique=True, max_size=3), min_size=1, max_size=7))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    factors = []
+    for scope in scopes:
+        shape = [domains[name] for name in scope]
+        costs = random.integers(0, 9, shape).astype(float)
+        factors.append(Factor(tuple(scope), np.asarray(costs), np.asarray(random.random(shape))))
+    low, high = (sum(float(end(factor.cost)) for factor in factors) for end in (np.min, np.max))
+    return domains, factors, low + math.floor(draw(st.floats(-0.1, 1.1)) * (high - low + 1)) + 0.5
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problem=coupled(), enumerated=st.sampled_from([1, 8, 4096]))
+def test_the_optimum_is_that_of_a_mixed_integer_program(oracle, problem, enumerated):
+    domains, factors, limit = problem
+    picks = oracle(domains, [(factor.variables, factor.cost, factor.value) for factor in factors], limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "MAX_ENUMERATED_CHOICES", enumerated)
+        found = solve(domains, factors, limit)
+    if picks is None:
+        assert found is None
+        return
+    cost, value = totals(factors, found.picks)
+    assert cost <= limit and (cost, value) == pytest.approx((found.cost, found.value), rel=1e-12)
+    assert value == pytest.approx(totals(factors, picks)[1], rel=1e-9)
 
 
 def test_a_limit_out_of_reach_has_no_solution():
