@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hawada.core.latency import MARGIN, Budget, Comparison, Proxy, averaged
+from hawada.core.latency import SEARCH_MARGIN_OF_TOLERANCE, Budget, Comparison, Proxy, averaged
 from hawada.core.search.allocation import Allocation
 from hawada.core.search.objective import Objective
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
@@ -104,7 +104,7 @@ class BudgetSearch:
             start: widths to shrink or grow from, by the search's objective alone; None means those of the search.
         """
         limit_ms = aim_ratio * self.teacher_ms
-        at_least_ms = limit_ms * (1 - MARGIN * self.budget.tolerance)
+        at_least_ms = limit_ms * (1 - SEARCH_MARGIN_OF_TOLERANCE * self.budget.tolerance)
         proposing = self._proposing[level] if start is None else [self.allocation(level)]
         keeps = [each.keep(each.within(limit_ms, at_least_ms, start or self.start)) for each in proposing]
         if all(keep == keeps[0] for keep in keeps):
@@ -229,7 +229,7 @@ def _next_choice(search: BudgetSearch, tried: Sequence[Candidate], level: int) -
     aims.append((_next_aim(points, goal), None))
     for aim, start in aims:
         # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
-        for share in (1.0, 1.0 + MARGIN * search.budget.tolerance):
+        for share in (1.0, 1.0 + SEARCH_MARGIN_OF_TOLERANCE * search.budget.tolerance):
             keep = search.choose(aim * share, level, start)
             if all(candidate.keep != keep for candidate in tried):
                 return keep
@@ -240,7 +240,7 @@ def _goal(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
     """The ratio to come close to: the wider the intervals are, the further below the target it must lie."""
     budget = search.budget
     spread = float(np.median([c.comparison.ratio.high / c.comparison.ratio.median - 1 for c in tried]))
-    highest = budget.ratio(search.teacher_ms) * (1 - MARGIN * budget.tolerance) / (1 + spread)
+    highest = budget.ratio(search.teacher_ms) * (1 - SEARCH_MARGIN_OF_TOLERANCE * budget.tolerance) / (1 + spread)
     return min(budget.middle(search.teacher_ms), highest)
 
 
