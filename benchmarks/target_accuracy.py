@@ -27,7 +27,7 @@ from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.latency import Comparison
-from hawada.core.search import BudgetSearch, search_export
+from hawada.core.search import BudgetSearch, ImportanceObjective, search_export
 from hawada.core.structure import keep_all, widths_of
 from hawada.experiment import Run
 from hawada.stages import profile
@@ -57,13 +57,13 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     work = Workspace(run.settings("evaluate"), run)
     choosing = Workspace(run.settings("export"), run)
     generator = torch.Generator().manual_seed(seed)
-    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
+    importance = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in work.groups}
     teacher = work.adapter.skeleton()
     start = time.perf_counter()
     with measuring(choosing, teacher, teacher) as measure:
         search = BudgetSearch(
             groups=work.groups,
-            saliency=saliency,
+            objective=ImportanceObjective(work.groups, importance),
             proxy=load_proxy(choosing, "profile"),
             policies=choosing.policies,
             measure=measure,
@@ -114,8 +114,8 @@ def verify(run: Run, records: list[dict[str, Any]]) -> None:
 
 
 def in_window(search: BudgetSearch, ratio: float) -> int:
-    """Count the different allocations that the table has in the window, up to ten."""
-    allocation = search._allocation(0)
+    """How many different allocations the table has in the window, counted up to ten."""
+    allocation = search.allocation(0)
     target, tolerance = ratio * search.teacher_ms, search.budget.tolerance
     seen = set()
     for share in np.linspace(1 - tolerance, 1, 40):

@@ -125,10 +125,8 @@ def make_search(
     from_gates = completed(keep_from_gates(student.own_gates(), student.groups, work.policy), work.groups)
     return BudgetSearch(
         groups=work.groups,
-        saliency=quality.saliency,
-        worths=quality.worths,
-        loss=quality.loss,
-        gates=quality.gates,
+        objective=quality.objectives[0],
+        alternatives=quality.objectives[1:],
         proxy=proxy,
         policies=work.policies,
         measure=measure,
@@ -196,6 +194,6 @@ def _described(candidate: Candidate, groups: Sequence[Group]) -> dict[str, Any]:
         "level": candidate.level,
         "predicted_ratio": candidate.predicted_ratio,
         "ratio": candidate.comparison.ratio.as_dict(),
-        "worth": candidate.worth,
+        "value": candidate.value,
         "widths": widths_of(candidate.keep, groups),
     }

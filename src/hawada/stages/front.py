@@ -1,4 +1,4 @@
-"""Many targets from one training: the Pareto front of saliency and measured latency, without a training step."""
+"""Many targets from one training: the Pareto front of value and measured latency, without a training step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             progress.say(f"target {target:g}")
             search = make_search(work, student, quality, timed, work.budget_for(target), proxy)
             found = search_export(search, cfg.export.max_measurements)
-            point = {"target_ratio": target, "worth": found.chosen.worth, **described(found, work.groups)}
+            point = {"target_ratio": target, "value": found.chosen.value, **described(found, work.groups)}
             if found.status != "infeasible":
                 slim = work.slim(student.model, found.chosen.keep)
                 point["equivalence"] = prove_equivalence(work, student, slim, found.chosen.keep)

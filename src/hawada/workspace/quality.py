@@ -1,4 +1,4 @@
-"""What the export knows of quality: which units go first, what widths are worth, and how to make up for what goes."""
+"""What the export knows of quality: importance of units, sensitivity to widths, and reconstruction."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from hawada.config import build
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
-from hawada.core.importance import AnswerLoss, CalibrationData, Importance, Sensitivity, measure_sensitivity, rank_units
+from hawada.core.importance import (
+    CalibrationData,
+    Importance,
+    OutputDivergence,
+    Sensitivity,
+    importance_from_gates,
+    measure_sensitivity,
+    rank_units,
+)
 from hawada.core.reconstruction import reconstruct
-from hawada.core.search import Worths, saliency_from_gates
+from hawada.core.search import ImportanceObjective, Objective, SensitivityObjective
 from hawada.core.structure import Keep
 from hawada.report import Progress
 from hawada.workspace.workspace import Workspace
@@ -22,7 +30,7 @@ from hawada.workspace.workspace import Workspace
 class Quality:
     """As configured under `export` and `calibration`, from the gates and training data, which are read when it is made.
 
-    Half of the data is for refitting layers while worths are measured, the other half for comparing answers.
+    Half of the data is for refitting layers while the sensitivity is measured, the other half for comparing outputs.
 
     Args:
         work: of the stage.
@@ -31,19 +39,20 @@ class Quality:
         progress: told what is going on.
 
     Attributes:
-        gates: saliency by gated group, (units,), larger is kept longer.
-        saliency: the same, or the importance that was asked for.
-        sensitivity: what each width costs; None where the saliency tells.
-        loss: of a whole choice of units, in nats per answer; None likewise.
+        importance: by gated group, (units,), larger is kept longer.
+        sensitivity: the output divergence of each width; None where importance decides.
+        divergence: of a whole choice of units, in nats per sample or token; None likewise.
+        objectives: what the search goes by, and others that propose widths to it.
     """
 
     def __init__(self, work: Workspace, student: Student, teacher: nn.Module, progress: Progress) -> None:
         self.work, self.node, samples = work, work.cfg.export, work.cfg.calibration.samples
         self.student, self.teacher = student, teacher
-        self.gates = saliency_from_gates(student.effective_gates())
-        self.saliency: dict[str, Tensor] = dict(self.gates)
+        gates = importance_from_gates(student.effective_gates())
+        self.importance: dict[str, Tensor] = dict(gates)
         self.sensitivity: Sensitivity | None = None
-        self.loss: AnswerLoss | None = None
+        self.divergence: OutputDivergence | None = None
+        self.objectives: list[Objective] = [ImportanceObjective(work.groups, gates)]
         self.batches: list[Any] = []
         measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and work.budget.has_target
         if not samples or not (measured or self.node.reconstruct):
@@ -54,11 +63,6 @@ class Quality:
         if measured:
             self._measure(progress)
 
-    @property
-    def worths(self) -> Worths | None:
-        """What a width is worth; None where the saliency tells."""
-        return None if self.sensitivity is None else self.sensitivity.worth
-
     def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, dict[str, Any]]:
         """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
 
@@ -67,14 +71,14 @@ class Quality:
             keep: what it was sliced to.
 
         Returns:
-            The better of the two models, and for the record: how many layers were `refitted`, and the nats per answer
-            that slicing alone and slicing with a refit cost, where such were measured.
+            The better of the two models, and for the record: how many layers were `refitted`, and the output
+            divergence of slicing alone and of slicing with a refit, where such were measured.
         """
         if not self.node.reconstruct or not self.batches:
             return slim, {"refitted": 0}
         nats: dict[str, Any] = {}
-        if self.loss is not None:
-            nats = {"nats": {"sliced": self.loss.without_refit(keep), "refitted": self.loss(keep)}}
+        if self.divergence is not None:
+            nats = {"nats": {"sliced": self.divergence.without_reconstruction(keep), "refitted": self.divergence(keep)}}
             if nats["nats"]["refitted"] > nats["nats"]["sliced"]:
                 return slim, {"refitted": 0, **nats}
         student = self._placed(self.student)
@@ -88,34 +92,36 @@ class Quality:
         return {} if self.sensitivity is None else {"sensitivity": self.sensitivity.as_dict()}
 
     def _measure(self, progress: Progress) -> None:
-        """Order and worth of the units."""
+        """Importance, and sensitivity."""
         work, half = self.work, max(1, len(self.batches) // 2)
-        fitted, judged = self.batches[:half], self.batches[half:] or self.batches
+        refit_on, compare_on = self.batches[:half], self.batches[half:] or self.batches
         model = self._ungated()
         importance: Importance = build(self.node.importance)
         progress.say("ranking the units")
-        calibration = CalibrationData(fitted, work.adapter.outputs, work.cfg.distill.chunk)
-        self.saliency |= rank_units(
+        calibration = CalibrationData(refit_on, work.adapter.outputs, work.cfg.distill.chunk)
+        self.importance |= rank_units(
             importance, self._placed(self.student), model, groups=work.gated_groups, calibration=calibration
         )
-        self.loss = AnswerLoss(
+        self.divergence = OutputDivergence(
             self._placed(self.student),
             self._placed(self.teacher),
             model=model,
-            fitted=fitted if self.node.reconstruct else [],
-            judged=judged,
+            refit_on=refit_on if self.node.reconstruct else [],
+            compare_on=compare_on,
             distillation=Distillation(
                 KDConfig(temperature=1.0), outputs=work.adapter.outputs, chunk=work.cfg.distill.chunk
             ),
         )
         self.sensitivity = measure_sensitivity(
-            self.loss,
+            self.divergence,
             work.groups,
             work.policy,
-            self.saliency,
+            self.importance,
             points=self.node.points,
-            on_group=lambda name: progress.say(f"measured what {name} is worth"),
+            on_group=lambda name: progress.say(f"measured the sensitivity of {name}"),
         )
+        by_sensitivity = SensitivityObjective(self.importance, self.sensitivity, self.divergence)
+        self.objectives = [by_sensitivity, *self.objectives]
 
     def _ungated(self) -> nn.Module:
         """The student's model, whose weights may have been trained along, without its gates."""
