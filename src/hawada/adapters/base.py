@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.structure import Edits, Group, Inputs, Keep, Site, materialize, set_structure
+from hawada.core.structure import Edits, Group, Inputs, Keep, Site, fill, materialize, set_structure
 
 WEIGHTS = "model.safetensors"
 
@@ -164,8 +164,28 @@ class Adapter(ABC):
         return None
 
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
-        """The physically smaller model, in eval mode: no gates, no hooks."""
+        """The physically smaller model, in eval mode: no gates, no hooks.
+
+        Args:
+            model: the teacher, or a student's gated model; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+        """
         return materialize(model, groups, keep).eval()
+
+    def slice_site(self, model: nn.Module, groups: Sequence[Group], keep: Keep, path: str) -> nn.Module:
+        """The module that `slim` has for the one at `path` of `model`, the identity where it is gone.
+
+        The latency table and the staircases of the doctor time it, so a family that overrides `slim` overrides this
+        too. Nothing outside the module is cut.
+
+        Args:
+            model: the unpruned model, in eval mode; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+            path: of a site of `sites(model)`.
+        """
+        return materialize(model, groups, keep, path)
 
     def loads_with(self, path: str, model: nn.Module) -> str:
         """Python code that loads a saved model."""
@@ -197,10 +217,4 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
         raise ValueError(f"{path / WEIGHTS} does not fit its manifest: {odd} is on one side only; export it again")
-    for name, tensor in state.items():
-        owner_path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        if attribute in owner._parameters:
-            setattr(owner, attribute, nn.Parameter(tensor))
-        else:
-            setattr(owner, attribute, tensor)
+    fill(model, state)

@@ -10,7 +10,7 @@ from torch import nn
 import hawada
 from hawada.adapters import Shape, load_model, save_model
 from hawada.adapters.huggingface import LlamaAdapter
-from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, sliced_tensors
+from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, slim_state
 from hawada.adapters.saved import MANIFEST
 from hawada.core.distill import IGNORED, Distillation, KDConfig, hidden_mse
 from hawada.core.gates import Student
@@ -240,7 +240,7 @@ def test_layers_that_stay_are_counted_anew(build_model):
     groups = adapter.groups(teacher)
     edits = plan_edits(teacher, groups, completed({"model.layers.1": ()}, groups))
     layers = [f"model.layers.{index}" for index in range(3)]
-    state = sliced_tensors(teacher, edits, layers)
+    state = slim_state(teacher, edits, layers)
     assert {name.split(".")[2] for name in state if "layers" in name} == {"0", "1"}
     assert torch.equal(state[DOWN], teacher.model.layers[2].mlp.down_proj.weight)
     slim = adapter.slim(teacher, groups, completed({"model.layers.1": ()}, groups))
@@ -251,7 +251,7 @@ def test_a_configuration_that_does_not_describe_the_tensors_is_an_error(build_mo
     adapter, teacher = build_model("gqa4")
     groups = adapter.groups(teacher)
     layers = [f"model.layers.{index}" for index in range(3)]
-    state = sliced_tensors(teacher, plan_edits(teacher, groups, two_thirds(groups)), layers)
+    state = slim_state(teacher, plan_edits(teacher, groups, two_thirds(groups)), layers)
     with pytest.raises(
         RuntimeError, match=r"the slim configuration does not describe model\.embed_tokens\.weight: the"
     ):

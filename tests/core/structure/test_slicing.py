@@ -2,11 +2,10 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hawada.core.structure import slice_conv2d, slice_embedding, slice_linear
-from hawada.core.structure.slicing import slice_norm, slice_tensor
+from hawada.core.structure.slicing import slice_tensor
 
 
 def test_slice_tensor_copies_without_history():
@@ -56,36 +55,6 @@ def test_a_sliced_convolution_keeps_its_bias():
 def test_grouped_convolutions_are_refused():
     with pytest.raises(ValueError, match="a convolution with groups=2 has no freely removable channels; groups=1"):
         slice_conv2d(nn.Conv2d(4, 4, 3, groups=2), out_channels=[0])
-
-
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
-@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
-def test_a_sliced_batchnorm_keeps_its_statistics(kind, options):
-    norm = kind(5, eps=1e-3, momentum=0.3, **options)
-    x = torch.randn(8, 5, *((3, 3) if kind is nn.BatchNorm2d else ()))
-    norm(x * 3 + 1)
-    norm.eval()
-    if norm.affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    sliced = slice_norm(norm, [0, 4])
-    assert torch.allclose(sliced(x[:, [0, 4]]), norm(x)[:, [0, 4]], atol=1e-6)
-    assert (sliced.num_features, sliced.eps, sliced.momentum) == (2, 1e-3, 0.3)
-    assert list(sliced.state_dict()) == list(norm.state_dict())
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_sliced_layernorm_normalises_over_the_kept_features(bias):
-    norm, x = nn.LayerNorm(5, eps=1e-3, bias=bias), torch.randn(3, 5)
-    nn.init.normal_(norm.weight)
-    kept = [1, 2, 4]
-    expected = F.layer_norm(x[:, kept], (3,), norm.weight[kept], norm.bias[kept] if bias else None, 1e-3)
-    assert torch.allclose(slice_norm(norm, kept)(x[:, kept]), expected)
-
-
-def test_a_layernorm_over_several_axes_is_refused():
-    with pytest.raises(ValueError, match=r"LayerNorm over \(2, 3\) has more than one axis; one wanted"):
-        slice_norm(nn.LayerNorm((2, 3)), [0])
 
 
 def test_a_sliced_embedding_looks_up_the_kept_columns_of_the_kept_rows():

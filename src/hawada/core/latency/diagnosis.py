@@ -15,7 +15,17 @@ from hawada.core.latency.clock import Clock
 from hawada.core.latency.operators import Operator, list_operators
 from hawada.core.latency.profiler import TINY_MS, Rounds, bootstrap_median, sample_rounds
 from hawada.core.latency.site_table import Arguments, SiteCall
-from hawada.core.structure import ExportPolicy, Group, Inputs, Keep, Site, full_widths, keep_first, materialize
+from hawada.core.structure import (
+    ExportPolicy,
+    Group,
+    Inputs,
+    Keep,
+    Site,
+    SliceSite,
+    full_widths,
+    keep_first,
+    materialize,
+)
 
 CHAIN = 128  # operators whose launches are timed together
 TRANSFERRED = (1 << 20, 1 << 23, 1 << 26, 1 << 28)  # bytes of the tensors that bandwidth is measured on
@@ -305,6 +315,7 @@ def measure_staircase(
     *,
     points: int,
     rounds: Rounds,
+    slice_site: SliceSite = materialize,
 ) -> Staircase:
     """Time really sliced copies of one site over a fine grid of widths.
 
@@ -316,6 +327,7 @@ def measure_staircase(
         clock: takes the time.
         points: about how many widths; fewer when preparing them takes longer than the rounds may.
         rounds: how long to measure.
+        slice_site: makes the sliced modules; see `build_table`.
     """
     site, group = axis
     full = full_widths(groups)
@@ -326,7 +338,7 @@ def measure_staircase(
         if late and len(samplers) >= FEWEST:
             break  # warming up takes most of the time, and on a busy machine much of it
         keep = keep_first(groups, full | {group.name: width})
-        call = SiteCall(materialize(model, groups, keep, prefix=site.module), arguments)
+        call = SiteCall(slice_site(model, groups, keep, site.module), arguments)
         samplers[width] = clock.prepare(call, SiteCall.inputs(arguments))
     samples = sample_rounds(list(samplers.values()), rounds)  # the first, the full width, is the baseline
     relative = samples / np.maximum(samples[:, [0]], TINY_MS)

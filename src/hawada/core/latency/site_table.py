@@ -18,7 +18,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from hawada.core.latency.clock import Clock
 from hawada.core.latency.monitor import Monitor
 from hawada.core.latency.profiler import Rounds, relative_medians
-from hawada.core.structure import ExportPolicy, Group, Inputs, Site, full_widths, keep_first, materialize, widths_of
+from hawada.core.structure import (
+    ExportPolicy,
+    Group,
+    Inputs,
+    Site,
+    SliceSite,
+    full_widths,
+    keep_first,
+    materialize,
+    widths_of,
+)
 
 SoftWidths = Mapping[str, Tensor | float | int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -130,6 +140,7 @@ def build_table(
     rounds: Rounds | None = None,
     monitor: Monitor | None = None,
     on_site: Callable[[str], None] | None = None,
+    slice_site: SliceSite = materialize,
 ) -> LatencyTable:
     """Slice a copy of each distinct site to a grid of widths and time it on the arguments it really gets.
 
@@ -147,6 +158,7 @@ def build_table(
         rounds: how long to measure.
         monitor: watches the device.
         on_site: called with each site's path when it is done.
+        slice_site: makes the sliced modules that are timed; an adapter's takes them from the model that it exports.
     """
     by_name = {group.name: group for group in groups}
     captured = [
@@ -167,7 +179,15 @@ def build_table(
             signature = (repr(module), shapes, grid, read, site.reads_dim, site.reads_per_unit)
             if signature not in measured:
                 measured[signature] = _time_grid(
-                    model, groups, site, grid, arguments[site.module], clock, rounds or Rounds(), monitor
+                    model,
+                    groups,
+                    site,
+                    grid,
+                    arguments[site.module],
+                    clock,
+                    rounds or Rounds(),
+                    monitor=monitor,
+                    slice_site=slice_site,
                 )
             ms = ms + times * measured[signature]
         tables.append(SiteTable(site, grid, ms))
@@ -239,7 +259,9 @@ def _time_grid(
     arguments: Arguments,
     clock: Clock,
     rounds: Rounds,
+    *,
     monitor: Monitor | None,
+    slice_site: SliceSite,
 ) -> NDArray[np.float64]:
     """Milliseconds at every grid point; points that slice to the same module are timed once, a removed one takes 0."""
     full = full_widths(groups)
@@ -251,7 +273,7 @@ def _time_grid(
         remain = widths_of(keep, groups)
         points[widths] = tuple(remain[name] for name in site.groups)
         if str(points[widths]) not in calls:
-            module = materialize(model, groups, keep, prefix=site.module)
+            module = slice_site(model, groups, keep, site.module)
             if not isinstance(module, nn.Identity):
                 calls[str(points[widths])] = SiteCall(module, arguments)
                 first, *others = SiteCall.inputs(arguments)
