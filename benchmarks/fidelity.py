@@ -55,7 +55,7 @@ def judge(model: str, root: Path, overrides: list[str]) -> dict[str, Any]:
     ]
     record: dict[str, Any] = {"model": model, "teacher_ms": teacher_ms, "timed_as": work.timed_as, "proxies": {}}
     for proxy, space in spaces.items():
-        predicted, real = calibrate(space.new_proxy(tables[proxy]), samples, fitted=2 + work.cfg.profile.calibration)
+        predicted, real = calibrate(space.new_proxy(tables[proxy]), samples, fitted=2 + work.cfg.profile.fitted_models)
         record["proxies"][proxy] = fidelity(predicted, real) | {"predicted_ms": predicted}
         record["measured_ms"] = real
     return record | {"environment": work.environment()}

@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from hawada.core.files import partial_path
+
 ROWS = ("text", "shuffled latents", "zero latents", "prompt tuning", "head", "tail", "random tokens", "nothing")
 PLAIN = "as configured"
 VARIANTS: dict[str, list[str]] = {
@@ -111,12 +113,26 @@ def train(arguments: argparse.Namespace, job: Job) -> None:
     folder = arguments.root / job.name
     mine = {"job": asdict(job), "overrides": arguments.overrides}
     if not (folder / JOB).is_file():
-        shutil.copytree(arguments.root / "models" / "interlingua-llms", folder / "interlingua-llms", dirs_exist_ok=True)
+        if not finished(folder, "interlingua-llms"):
+            copy_new(arguments.root / "models" / "interlingua-llms", folder / "interlingua-llms")
         (folder / JOB).write_text(json.dumps(mine))
     if json.loads((folder / JOB).read_text()) != mine:
         raise RuntimeError(f"{folder} has a run with other overrides; give another --root")
     if not finished(folder, "interlingua"):
         hawada(arguments, "interlingua", job.overrides)
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copy a folder, whole or not at all, to where nothing is yet.
+
+    Raises:
+        RuntimeError: when something is there.
+    """
+    if os.path.lexists(target):
+        raise RuntimeError(f"{target} exists and is not what this benchmark copied; give another --root")
+    partial = partial_path(target)
+    shutil.copytree(source, partial)
+    os.rename(partial, target)
 
 
 def finished(folder: Path, stage: str) -> bool:

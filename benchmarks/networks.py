@@ -82,8 +82,8 @@ def _cifar_options(arguments: argparse.Namespace) -> list[str]:
         "model.adapter.factory=cifar_resnet.CifarResNet",
         f"model.adapter.arguments={{depth: {arguments.depth}}}",
         "model.adapter.image_size=32",
-        "export.quality.points=6",
-        "profile.held_out=4",
+        "export.points=6",
+        "profile.held_out_models=4",
     ]
 
 
@@ -96,10 +96,10 @@ def _lite_options(arguments: argparse.Namespace) -> list[str]:
         "data._target_=imagenette.imagenette",
         "model.adapter.factory=efficientnet_lite.EfficientNetLite0",
         "model.adapter.image_size=224",
-        "export.quality.points=3",
-        "export.quality.batch_size=32",
+        "export.points=3",
+        "calibration.batch_size=32",
         "profile.points=4",
-        "profile.held_out=4",
+        "profile.held_out_models=4",
         "groups.kind=[channel,branch]",
     ]
 
@@ -172,11 +172,11 @@ def options(arguments: argparse.Namespace, network: Network, root: Path) -> list
         f"budget.batch={network.batch}",
         f"gpu.multiple.channel=[{network.multiple}]",
         f"export.minimum.channel={network.multiple}",
-        "export.quality.order=reconstruction",
-        f"export.quality.samples={network.calibration}",
+        "importance=obs",
+        f"calibration.samples={network.calibration}",
         "train.epochs=0",
         "train.batch_size=64",
-        "runtime.mixed_precision=bf16",  # finetuning of all methods
+        "compute.mixed_precision=bf16",  # finetuning of all methods
         *network.options(arguments),
         f"model.path={network.weights(arguments, root).resolve()}",
     ]

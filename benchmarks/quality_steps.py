@@ -39,7 +39,7 @@ from hawada.workspace import Workspace
 
 HELD_OUT = 5120  # training images
 TRAINED = ["train.epochs=10", "train.steps_per_epoch=10", "train.patience=0"]  # of gates, at batch 64: 6,400 images
-ALONE = ["export.quality.worth=gates", "export.quality.compensate=false"]  # gates decide everything
+ALONE = ["export.sensitivity=gates", "export.reconstruct=false"]  # gates decide everything
 FISHER = "train.importance.samples=2048"
 STEPS: dict[str, list[str]] = {
     "sigmoid gates, trained": [*TRAINED, *ALONE],
@@ -55,11 +55,9 @@ STEPS: dict[str, list[str]] = {
     ],
     "hard-concrete": [*TRAINED, *ALONE, "gate=hard_concrete"],
     "polarization penalty": [*TRAINED, *ALONE, "penalties.polarization=1"],
-    "sigmoid gates, trained; readers refitted": [*TRAINED, "export.quality.worth=gates"],
+    "sigmoid gates, trained; readers refitted": [*TRAINED, "export.sensitivity=gates"],
     "sigmoid gates, trained; readers refitted, worths measured": TRAINED,
-    "no gates trained; readers refitted, worths measured, order by reconstruction": [
-        "export.quality.order=reconstruction"
-    ],
+    "no gates trained; readers refitted, worths measured, order by reconstruction": ["importance=obs"],
 }
 LAST = list(STEPS)[-1]  # makes what is finetuned
 
@@ -199,7 +197,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.root or Path(temporary)
-        base = [*options(arguments, network, root), "export.quality.order=gates", f"data.samples={50_000 - HELD_OUT}"]
+        base = [*options(arguments, network, root), "importance=gates", f"data.samples={50_000 - HELD_OUT}"]
         base += arguments.overrides
         first = workspace(base, network.targets, root / "measured")
         latencies = first.run.folder("profile") / "latency_table.json"

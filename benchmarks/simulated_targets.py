@@ -38,7 +38,7 @@ OPTIONS = [
     f"budget.tolerance={TOLERANCE}",
     "budget.batch=8",
     "runtime.threads=1",
-    "profile.held_out=2",
+    "profile.held_out_models=2",
 ]
 ALL = 20_000  # choices that are all tried, at most
 

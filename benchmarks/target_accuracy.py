@@ -4,9 +4,9 @@
 
 Cells are models x batch sizes x ratios. Gates are random (latency does not depend on what they were trained to). A
 cell counts when at least three allocations of the table lie in its window; a search that gives it up is outside. What
-the search found is judged by the median of three fresh processes, and the cells of one model take turns: a shared
+the search found is verified by the median of three fresh processes, and the cells of one model take turns: a shared
 machine has moods of seconds to minutes, in which the ratio of the same two models differs by 2 to 3 %. Models and
-batches that the output holds already are not judged again. Further overrides go after `--`, e.g. `-- gpu=h100
+batches that the output holds already are not measured again. Further overrides go after `--`, e.g. `-- gpu=h100
 runtime=cudagraph`, or `-- runtime.threads=1` on a virtual machine whose threads now run near each other and now do not:
 there the ratio of the same two models is another from one minute to the next.
 """
@@ -32,19 +32,19 @@ from hawada.core.structure import keep_all, widths_of
 from hawada.experiment import Run
 from hawada.stages import profile
 from hawada.stages.export import measuring
-from hawada.workspace import Workspace, judge_afresh, load_proxy
-from hawada.workspace.judge import combine
+from hawada.workspace import Workspace, load_proxy, verify_in_fresh_process
+from hawada.workspace.verification import combine
 
 ENOUGH = 3  # allocations in the window
 ABOVE = 0.005  # of the target: how far the point estimate of the second measurement may lie above
-PROCESSES = 3  # that judge a cell
+PROCESSES = 3  # that verify a cell
 
 
 def run_of(model: str, batch: int, root: Path, overrides: list[str]) -> Run:
     """An experiment with its profile."""
     register_resolvers()
     options = [f"model={model}", f"budget.batch={batch}", f"name={model}-batch{batch}", f"output_dir={root}"]
-    options += ["profile.held_out=2", "budget.target_ratio=null"]  # fidelity has a benchmark of its own
+    options += ["profile.held_out_models=2", "budget.target_ratio=null"]  # fidelity has a benchmark of its own
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         cfg = compose("config", [*options, *overrides])
     run = Run(root / cfg.name, cfg)
@@ -74,7 +74,7 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
         choices = in_window(search, ratio)  # before the search adds to the fit
         found = search_export(search)
     seconds = time.perf_counter() - start
-    folder = run.root / "judged" / f"{ratio:g}"
+    folder = run.root / "verified" / f"{ratio:g}"
     folder.mkdir(parents=True)
     work.save(folder / "teacher", teacher, keep_all(work.groups))
     work.save(folder / "slim", work.slim(teacher, found.chosen.keep), found.chosen.keep)
@@ -88,14 +88,14 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     }
 
 
-def judge(run: Run, records: list[dict[str, Any]]) -> None:
+def verify(run: Run, records: list[dict[str, Any]]) -> None:
     """Measure what was found for each target afresh, all targets in turn, and add what came out to the records."""
     work = Workspace(run.settings("evaluate"), run)
     again: dict[float, list[Comparison]] = {}
     for _ in range(PROCESSES):
         for record in records:
-            folder = run.root / "judged" / f"{record['target_ratio']:g}"
-            comparison = judge_afresh(work, folder / "teacher", folder / "slim", folder).comparison
+            folder = run.root / "verified" / f"{record['target_ratio']:g}"
+            comparison = verify_in_fresh_process(work, folder / "teacher", folder / "slim", folder).comparison
             if comparison is None:
                 raise RuntimeError(f"{folder}: nothing was measured")
             again.setdefault(record["target_ratio"], []).append(comparison)
@@ -126,7 +126,7 @@ def in_window(search: BudgetSearch, ratio: float) -> int:
 
 
 def main() -> None:
-    """Judge every cell and print one line each."""
+    """Verify every cell and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny_resnet", "tiny_vit", "tiny_llama"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
@@ -143,7 +143,7 @@ def main() -> None:
             run = run_of(model, batch, Path(root), arguments.overrides)
             profiled = run.result("profile")
             found = [find(run, ratio, seed) for seed, ratio in enumerate(arguments.ratios)]
-            judge(run, found)
+            verify(run, found)
         for record in found:
             records.append({"model": model, "batch": batch, "proxy": profiled["fidelity"]} | record)
             print(line(records[-1]), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from cifar_resnet import CifarResNet
 from safetensors.torch import load_file, save_file
 
+from hawada.core.files import partial_path
 from hawada.core.finetune import Finetuner
 from hawada.data import cifar10
 
@@ -33,12 +35,17 @@ def adapted(weights: Path, depth: int, data: Path, epochs: int, root: Path) -> P
 
 
 def ten_classes(weights: Path, data: Path, root: Path) -> Path:
-    """Weights of an ImageNet classifier, a .pth state dict, whose `_fc` keeps Imagenette's classes alone."""
+    """Weights of an ImageNet classifier, a .pth state dict, whose `_fc` keeps Imagenette's classes; made once."""
+    asked = hashlib.blake2b(f"{data.resolve()}".encode() + weights.read_bytes(), digest_size=8)
+    path = root / f"ten_classes_{asked.hexdigest()}.safetensors"
+    if path.is_file():
+        return path
     with np.load(data / "val.npz", allow_pickle=False) as archive:
         rows = torch.from_numpy(archive["imagenet1k_index"])
     state = torch.load(weights, map_location="cpu", weights_only=True)  # tensors; no code is run
     state |= {name: state[name][rows].clone() for name in ("_fc.weight", "_fc.bias")}
     root.mkdir(parents=True, exist_ok=True)
-    path = root / "teacher.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    partial = partial_path(path)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    os.replace(partial, path)
     return path

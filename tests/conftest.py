@@ -14,6 +14,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cpus = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cpus[int(worker.removeprefix("gw")) % len(cpus)]})
 
+import torch  # only now: it reads the environment
+
+torch.set_warn_always(True)  # it warns once a process, so that the order of tests would decide which of them fails
+
 
 @pytest.fixture
 def no_reload():

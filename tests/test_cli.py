@@ -20,8 +20,8 @@ TINY = (
     "model.adapter.layers=[1,1,1,1]",
     "budget.batch=16",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
 )
 
 
@@ -93,6 +93,13 @@ MISTAKES = [
         "distill.teacher.path",
         r"/no/such.safetensors is neither a .safetensors file nor a folder that a run saved",
     ),
+    (["schedule.batch_size=1"], "pretrain.batch_size", r"BatchNorm .* 1 image at a time; set schedule.batch_size to 2"),
+    (
+        ["compute.mixed_precision=fp16"],
+        "compute.mixed_precision",
+        r"fp16 needs an NVIDIA GPU.*set compute.mixed_precision",
+    ),
+    (["model.adapter.num_classes=5"], "data: ", r"10 classes do not fit a model with 5; set the model's number of"),
     (["data=stdlib"], "data: ", r"not image data, which tiny_resnet takes"),
     (["data=cifar10"], "data.root", r"set data.root="),
     (["data=cifar10", "data.root=/no/such/folder"], "data.root", r"/no/such/folder does not exist; set data.root"),
@@ -219,8 +226,12 @@ def test_help_and_configuration_are_shown_without_loading_torch(
     assert contents(elsewhere) == {}
 
 
-def test_the_real_command_refuses_in_one_line_and_with_exit_code_2(elsewhere: Path) -> None:
-    command = [str(Path(sys.executable).parent / "hawada"), "budget.target_ratio=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "command",
+    [[str(Path(sys.executable).parent / "hawada")], [sys.executable, "-m", "hawada"]],
+    ids=["script", "module"],
+)
+def test_the_real_command_refuses_in_one_line_and_with_exit_code_2(command: list[str], elsewhere: Path) -> None:
+    done = subprocess.run([*command, "budget.target_ratio=2"], capture_output=True, text=True)
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "budget.target_ratio", "set budget.target_ratio")
     assert contents(elsewhere) == {}

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from hawada.config import conf_dir, register_resolvers, validate
+from hawada.config import check_given, conf_dir, register_resolvers, validate
 from hawada.experiment.plan import OF_GROUP
 
 CONF = Path(conf_dir())
@@ -77,7 +77,8 @@ def test_any_two_of_model_gpu_and_stage_compose(model: str, gpu: str, stage: str
     cfg = give_data_root(composed(f"model={model}", f"gpu={gpu}", f"stage={stage}", "gpu.timing=simulated"), tmp_path)
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # every interpolation finds its target
     assert all(resolved[group] for group in TRIPLE)
-    validate(cfg, measures=True, reads=resolved)
+    validate(cfg)
+    check_given(cfg, resolved)
     name = "interlingua" if stage.startswith("interlingua") else f"{cfg.model.name}-{gpu}"
     assert (cfg.name, cfg.gpu.name) == (name, gpu)
 
@@ -96,7 +97,8 @@ def test_every_option_of_the_other_groups_composes(group: str, option: str, tmp_
     cfg = give_data_root(composed(f"{group}={option}", "gpu.timing=simulated"), tmp_path)
     resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert OmegaConf.select(cfg, OF_GROUP.get(group, group)), f"{group}={option} composes to nothing"
-    validate(cfg, measures=True, reads=resolved)
+    validate(cfg)
+    check_given(cfg, resolved)
 
 
 def test_features_of_the_interlingua_add_up() -> None:
@@ -189,9 +191,10 @@ def test_a_pretrained_model_can_come_from_a_local_path(model: str) -> None:
 @pytest.mark.parametrize("mode", ["eager", "cudagraph", "compile"])
 def test_the_runtime_reaches_the_clock_of_every_gpu(mode: str) -> None:
     for gpu in options("gpu"):
-        cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "runtime.mixed_precision=bf16")
+        cfg = composed(f"runtime={mode}", f"gpu={gpu}", "runtime.threads=1", "compute.mixed_precision=bf16")
         assert cfg.gpu.clock.runtime == mode
-        assert cfg.runtime == {"mode": mode, "threads": 1, "mixed_precision": "bf16", "channels_last": False}
+        assert cfg.runtime == {"mode": mode, "threads": 1}
+        assert cfg.compute == {"mixed_precision": "bf16", "channels_last": False}
 
 
 def test_penalty_keys_reach_the_penalties() -> None:
@@ -205,7 +208,7 @@ def test_a_target_in_milliseconds_replaces_the_default_ratio(key: str) -> None:
     cfg = composed(f"{key}=20", "gpu.timing=simulated")
     assert cfg.budget.target_ms == 20
     assert cfg.budget.target_ratio is None
-    validate(cfg, measures=True)
+    validate(cfg)
 
 
 def test_without_a_target_in_milliseconds_there_is_a_ratio() -> None:

@@ -33,10 +33,10 @@ TINY = [
     "budget.batch=8",
     "budget.target_ratio=0.8",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
     "finetune.recalibration_samples=0",
-    "export.quality.samples=0",
+    "calibration.samples=0",
 ]
 BLOCKS = "model.adapter.layers=[1,1,1,1]"
 
@@ -79,6 +79,14 @@ class Penalty:
     def __call__(self, gates, groups):
         assert set(gates) == {group.name for group in groups}
         return self.value + 0 * next(iter(gates.values())).sum()
+
+
+class Backwards:
+    """The last units matter most."""
+
+    def rank(self, student, model, *, groups, calibration):
+        assert len(calibration.batches) > 0
+        return {group.name: torch.arange(group.units).float() for group in groups}
 
 
 class Proxy:
@@ -260,6 +268,16 @@ def test_a_penalty_is_added_to_those_that_are_there(experiment: Path) -> None:
     assert result_of(experiment, "train")["penalty"] == 0
     mine = "+penalty.mine={_target_: outside_parts.Penalty, value: 3.5}"
     assert run(experiment, "train", "overwrite=true", mine)["penalty"] == 3.5
+
+
+def test_an_importance(experiment: Path) -> None:
+    overrides = ["overwrite=true", "calibration.samples=64", "export.points=2", "export.reconstruct=false"]
+    run(experiment, "export", *overrides, "export.importance._target_=outside_parts.Backwards")
+    keep = json.loads((experiment / NAME / "export" / "keep.json").read_text())
+    pruned = {name: 64 * 2 ** (int(name[5]) - 1) for name in keep if name.endswith("conv1")}
+    assert any(0 < len(keep[name]) < units for name, units in pruned.items())
+    for name, units in pruned.items():
+        assert keep[name] == list(range(units - len(keep[name]), units))
 
 
 def test_a_proxy(experiment: Path) -> None:

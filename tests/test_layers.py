@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"core", "experiment"},
     "report": {"core", "experiment"},
     "experiment": {"core", "config"},
-    "config": {"core"},
+    "config": set(),
     "tools": {"api", "config", "experiment"},
     "core": set(),
 }
@@ -38,12 +38,13 @@ ROOMS: dict[str, set[str]] = {
 CORE: dict[str, set[str]] = {
     "verdict": set(),
     "structure": set(),
-    "gates": {"structure"},
-    "formats": {"structure"},
+    "gates": {"structure", "files"},
+    "formats": {"structure", "files"},
     "memory_format": set(),
-    "distill": {"structure", "gates", "formats", "verdict"},
-    "latency": {"structure", "gates", "formats", "verdict"},
-    "evaluate": {"structure", "gates", "formats", "verdict", "distill", "latency"},
+    "files": set(),
+    "distill": {"structure", "gates", "formats", "verdict", "files"},
+    "latency": {"structure", "gates", "formats", "verdict", "files"},
+    "evaluate": {"structure", "gates", "formats", "verdict", "files", "distill", "latency"},
 }
 CORE["train"] = CORE["finetune"] = CORE["evaluate"] | {"evaluate"}
 CORE["reconstruction"] = CORE["train"] | {"train", "finetune"}

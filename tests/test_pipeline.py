@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +22,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hawada as package
+from hawada.core import files as core_files
+from hawada.core.files import sha256
 from hawada.core.finetune import Finetuner
 from hawada.core.latency import Comparison
 from hawada.core.train import LagrangeTrainer
-from hawada.experiment.files import sha256
-from hawada.workspace import Judgement, Workspace
+from hawada.stages.pipeline import can_be_verified_again
+from hawada.workspace import Verification, Workspace
 
 NAME = "tiny_resnet-local"
 TINY = [
@@ -37,11 +44,11 @@ TINY = [
     "schedule.finetune=1",
     "budget.batch=16",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
     "finetune.recalibration_samples=64",
-    "export.quality.samples=64",
-    "export.quality.points=2",
+    "calibration.samples=64",
+    "export.points=2",
 ]
 
 
@@ -64,6 +71,7 @@ class Finished:
 
     outcome: Outcome
     output_dir: Path
+    hashed: Counter[str]
 
     @property
     def root(self) -> Path:
@@ -77,7 +85,23 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     output_dir = tmp_path_factory.mktemp("finished")
-    return Finished(hawada(*TINY, f"output_dir={output_dir}"), output_dir)
+    with counted_checksums() as hashed:
+        return Finished(hawada(*TINY, f"output_dir={output_dir}"), output_dir, hashed)
+
+
+@contextmanager
+def counted_checksums() -> Iterator[Counter[str]]:
+    """How often each file was hashed, by its name, size, inode and time of change."""
+    counts: Counter[str] = Counter()
+    original = hashlib.file_digest
+
+    def counting(file: Any, algorithm: str) -> Any:
+        found = os.fstat(file.fileno())
+        counts[f"{file.name} {found.st_size} {found.st_ino} {found.st_mtime_ns}"] += 1
+        return original(file, algorithm)
+
+    with mock.patch("hashlib.file_digest", counting):
+        yield counts
 
 
 @pytest.fixture
@@ -163,6 +187,18 @@ def test_every_stage_leaves_a_manifest_that_fits_its_files(finished: Finished) -
         files = read(finished.root / stage / "manifest.json")["files"]
         assert {"config.yaml", "result.json"} <= set(files)
         assert {name: sha256(finished.root / stage / name) for name in files} == files
+
+
+def test_no_file_is_hashed_twice_unless_it_changed(finished: Finished) -> None:
+    """A whole pipeline, and then the same command again; it finds everything hashed in this process already."""
+    assert len(finished.hashed) > 20 and set(finished.hashed.values()) == {1}
+    with counted_checksums() as again:
+        assert hawada(*TINY, f"output_dir={finished.output_dir}").code == 0
+    assert not again
+    core_files._digests.clear()  # as a new process has none
+    with counted_checksums() as afresh:
+        assert hawada(*TINY, f"output_dir={finished.output_dir}").code == 0
+    assert set(afresh.values()) == {1}
 
 
 @pytest.mark.parametrize("name", ["teacher", "slim"])
@@ -274,8 +310,8 @@ def test_models_are_trained_with_channels_last_where_wanted_and_timed_as_saved(
     spy(Finetuner, "fit")
     spy(Workspace, "compare")
     for stage in ("pretrain", "train", "export", "finetune"):
-        given = (f"output_dir={profiled}", f"stage={stage}", "export.quality.samples=0", "overwrite=true")
-        outcome = hawada(*TINY, *given, "runtime.channels_last=true", "train.probe_every=1")
+        given = (f"output_dir={profiled}", f"stage={stage}", "calibration.samples=0", "overwrite=true")
+        outcome = hawada(*TINY, *given, "compute.channels_last=true", "train.probe_every=1")
         assert outcome.code == 0, outcome.err
     assert layouts.count(("fit", False)) == 3 and ("fit", True) not in layouts
     assert ("compare", True) in layouts and ("compare", False) not in layouts
@@ -307,7 +343,7 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
 ) -> None:
     before = times(profiled)
     swept = ("budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
-    outcome = hawada("-m", recipe, f"output_dir={profiled}", "export.quality.samples=0", *swept)
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", "calibration.samples=0", *swept)
     assert outcome.code == 0, outcome.err
     jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
     assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}
@@ -355,7 +391,7 @@ def test_fixed_overrides_do_not_stand_in_the_way_of_a_multirun(profiled: Path) -
 
 
 def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, recipe: str, no_reload: None) -> None:
-    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0", "export.quality.samples=0"]
+    fixed = ["budget.target_ratio=null", "lambda.lr=0", "train.gate_optimizer.lr=1.0", "calibration.samples=0"]
     outcome = hawada("-m", recipe, f"output_dir={profiled}", *fixed, "lambda.init=0.1,10")
     assert outcome.code == 0, outcome.err
     results = {}
@@ -367,16 +403,16 @@ def test_without_a_target_a_fixed_lambda_traces_the_trade_off(profiled: Path, re
     assert results["10"]["latency_ratio"]["median"] < results["0.1"]["latency_ratio"]["median"] <= 1
 
 
-def test_a_measurement_that_cannot_be_judged_fails_the_run_after_everything_is_saved(
+def test_a_measurement_without_a_verdict_fails_the_run_after_everything_is_saved(
     finished: Finished, tmp_path: Path, no_reload: None
 ) -> None:
     root = tmp_path / NAME
     shutil.copytree(finished.root, root)
     (root / "evaluate" / "manifest.json").unlink()
 
-    def lose(work: Workspace, *_: Any) -> Judgement:
+    def lose(work: Workspace, *_: Any) -> Verification:
         earlier = Comparison.from_dict(work.run.result("export")["measured"])
-        return Judgement(replace(earlier, source="measured", noisy="device lost"), "device lost")
+        return Verification(replace(earlier, source="measured", noisy="device lost"), failed="device lost")
 
     with mock.patch("hawada.stages.evaluate.measure_for_verdict", lose):
         outcome = hawada(*TINY, f"output_dir={tmp_path}")
@@ -386,3 +422,21 @@ def test_a_measurement_that_cannot_be_judged_fails_the_run_after_everything_is_s
     assert "device lost" in outcome.out
     assert result["slim"]["accuracy"] == finished.result["slim"]["accuracy"]
     assert Path(result["slim"]["path"], "README.md").is_file()
+    assert "the same command measures again" in result["reason"] and "measure.max_seconds=36" in result["reason"]
+    again = hawada(*TINY, f"output_dir={tmp_path}")
+    assert (again.code, again.err, again.out.count("already done")) == (0, "", 5)
+    assert read(root / "result.json")["verdict"] == "simulated"
+
+
+def test_an_evaluation_that_measuring_again_cannot_change_is_finished(
+    finished: Finished,
+) -> None:
+    """Without a target, or with figures of a table, another measurement gives no verdict either."""
+    result = read(finished.root / "evaluate" / "result.json")
+    for changes in ({"target_ratio": None, "source": "measured"}, {"target_ratio": 0.6, "source": "table"}):
+        changed = {**result, "verdict": "unverified", "target_ratio": changes["target_ratio"]}
+        changed["measured"] = {**result["measured"], "source": changes["source"]}
+        assert not can_be_verified_again(changed)
+    measured = {**result["measured"], "source": "measured"}
+    assert can_be_verified_again({**result, "verdict": "unverified", "measured": measured})
+    assert not can_be_verified_again({**result, "verdict": "missed", "measured": measured})

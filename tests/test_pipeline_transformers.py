@@ -14,8 +14,8 @@ QUICK = (
     "schedule.train=1",
     "schedule.finetune=1",
     "profile.points=2",
-    "profile.calibration=1",
-    "profile.held_out=2",
+    "profile.fitted_models=1",
+    "profile.held_out_models=2",
     "runtime.threads=1",
 )
 TEXT = (
@@ -92,7 +92,7 @@ def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -
         "model.adapter.config.num_hidden_layers=2",
         "data.samples=384",
         "data.test_samples=100",
-        "export.quality.samples=64",
+        "calibration.samples=64",
     )
     done = hawada("model=tiny_vit", f"output_dir={tmp_path}", "name=run", *QUICK, *options)
     assert done.code == 0, done.err

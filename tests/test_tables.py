@@ -29,10 +29,10 @@ TINY = [
     "schedule.finetune=1",
     "budget.batch=8",
     "profile.points=3",
-    "profile.calibration=3",
-    "profile.held_out=2",
+    "profile.fitted_models=3",
+    "profile.held_out_models=2",
     "finetune.recalibration_samples=0",
-    "export.quality.samples=0",
+    "calibration.samples=0",
 ]
 
 

@@ -19,7 +19,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hawada.config import GPU_SHORTHANDS, build, check_targets, conf_dir, register_resolvers, validate
+from hawada.config import (
+    build,
+    check_given,
+    check_spellings,
+    check_targets,
+    conf_dir,
+    expand,
+    register_resolvers,
+    spell_out,
+    validate,
+)
+from hawada.core.latency import check_device, check_runtime
 from hawada.experiment import INTERLINGUA, PLANS, Run, planned
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -47,21 +58,25 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def _run(cfg: DictConfig) -> dict[str, Any]:
+    spell_out(cfg)
+    validate(cfg)
     stage = cfg.stage.name
     stages = planned(stage, cfg)
     plans = [PLANS[name] for name in stages]
     reads = {key for plan in plans for key in plan.reads}
-    validate(cfg, measures=any(plan.measures for plan in plans), reads=reads)
+    if any(plan.measures for plan in plans) and cfg.gpu.timing == "measured":
+        check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
+        check_runtime(cfg.runtime.mode, gpu=cfg.gpu.name, device=cfg.gpu.device)
+    check_given(cfg, reads)
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    shared = Path(cfg.output_dir) / cfg.name
+    shared = Path(cfg.output_dir) / str(cfg.name)
     root = Path(hydra_cfg.runtime.output_dir) if sweeping else shared
     run = Run(root, cfg, shared=shared, swept=_swept_keys(sys.argv[1:]) if sweeping else (), overwrite=cfg.overwrite)
     run.check_writable()
     if "precheck" in cfg.model and any("model" in plan.reads for plan in plans):
         build(cfg.model.precheck)
-    for name in stages:
-        run.check(name)
+    run.check_all(stages)
     if stage in PLANS:
         run.check_upstream(stages[0])
     for name in stages:
@@ -90,13 +105,14 @@ def _run(cfg: DictConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point: exit code 0 for success, 2 for a mistake in the configuration, 1 for anything else."""
-    sys.argv[1:] = [_expand(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [expand(argument) for argument in sys.argv[1:]]
     if {"-m", "--multirun"} & set(sys.argv):
         sys.argv.append(_name_jobs_by_what_is_swept(sys.argv[1:]))
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines and exiting with 1
     code = 0
     try:
+        check_spellings(sys.argv[1:])
         job()
         if len(_jobs) == 1 and _jobs[0]["error"] is not None:
             raise _jobs[0]["error"]
@@ -124,14 +140,6 @@ def _exit_code(result: dict[str, Any]) -> int:
     return FAILURE if unreached or (asked and verdict in ("missed", "unverified", "infeasible")) else 0
 
 
-def _expand(argument: str) -> str:
-    """`gpu=4090` as `gpu=rtx4090`: Hydra refuses a choice that looks like a number."""
-    key, equals, value = argument.partition("=")
-    if key != "gpu" or not equals:
-        return argument
-    return "gpu=" + ",".join(GPU_SHORTHANDS.get(choice, choice) for choice in value.split(","))
-
-
 def _swept_keys(arguments: list[str], swept: bool = True) -> list[str]:
     """Keys to which the command line gives several values (or with `swept=False`, one)."""
     plain = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
@@ -152,7 +160,11 @@ def _name_jobs_by_what_is_swept(arguments: list[str]) -> str:
 def _sentence(error: BaseException) -> str:
     """An exception as one line that a user understands."""
     text = " ".join(str(error).split())
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    unknown = (
+        re.search(r"full_key: (\S+)", str(error.__cause__) if "Could not override" in text else "")  # within a mapping
+        or re.search(r"Could not override '([^']+)'", text)
+        or re.search(r"Key '([^']+)' is not in struct", text)
+    )
     if unknown:
         return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them, and +{unknown[1]}=... adds one"
     choice = re.search(

@@ -248,13 +248,21 @@ class TwoRows(nn.Module):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_model_of_one_batch_size_is_refused_and_an_older_file_does_not_stay(name, tmp_path):
-    path = tmp_path / f"m.{name}"
-    path.write_text("older")
+def test_a_model_of_one_batch_size_is_refused_and_leaves_no_file(name, tmp_path):
     with pytest.raises(RuntimeError):
-        EXPORTS[name](TwoRows(), (torch.randn(2, 3),), path)
-    assert not path.exists()
+        EXPORTS[name](TwoRows(), (torch.randn(2, 3),), tmp_path / f"m.{name}")
+    assert not list(tmp_path.iterdir())
     assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize("beside", ["", ".data"])
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_file_that_was_there_before_is_not_replaced(name, beside, tmp_path):
+    path = tmp_path / f"m.{name}"
+    (tmp_path / f"m.{name}{beside}").write_text("theirs")
+    with pytest.raises(ValueError, match=rf"m\.{name}{beside} exists already and is not replaced; move it away, or wr"):
+        EXPORTS[name](nn.Linear(3, 2), (torch.randn(2, 3),), path)
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_known_formats_pass():

@@ -132,6 +132,24 @@ def test_penalties_push_and_are_reported(make_trainer, loader):
     assert all(bool((gate.theta < before[f"{i}.theta"]).all()) for i, gate in enumerate(trainer.gated.gates))
 
 
+def test_penalties_see_the_effective_gates(make_trainer, loader):
+    """A unit is there only as far as its parent is: penalties get the product of both gates."""
+    seen = []
+
+    def penalty(gates, groups):
+        seen.append({name: gate.detach().clone() for name, gate in gates.items()})
+        return gates["first.hidden"].sum()
+
+    trainer = make_trainer(penalties=[penalty], lambda_init=0.0)
+    with torch.no_grad():
+        trainer.gated.gate_of("first.branch").theta.zero_()  # its gate is a half
+    before = {name: gate.detach().clone() for name, gate in trainer.gated.own_gates().items()}
+    trainer.train_epoch(loader[:1])
+    torch.testing.assert_close(seen[0]["first.hidden"], 0.5 * before["first.hidden"])
+    torch.testing.assert_close(seen[0]["first.branch"], before["first.branch"])
+    assert float(trainer.gated.gate_of("first.branch").theta.detach()) < 0  # so that it is the parent's loss as well
+
+
 def test_only_gates_train_by_default(make_trainer, loader, toy):
     trainer = make_trainer(target_ms=4.0)
     teacher, weights, gates = states(toy), states(trainer.gated.model), states(trainer.gated.gates)
@@ -152,6 +170,15 @@ def test_weights_train_with_an_optimizer_and_statistics_stay_frozen(make_trainer
     assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
     assert all(torch.equal(before[name], after[name]) for name in before if "running" in name or "tracked" in name)
     assert same(teacher, states(toy))
+
+
+def test_teacher_and_student_run_in_eval_mode_however_they_come(make_trainer, loader, toy):
+    expected = make_trainer(target_ms=4.0).train_epoch(loader)
+    toy.train()
+    trainer = make_trainer(target_ms=4.0)
+    teacher, student = states(toy), states(trainer.gated.model)
+    assert trainer.train_epoch(loader) == expected
+    assert same(teacher, states(toy)) and same(student, states(trainer.gated.model))  # the running statistics too
 
 
 def test_the_weights_see_distillation_alone(make_trainer, loader):

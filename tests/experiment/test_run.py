@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def finish(run: Run, *stages: str, note: str = "") -> None:
         with run.writing(stage) as folder:
             (folder / "deep").mkdir()
             (folder / "deep" / "data.bin").write_bytes(f"{stage} {note}".encode())
+            run.record([folder / "deep" / "data.bin"])
             run.finish(stage, {"summary": "done", "note": note})
 
 
@@ -118,12 +120,27 @@ def test_overwrite_keeps_a_stage_whose_configuration_is_the_same(tmp_path: Path,
 def test_a_folder_without_a_manifest_is_done_again_from_scratch(tmp_path: Path, calls: list[str]) -> None:
     run = make_run(tmp_path)
     with pytest.raises(KeyboardInterrupt), run.writing("profile") as folder:
-        (folder / "half.json").write_text("{")
+        (folder / "proxy.json").write_text("{")
         raise KeyboardInterrupt
     assert not run.is_finished("profile") and not run.check("profile")
     pipeline.run_stage("profile", run)
     assert calls == ["profile"]
-    assert not (tmp_path / "profile" / "half.json").exists()
+    assert not (tmp_path / "profile" / "proxy.json").exists()
+
+
+@pytest.mark.parametrize("name", ["result.json", "deep/data.bin"])
+def test_a_finished_stage_whose_file_was_changed_is_redone(name: str, tmp_path: Path, calls: list[str]) -> None:
+    """The file has the same size and the same time of change: only its content tells."""
+    run = make_run(tmp_path)
+    pipeline.run_stage("profile", run)
+    path = run.folder("profile") / name
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before.replace(b"1", b"7"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.read_bytes() != before and path.stat().st_size == times.st_size
+    assert not make_run(tmp_path).is_finished("profile")
+    assert pipeline.run_stage("profile", make_run(tmp_path))["note"] == "attempt 2"
+    assert calls == ["profile", "profile"]
 
 
 def test_a_stage_that_is_begun_again_is_not_finished_meanwhile(tmp_path: Path) -> None:

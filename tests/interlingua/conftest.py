@@ -44,6 +44,17 @@ def llms(llama, qwen):
 
 
 @pytest.fixture
+def prefixes():
+    """What each model reads of some examples, a row for each."""
+
+    def read(messenger, examples):
+        latents, index = messenger.latents(examples)
+        return {name: messenger.prefix(name, latents[name]).rows(index) for name in messenger.adapters}
+
+    return read
+
+
+@pytest.fixture
 def make_messenger():
     return messenger
 

@@ -61,10 +61,10 @@ def test_a_features_hooks_are_all_used(attached, llms):
     assert train.metrics() == {"own.shift": float(feature.shift)}
 
 
-def test_a_deep_prefix_adds_keys_and_values_to_soft_tokens(attached, llms):
+def test_a_deep_prefix_adds_keys_and_values_to_soft_tokens(attached, llms, prefixes):
     torch.manual_seed(0)
     messenger = attached(DeepPrefix(hidden=8))
-    for name, prefix in messenger.prefixes(EXAMPLES).items():
+    for name, prefix in prefixes(messenger, EXAMPLES).items():
         layers, heads, width = llms[name].cache_shape
         assert prefix.soft.shape == (len(EXAMPLES), 3, llms[name].width)
         assert len(prefix.keys_values) == layers
@@ -107,9 +107,9 @@ def test_lora_trains_the_models_and_text_is_read_without_it(attached, llms):
             assert torch.equal(weight, plain[name.replace(".base_layer", "")])
 
 
-def test_reconstruction_is_the_cross_entropy_of_the_text(llama, attached):
+def test_reconstruction_is_the_cross_entropy_of_the_text(llama, attached, prefixes):
     messenger = attached(Reconstruction(weight=2.0, until=3, ask="?"))
-    prefix = messenger.prefixes(EXAMPLES)["llama"]
+    prefix = prefixes(messenger, EXAMPLES)["llama"]
     found = messenger.features["own"].losses(llama, prefix, EXAMPLES, 2)["reconstruction"]
     contexts = context_ids(llama, EXAMPLES)
     total, count = 0.0, 0

@@ -3,6 +3,7 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hawada.adapters.huggingface import CACHE_NAME
 from hawada.interlingua import ByteTokenizer, LMWrapper, Recall
 from hawada.interlingua.examples import Asked
 from hawada.interlingua.llms.llm import Template
@@ -46,7 +47,7 @@ def test_the_texts_keys_and_values_say_what_the_text_says(name, request):
     llm = request.getfixturevalue(name)
     ids = torch.tensor(context_ids(llm, EXAMPLES))
     begin = torch.tensor([llm.begin]).expand(len(ids), -1)
-    cache = llm.model(input_ids=torch.cat([begin, ids], 1), use_cache=True).past_key_values
+    cache = getattr(llm.model(input_ids=torch.cat([begin, ids], 1), use_cache=True), CACHE_NAME)
     prefix = Prefix(keys_values=tuple((layer.keys[:, :, 1:], layer.values[:, :, 1:]) for layer in cache.layers))
     prompts, answers = llm.prompts(EXAMPLES), llm.answers(EXAMPLES)
     said, text = llm.read(prefix, prompts, answers), llm.read(llm.text(ids.tolist()), prompts, answers)

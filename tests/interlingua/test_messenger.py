@@ -20,12 +20,12 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
 @pytest.mark.parametrize("pooling", [MeanPooling, LearnedQueries])
-def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_messenger):
+def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_messenger, prefixes):
     messenger = make_messenger(llms, kind=kind, pooling=pooling).eval()
     longer = Asked("bade 11 bago 22 baka 33 bami 44 bapu 55", "bade", ("11",))
-    together = messenger.prefixes([*EXAMPLES, longer])
+    together = prefixes(messenger, [*EXAMPLES, longer])
     for row, example in enumerate([*EXAMPLES, longer]):
-        alone = messenger.prefixes([example])
+        alone = prefixes(messenger, [example])
         for name in llms:
             assert_same(together[name].rows(torch.tensor([row])), alone[name])
 
@@ -67,10 +67,10 @@ def test_a_long_context_is_cut_and_a_question_never():
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
-def test_no_latents_are_no_prompt(kind, llms, make_messenger):
+def test_no_latents_are_no_prompt(kind, llms, make_messenger, prefixes):
     messenger = make_messenger(llms, kind=kind, latent_len=0)
     for name, llm in llms.items():
-        prefix = messenger.prefixes(EXAMPLES)[name]
+        prefix = prefixes(messenger, EXAMPLES)[name]
         prompts, answers = llm.prompts(EXAMPLES), llm.answers(EXAMPLES)
         assert torch.equal(llm.read(prefix, prompts, answers).logits, llm.read(Prefix(), prompts, answers).logits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from omegaconf import open_dict
 from hawada.config import conf_dir, register_resolvers, validate
 from hawada.core.evaluate import score
 from hawada.experiment import Run
+from hawada.report import Progress
 from hawada.stages import export, front, pretrain, profile, train
-from hawada.workspace import Workspace
+from hawada.workspace import Quality, Workspace
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"  # a network of 16 to 64 channels: reconstruction is quick
 TINY = [
@@ -44,10 +46,10 @@ TINY = [
     "budget.target_ratio=0.6",
     "budget.tolerance=0.1",
     "profile.points=3",
-    "profile.calibration=2",
-    "profile.held_out=2",
-    "export.quality.samples=256",
-    "export.quality.points=3",
+    "profile.fitted_models=2",
+    "profile.held_out_models=2",
+    "calibration.samples=256",
+    "export.points=3",
 ]
 
 
@@ -92,27 +94,27 @@ def accuracy(work: Workspace, folder: str = "slim", stage: str = "export") -> fl
 
 
 def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:
-    work, plain = trained("export.quality.worth=gates", "export.quality.compensate=false")
+    work, plain = trained("export.sensitivity=gates", "export.reconstruct=false")
     before = accuracy(work)
     assert plain["refitted"] == 0 and "sensitivity" not in plain
-    work, refitted = trained("export.quality.worth=gates")
+    work, refitted = trained("export.sensitivity=gates")
     assert refitted["refitted"] > 0 and refitted["widths"] == plain["widths"]
     assert accuracy(work) > before + 0.1
-    work, nothing = trained("export.quality.samples=0")
+    work, nothing = trained("calibration.samples=0")
     assert nothing["refitted"] == 0 and nothing["widths"] == plain["widths"]
     assert accuracy(work) == before
 
 
-@pytest.mark.parametrize("order", ["gates", "reconstruction"])
-def test_measured_worth_is_kept_with_the_result(order: str, trained: Any) -> None:
-    work, result = trained(f"export.quality.order={order}")
+@pytest.mark.parametrize("importance", ["gates", "obs", "magnitude", "fisher"])
+def test_measured_sensitivity_is_kept_with_the_result(importance: str, trained: Any) -> None:
+    work, result = trained(f"importance={importance}")
     assert result["status"] == "on_target"
     assert set(result["sensitivity"]) == {group.name for group in work.groups}
     assert all(min(costs.values()) == 0 for costs in result["sensitivity"].values())
     assert result["equivalence"]["max_abs_diff"] <= 1e-5 * result["equivalence"]["max_abs_logit"]
     assert result["nats"]["refitted"] < result["nats"]["sliced"]
     measured = accuracy(work)
-    assert measured > accuracy(trained("export.quality.worth=gates")[0]) - 0.02
+    assert measured > accuracy(trained("export.sensitivity=gates")[0]) - 0.02
 
 
 def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> None:
@@ -123,14 +125,35 @@ def test_a_front_is_measured_once_and_refitted_for_each_target(trained: Any) -> 
     assert accuracy(work, "0.8/slim", "front") >= accuracy(work, "0.6/slim", "front") - 0.02
 
 
+def test_quality_is_measured_in_eval_mode_however_the_models_come(trained: Any) -> None:
+    """BatchNorm of a teacher in training mode would read other statistics, and change them."""
+    work, result = trained()
+    keep = {
+        name: tuple(kept) for name, kept in json.loads((work.run.folder("export") / "keep.json").read_text()).items()
+    }
+    sensitivities, refits = [], []
+    for training in (False, True):
+        teacher = work.teacher()
+        student = export.load_student(work, teacher).train(training)
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        with Progress("export", 1) as progress:
+            quality = Quality(work, student, teacher.train(training), progress)
+            slim, _ = quality.compensated(work.slim(student.model, keep), keep)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+        sensitivities.append(quality.as_dict())
+        refits.append(slim.state_dict())
+    assert sensitivities[0]["sensitivity"] == sensitivities[1]["sensitivity"] == result["sensitivity"]
+    assert all(torch.equal(tensor, refits[1][name]) for name, tensor in refits[0].items())
+
+
 def test_widths_of_the_gates_are_not_measured(trained: Any) -> None:
     assert "sensitivity" not in trained("export.widths=gates")[1]
 
 
-def test_an_order_without_worth_is_refused() -> None:
+def test_an_importance_that_cannot_compare_groups_needs_a_measured_sensitivity() -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        cfg = compose("config", ["export.quality.order=reconstruction", "export.quality.worth=gates"])
-    with pytest.raises(ValueError, match=r"export\.quality\.order: .*set export\.quality\.worth=measured"):
-        validate(cfg, measures=False, reads=["export"])
+        cfg = compose("config", ["importance=obs", "export.sensitivity=gates"])
+    with pytest.raises(ValueError, match=r"^importance: .*ObsImportance .*set export\.sensitivity=measured"):
+        validate(cfg)
     GlobalHydra.instance().clear()

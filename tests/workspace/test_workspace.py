@@ -64,7 +64,7 @@ def test_a_stage_that_measures_depends_on_the_runtime_and_one_that_does_not_surv
 
 
 def test_what_a_configuration_names_is_trusted_and_nothing_else(workspace: Any) -> None:
-    target = "hawada.adapters.graph.adapter.GraphAdapter"
+    target = "hawada.adapters.graph.GraphAdapter"
     own = ("data=digits", "schedule=digits", "model.adapter.arch=null", "model.adapter.weights=null")
     work = workspace("model=convnet", *own, "model.adapter.factory=mypackage.nets.resnet20", "gpu.timing=simulated")
     assert work.trust == [target, "mypackage.nets.resnet20"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hawada.adapters.base import Adapter
+from hawada.core.files import partial_path, sha256
 from hawada.core.structure import Group, plan_edits
 
 MANIFEST = "hawada.json"
@@ -37,10 +39,11 @@ def save_model(
     teacher: nn.Module,
     groups: Sequence[Group],
     keep: Mapping[str, Sequence[int]],
-) -> None:
+) -> list[Path]:
     """Write a teacher or slim model beside a manifest that tells how to rebuild its shape.
 
-    The manifest carries the SHA-256 of the weights and is written last, so a folder without it is not a model.
+    The manifest carries the SHA-256 of the weights and is written last, so a folder without it is not a model. A model
+    that was saved there before is replaced; other files stay as they are.
 
     Args:
         path: folder; made if missing.
@@ -50,22 +53,61 @@ def save_model(
         teacher: the unpruned architecture (its numbers do not matter).
         groups: its declaration.
         keep: kept indices.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: when one of them would replace a file that is no saved model's.
     """
     path.mkdir(parents=True, exist_ok=True)
-    structure = adapter.write(path, model, plan_edits(teacher, groups, keep))
+    scratch = partial_path(path / "model")  # inside, because what is beside may be another file system
+    scratch.mkdir()
+    try:
+        structure = adapter.write(scratch, model, plan_edits(teacher, groups, keep))
+        names = sorted(file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file())
+        before = _saved_before(path, [*names, Path(MANIFEST)])
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, path / name)
+    finally:
+        shutil.rmtree(scratch)
+    for gone in before - {str(name) for name in names}:
+        (path / gone).unlink(missing_ok=True)  # weights of the earlier model, which would be taken for this one's
     manifest = {
         "format": FORMAT,
         "adapter": dict(adapter_spec),
         **structure,
         "keep": {name: list(kept) for name, kept in keep.items()},
-        "sha256": {file.name: _sha256(file) for file in sorted(path.glob("*.safetensors"))},
+        "sha256": {str(name): sha256(path / name) for name in names if name.match("*.safetensors")},
     }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    whole = partial_path(path / MANIFEST)
+    whole.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(whole, path / MANIFEST)
+    return [*(path / name for name in names), path / MANIFEST]
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _saved_before(path: Path, names: Sequence[Path]) -> set[str]:
+    """Weights of the model that was saved in a folder before, as its manifest has them.
+
+    Raises:
+        ValueError: when there is no such model and one of `names` exists, or is a link.
+    """
+    try:
+        record = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        record = None
+    saved = isinstance(record, dict) and isinstance(record.get("sha256"), dict) and "adapter" in record
+    for name in names:
+        if os.path.lexists(path / name) and ((path / name).is_symlink() or not saved):
+            raise ValueError(
+                f"{path / name} was there before and is no saved model's, so it is not replaced; "
+                "move it away, or save to another folder"
+            )
+    if record is None or not saved:
+        return set()
+    known = {name: path / name for name in record["sha256"] if Path(name).name == name}
+    return {name for name, file in known.items() if file.is_file() and not file.is_symlink()}
 
 
 def load_model(path: Path, trust: Sequence[str] = ()) -> nn.Module:
@@ -95,7 +137,7 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     for name, digest in manifest["sha256"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path} holds no {name}: its writing was interrupted; copy or export it again")
-        if _sha256(path / name) != digest:
+        if sha256(path / name) != digest:
             raise ValueError(f"{path / name} does not match the checksum in {MANIFEST}: copy or export it again")
     spec = dict(manifest["adapter"])
     target = str(spec.pop("_target_"))

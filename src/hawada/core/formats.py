@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from hawada.core.files import partial_path
 from hawada.core.structure import Inputs
 
 FORMATS = ("hf", "onnx", "pt2")  # hf, the native folder, is written whatever is listed
@@ -55,14 +58,14 @@ def export_onnx(
         model: left as it is; a copy in eval mode is exported.
         inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
             batch size.
-        path: where the graph goes; after an error there is no file.
+        path: where the graph goes; nothing may be there yet, and after an error nothing is.
         logits: picks the logits, (batch, ...), out of the model's output.
 
     Returns:
         `max_abs_diff` between the two and `max_abs_logit` of torch's, over both batch sizes.
 
     Raises:
-        ValueError: when a package is missing.
+        ValueError: when a package is missing, or a file is there already.
         RuntimeError: when torch cannot export the model, or the two differ by more than `ONNX_TOLERANCE`.
     """
     check_formats(["onnx"])
@@ -70,12 +73,12 @@ def export_onnx(
 
     frozen = _freeze(model, logits)
     names = _input_names(model, len(inputs))
-    with _removed_after_error(path):
+    with _whole(path) as written:
         program = _trace(frozen, inputs)
         with _quiet():
             torch.onnx.export(
                 program,
-                f=path,
+                f=written,
                 dynamo=True,
                 dynamic_shapes=(tuple({0: "batch"} for _ in inputs),),
                 input_names=names,
@@ -86,7 +89,7 @@ def export_onnx(
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
 
         def run(*batch: Tensor) -> Tensor:
             feeds = {name: x.numpy() for name, x in zip(names, batch, strict=True)}
@@ -100,27 +103,28 @@ def export_pt2(
 ) -> dict[str, float]:
     """Write a torch.export program of the model in float32, load it again and compare the two on the CPU.
 
-    `torch.export.load(path).module()` takes the model's inputs and returns the logits, for any batch size.
+    `torch.export.load(written).module()` takes the model's inputs and returns the logits, for any batch size.
 
     Args:
         model: left as it is; a copy in eval mode is exported.
         inputs: what the model is called with, batch first; few rows are enough. Compared on these and on another
             batch size.
-        path: where the program goes, ending in `.pt2`; after an error there is no file.
+        path: where the program goes, ending in `.pt2`; nothing may be there yet, and after an error nothing is.
         logits: picks the logits, (batch, ...), out of the model's output.
 
     Returns:
         `max_abs_diff` between the two and `max_abs_logit` of the model, over both batch sizes.
 
     Raises:
+        ValueError: when a file is there already.
         RuntimeError: when torch cannot export the model, or the two differ by more than `PT2_TOLERANCE`.
     """
     frozen = _freeze(model, logits)
-    with _removed_after_error(path):
+    with _whole(path) as written:
         program = _trace(frozen, inputs)
         with warnings.catch_warnings(action="ignore"):
-            torch.export.save(program, path)
-            loaded = torch.export.load(path)
+            torch.export.save(program, written)
+            loaded = torch.export.load(written)
         return _compare(frozen, loaded.module(), inputs, path, PT2_TOLERANCE)
 
 
@@ -196,14 +200,26 @@ def _compare(
 
 
 @contextmanager
-def _removed_after_error(path: Path) -> Iterator[None]:
-    """Leave no file that was not found equal to the model."""
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at `path`; it gets there once it was found equal to the model, or not at all.
+
+    Raises:
+        ValueError: when something is there already.
+    """
+    beside = path.with_name(f"{path.name}.data")
+    for taken in (path, beside):
+        if os.path.lexists(taken):
+            raise ValueError(f"{taken} exists already and is not replaced; move it away, or write to another path")
+    scratch = partial_path(path)
+    scratch.mkdir()
+    written = scratch / path.name  # the same name, because a graph names the file with its weights
     try:
-        yield
-    except BaseException:
-        for written in (path, path.with_name(f"{path.name}.data")):
-            written.unlink(missing_ok=True)
-        raise
+        yield written
+        for part, final in ((written.with_name(beside.name), beside), (written, path)):
+            if part.is_file():
+                os.replace(part, final)
+    finally:
+        shutil.rmtree(scratch)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ class StagePlan:
         teacher: whether it loads the teacher, and so needs `pretrain` for a model that is trained here.
         measures: whether it takes latencies.
         retargets: whether gates that were trained for another target will do.
+        writes: names of its files, relative to its folder, beside those that every stage writes; `*` stands for
+            anything within one name. Only what is listed here, or what a saved model reports, is ever replaced.
     """
 
     name: str
@@ -26,6 +28,7 @@ class StagePlan:
     teacher: bool = False
     measures: bool = False
     retargets: bool = False
+    writes: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -35,11 +38,27 @@ class StagePlan:
         return f"hawada.stages.{self.name}"
 
 
-_MODEL = ("seed", "model", "runtime.threads", "runtime.mixed_precision")
-_TRAINED = (*_MODEL, "runtime.channels_last")
+EVERY_STAGE_WRITES = ("config.yaml", "environment.json", "result.json")
+_MODEL_FILES = (
+    *("hawada.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "modeling_slim.py", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.*"),
+)
+
+
+def _saved(*folders: str) -> tuple[str, ...]:
+    """Names of the files of saved models."""
+    places = [place for folder in folders for place in (folder, f"{folder}/model")]  # the second while it is written
+    return tuple(f"{place}/{name}" for place in places for name in _MODEL_FILES)
+
+
+_MODEL = ("seed", "model", "runtime.threads", "compute.mixed_precision")
+_TRAINED = (*_MODEL, "compute.channels_last")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
-_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", "export.quality", "data", "distill")
+_RANKED = ("export.importance", "export.sensitivity", "export.reconstruct", "export.points", "calibration")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", *_RANKED, "data", "distill")
 _INTERLINGUA = ("seed", "runtime.threads", "gpu.device")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
 _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
@@ -47,15 +66,25 @@ _TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty"
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
-        StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True),
-        StagePlan("profile", reads=(*_MODEL, *_LATENCY, "profile", "proxy"), measures=True),
-        StagePlan("pretrain", reads=(*_TRAINED, "gpu.device", "data", "distill.chunk", "pretrain")),
+        StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True, writes=("staircase.png",)),
+        StagePlan(
+            "profile",
+            reads=(*_MODEL, *_LATENCY, "profile", "proxy"),
+            measures=True,
+            writes=("latency_table.json", "proxy.json"),
+        ),
+        StagePlan(
+            "pretrain",
+            reads=(*_TRAINED, "gpu.device", "data", "distill.chunk", "pretrain"),
+            writes=("metrics.jsonl", *_saved("teacher")),
+        ),
         StagePlan(
             "train",
             reads=(*_TRAINED, *_LATENCY, *_TRAINING, "export.threshold"),
             needs=("profile",),
             teacher=True,
             measures=True,
+            writes=("metrics.jsonl", "gates.safetensors", "weights.safetensors", "proxy.json"),
         ),
         StagePlan(
             "export",
@@ -64,6 +93,7 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
             retargets=True,
+            writes=("keep.json", *_saved("slim", "teacher")),
         ),
         StagePlan(
             "front",
@@ -72,12 +102,14 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
             retargets=True,
+            writes=("front.png", "*/keep.json", *_saved("*/slim")),
         ),
         StagePlan(
             "finetune",
             reads=(*_TRAINED, "gpu.device", "data", "kd", "distill", "finetune"),
             needs=("export",),
             teacher=True,
+            writes=("metrics.jsonl", "answers.safetensors", *_saved("slim")),
         ),
         StagePlan(
             "evaluate",
@@ -86,25 +118,42 @@ PLANS: dict[str, StagePlan] = {
             teacher=True,
             measures=True,
             retargets=True,
+            writes=("verification.json",),
         ),
         StagePlan(
             "publish",
             reads=(*_MODEL, "gpu.device", *_SHAPE, "export.formats", "export.push_to", "export.push"),
             needs=("train", "export", "finetune", "evaluate"),
+            writes=("slim.onnx", "slim.onnx.data", "slim.pt2", "slim.onnx/slim.onnx*", "slim.pt2/slim.pt2"),
         ),
         StagePlan("interlingua-dry", reads=(*_INTERLINGUA, "llms", "interlingua")),
-        StagePlan("interlingua-llms", reads=(*_INTERLINGUA, "llms")),
-        StagePlan("interlingua", reads=(*_INTERLINGUA, "llms", "data", "interlingua"), needs=("interlingua-llms",)),
+        StagePlan(
+            "interlingua-llms", reads=(*_INTERLINGUA, "llms"), writes=("metrics.jsonl", *_saved("llama", "qwen"))
+        ),
+        StagePlan(
+            "interlingua",
+            reads=(*_INTERLINGUA, "llms", "data", "interlingua"),
+            needs=("interlingua-llms",),
+            writes=(
+                "attempt.json",
+                "metrics.jsonl",
+                "best/state.json",
+                "best/tensors.safetensors",
+                "last/state.json",
+                "last/tensors.safetensors",
+            ),
+        ),
         StagePlan(
             "interlingua-eval",
             reads=(*_INTERLINGUA, "llms", "data", "interlingua", "evaluate", "gpu", "runtime.mode", "measure"),
             needs=("interlingua-llms", "interlingua"),
             measures=True,
+            writes=("rows.md",),
         ),
     )
 }
 # Keys that a group's choices fill, where these are not called the same.
-OF_GROUP = {"feature": "interlingua.features", "teacher": "distill.teacher"}
+OF_GROUP = {"feature": "interlingua.features", "importance": "export.importance", "teacher": "distill.teacher"}
 INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from hawada.interlingua.llms.prefix import Prefix
 
-CALIBRATIONS = ("none", "embed_rms", "fixed", "train_stats")
+SCALES = ("none", "embed_rms", "fixed", "train_stats")
 
 
-class Calibration(nn.Module):
+class Scaling(nn.Module):
     """Brings the soft tokens of each example to a scale that the model knows.
 
     Args:
@@ -27,8 +27,8 @@ class Calibration(nn.Module):
 
     def __init__(self, mode: str, rms: float, value: float = 1.0) -> None:
         super().__init__()
-        if mode not in CALIBRATIONS:
-            raise ValueError(f"interlingua.calibration: {mode!r} is not one of {', '.join(CALIBRATIONS)}")
+        if mode not in SCALES:
+            raise ValueError(f"interlingua.scale: {mode!r} is not one of {', '.join(SCALES)}")
         self.mode, self.rms, self.value = mode, rms, value
         self.register_buffer("running", torch.tensor(0.0))
 
@@ -83,8 +83,8 @@ class Adapter(nn.Module):
         width: of the model's embeddings.
         rms: of the model's embeddings, where soft tokens begin.
         hidden: width of the network.
-        calibration: see `Calibration`.
-        value: of the calibration `fixed`.
+        scale: see `Scaling`.
+        value: of the scale `fixed`.
     """
 
     def __init__(
@@ -95,20 +95,20 @@ class Adapter(nn.Module):
         rms: float,
         *,
         hidden: int = 256,
-        calibration: str = "embed_rms",
+        scale: str = "embed_rms",
         value: float = 1.0,
     ) -> None:
         super().__init__()
         self.network = LatentNetwork(d_z, latents, width, hidden)
         self.norm = nn.RMSNorm(width, elementwise_affine=False)
-        self.scale = nn.Parameter(torch.tensor(float(rms)), requires_grad=calibration in ("none", "train_stats"))
-        self.calibration = Calibration(calibration, rms, value)
+        self.scale = nn.Parameter(torch.tensor(float(rms)), requires_grad=scale in ("none", "train_stats"))
+        self.scaling = Scaling(scale, rms, value)
 
     def forward(self, z: Tensor) -> Prefix:
         """(batch, latents, d_z) -> soft tokens (batch, latents, width)."""
         if not z.shape[1]:
             return Prefix()
-        return Prefix(self.calibration(self.norm(self.network(z)) * self.scale))
+        return Prefix(self.scaling(self.norm(self.network(z)) * self.scale))
 
 
 class PrefixAdapter(nn.Module):

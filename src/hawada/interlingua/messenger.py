@@ -102,11 +102,6 @@ class Messenger(nn.Module):
             prefix = feature.prefix(name, z, prefix)
         return prefix
 
-    def prefixes(self, examples: Sequence[Example]) -> dict[str, Prefix]:
-        """What each model reads, one row for each example."""
-        latents, index = self.latents(examples)
-        return {name: self.prefix(name, latents[name]).rows(index) for name in self.adapters}
-
     def every_feature(self) -> dict[str, Feature]:
         """Its features by name, in the order of the configuration."""
         return dict(self.features.items())  # type: ignore[arg-type]

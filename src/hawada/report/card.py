@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hawada.core.files import signed
 from hawada.report.table import shown
 
 
 def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_with: str) -> str:
-    """Markdown with the front matter that the Hub reads.
+    """Markdown with the front matter that the Hub reads, signed, so that a card that somebody edited is told apart.
 
     Args:
         result: what `stage=evaluate` found out.
@@ -62,7 +63,7 @@ def model_card(result: Mapping[str, Any], *, name: str, base: str | None, loads_
         "```",
         "",
     ]
-    return "\n".join(lines)
+    return signed("\n".join(lines))
 
 
 def _interval(interval: Mapping[str, float]) -> str:

@@ -1,9 +1,11 @@
-"""Judges the slim model: fresh latency beside the teacher, quality on test data, a reload in a new process."""
+"""Verifies the slim model: fresh latency beside the teacher, quality on test data, a reload in a new process."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -12,15 +14,23 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hawada.core.evaluate import compare_outputs, count_macs, count_parameters, score
+from hawada.core.files import is_signed
 from hawada.core.latency import Comparison, Interval, MeasurementError, source_of
 from hawada.experiment import Run, write_json, write_text
-from hawada.report import Progress, model_card
+from hawada.report import Progress, console, model_card
 from hawada.stages.export import EQUALITY
-from hawada.workspace import Judgement, Workspace, as_dict as judgement_record, judge_afresh, judge_here
+from hawada.workspace import (
+    Verification,
+    Workspace,
+    as_dict as verification_record,
+    verify_here,
+    verify_in_fresh_process,
+)
 
 RELOAD = """
 import pathlib, sys, torch
@@ -43,17 +53,22 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     paths = {"teacher": run.folder("export") / "teacher", "slim": run.folder("finetune") / "slim"}
     with work.writing("evaluate") as folder, Progress("evaluate", 3) as progress:
         progress.say("reloading in a fresh process")
-        reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            reloaded = prove_reload(work, paths["slim"], run.folder("finetune") / "answers.safetensors", Path(scratch))
         progress.step("scoring")
         quality = score_models(work, models)
         progress.step("measuring")
-        judgement = measure_for_verdict(work, models, paths, folder)
-        comparison = judgement.or_else(Comparison.from_dict(run.result("export")["measured"]))
+        verification = measure_for_verdict(work, models, paths, folder)
+        comparison = verification.or_else(Comparison.from_dict(run.result("export")["measured"]))
         phases = {work.shape.phase: comparison}
-        if judgement.failed is None and comparison.source != "table":
+        if verification.failed is None and comparison.source != "table":
             phases |= measure_other_phases(work, models)
         progress.step("")
-        result = {**judge(work, comparison), **quality, "phases": {name: _phase(c) for name, c in phases.items()}}
+        result = {
+            **decide(work, comparison, verification.every),
+            **quality,
+            "phases": {name: _phase(c) for name, c in phases.items()},
+        }
         latency = {"teacher": comparison.baseline, "slim": comparison.candidate}
         for name, path in paths.items():
             result[name] |= {"latency_ms": _short(latency[name]) | {"p95": latency[name].p95}}
@@ -65,12 +80,20 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "equivalence": run.result("export")["equivalence"] | {"reload": reloaded},
             "environment": work.environment(),
             "measured": comparison.as_dict(),
-            "judged": {name: _short(repeat.ratio) for name, repeat in judgement.measured.items()},
+            "verification": {name: _short(repeat.ratio) for name, repeat in verification.measured.items()},
         }
         example = work.adapter.loads_with("path/to/it", models["slim"])
         card = model_card(result, name=run.root.name, base=cfg.model.get("path"), loads_with=example)
-        write_text(paths["slim"] / "README.md", card)  # the hub shows it; finetune's manifest does not list it
+        write_card(paths["slim"] / "README.md", card)
         return run.finish("evaluate", result)
+
+
+def write_card(path: Path, card: str) -> None:
+    """Write the card that the hub shows, unless somebody wrote one of their own; finetune's manifest lists neither."""
+    if os.path.lexists(path) and (path.is_symlink() or not is_signed(path)):
+        console.print(f"{escape(str(path))} is not this program's own and is left as it is", soft_wrap=True)
+        return
+    write_text(path, card)
 
 
 def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any]:
@@ -93,9 +116,17 @@ def score_models(work: Workspace, models: dict[str, nn.Module]) -> dict[str, Any
     }
 
 
-def judge(work: Workspace, comparison: Comparison) -> dict[str, Any]:
-    """The verdict on a fresh measurement, with what it was measured against."""
-    verdict, reason = work.budget.verdict(comparison)
+def decide(work: Workspace, comparison: Comparison, every: Comparison | None = None) -> dict[str, Any]:
+    """The verdict on a fresh measurement, with what it was measured against.
+
+    Args:
+        work: of the stage that verifies.
+        comparison: of the rounds that count.
+        every: of all rounds; None when that is the same.
+    """
+    verdict, reason = work.budget.verdict(comparison, every)
+    if verdict == "unverified" and comparison.source == "measured" and work.budget.has_target:
+        reason = f"{reason}; {remedy(work)}"
     ratio = work.budget.ratio(comparison.baseline.median) if work.budget.has_target else None
     return {
         "summary": f"{verdict}: {reason}",
@@ -108,19 +139,29 @@ def judge(work: Workspace, comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def remedy(work: Workspace) -> str:
+    """What helps when the figures do not decide."""
+    seconds = 3 * work.cfg.measure.max_seconds
+    longer = f"stage=evaluate measure.max_seconds={seconds:g} overwrite=true"
+    text = f"the same command measures again, and {longer} for longer"
+    if work.device.type == "cpu" and torch.get_num_threads() > 1:
+        text += "; runtime.threads=1 (with another name=...) leaves no threads that wait for each other"
+    return text
+
+
 def measure_for_verdict(
     work: Workspace, models: Mapping[str, nn.Module], paths: Mapping[str, Path], folder: Path
-) -> Judgement:
+) -> Verification:
     """A fresh comparison of teacher and slim model: of the saved ones in a process of their own, if time is taken."""
     if work.cfg.gpu.timing == "table":
-        return Judgement(Comparison.from_dict(work.run.result("export")["measured"]))
+        return Verification(Comparison.from_dict(work.run.result("export")["measured"]))
     if source_of(work.clock) == "measured":
         for model in models.values():
             model.cpu()  # the device is left to the other process
-        return judge_afresh(work, paths["teacher"], paths["slim"], folder)
-    judgement = judge_here(work, models["teacher"], models["slim"])
-    write_json(folder / "judgement.json", judgement_record(judgement))
-    return judgement
+        return verify_in_fresh_process(work, paths["teacher"], paths["slim"], folder)
+    verification = verify_here(work, models["teacher"], models["slim"])
+    write_json(folder / "verification.json", verification_record(verification))
+    return verification
 
 
 def measure_other_phases(work: Workspace, models: Mapping[str, nn.Module]) -> dict[str, Comparison]:
@@ -154,8 +195,6 @@ def prove_reload(work: Workspace, path: Path, answers: Path, scratch: Path) -> d
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"{path} does not load in a fresh process: {said[-1]}")
     before, after = load_file(answers), load_file(output)
-    inputs.unlink()
-    output.unlink()
     record: dict[str, Any] = compare_outputs(before["logits"], after["logits"])
     if not record["max_abs_diff"] <= EQUALITY * record["max_abs_logit"]:
         raise RuntimeError(f"{path} computes something else after reloading: {record['max_abs_diff']:.3g}")

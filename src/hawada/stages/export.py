@@ -22,7 +22,7 @@ from hawada.core.search import BudgetSearch, Candidate, SearchResult, search_exp
 from hawada.core.structure import Group, Keep, completed, keep_all, keep_from_gates, widths_of
 from hawada.experiment import Run, write_json
 from hawada.report import Progress
-from hawada.workspace import Quality, Workspace, load_proxy, measure_afresh, predicted
+from hawada.workspace import Quality, Workspace, compare_in_fresh_process, load_proxy, predicted
 
 EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
 
@@ -102,7 +102,7 @@ def measuring(
             if afresh:
                 shutil.rmtree(folder / "slim", ignore_errors=True)
                 work.save(folder / "slim", slim, keep)
-                comparison = measure_afresh(work, folder / "teacher", folder / "slim", folder)
+                comparison = compare_in_fresh_process(work, folder / "teacher", folder / "slim", folder)
             else:
                 assert reference is not None
                 comparison = work.compare(reference, work.timed(slim))

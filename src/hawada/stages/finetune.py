@@ -38,7 +38,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
         with (
             Progress("finetune", trainer.epochs * len(loader)) as progress,
-            channels_last([slim, teacher], cfg.runtime.channels_last),
+            channels_last([slim, teacher], cfg.compute.channels_last),
         ):
             trainer.fit(
                 slim,

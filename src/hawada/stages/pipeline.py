@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
 
 from hawada.adapters.huggingface import hub
+from hawada.core.finetune import NORMS
 from hawada.core.formats import check_formats
 from hawada.core.latency import SUCCESS, Interval
-from hawada.experiment import PLANS, Run, order, upstream, write_json
+from hawada.experiment import PLANS, Run, order, upstream
 from hawada.report import console, print_diagnosis, print_result
 from hawada.stages.profile import measure_fastest
 from hawada.workspace import Workspace, check_distillation
+
+COMPUTING = ("pretrain", "train", "export", "front", "finetune")  # stages that compute in compute.mixed_precision
 
 
 def check(stages: list[str], run: Run) -> None:
@@ -42,6 +46,8 @@ def check(stages: list[str], run: Run) -> None:
         raise ValueError("stage=pretrain: this model comes with weights; set model.pretrain=true to train it")
     if stages and not run.cfg.model.pretrain and any(plan.teacher for plan in plans):
         Workspace(run.settings(stages[-1]), run).adapter.check_teacher()
+    for stage in stages:
+        _check_training(stage, run)
     if any("groups" in plan.reads for plan in plans):
         Workspace(run.settings("train"), run).check_groups()
     if any(plan.measures for plan in plans):
@@ -56,6 +62,28 @@ def check(stages: list[str], run: Run) -> None:
         Workspace(run.settings(reading[0]), run).data  # noqa: B018
     if run.cfg.gpu.timing == "measured" and any(plan.measures for plan in plans):
         _check_same_machine(stages, run)
+
+
+def _check_training(stage: str, run: Run) -> None:
+    """Refuse a precision that the device cannot train with, and batches that BatchNorm cannot.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if stage not in COMPUTING:
+        return
+    work = Workspace(run.settings(stage), run)
+    if work.cfg.compute.mixed_precision == "fp16" and work.device.type != "cuda":
+        raise ValueError(
+            f"compute.mixed_precision: fp16 needs an NVIDIA GPU and models train on the {work.device.type} here; set "
+            "compute.mixed_precision=no"
+        )
+    alone = stage in ("pretrain", "finetune") and work.cfg[stage].batch_size == 1
+    if alone and any(isinstance(module, NORMS) for module in work.meta.modules()):
+        raise ValueError(
+            f"{stage}.batch_size: BatchNorm cannot be trained on 1 image at a time; set schedule.batch_size to 2 or "
+            "more"
+        )
 
 
 def _check_same_machine(stages: list[str], run: Run) -> None:
@@ -75,13 +103,16 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
 
 
 def run_stage(stage: str, run: Run) -> dict[str, Any]:
-    """Run one stage unless it is finished with this configuration, or the budget needs no training."""
+    """Run one stage unless it is finished with this configuration, or the budget needs no training.
+
+    An evaluation that could not tell, because of what the machine was doing meanwhile, is not finished.
+    """
     run.check_upstream(stage)
-    if run.check(stage):
+    if run.check(stage) and not (stage == "evaluate" and can_be_verified_again(run.result(stage))):
         console.print(f"[bold]{stage:>9}[/] already done in {escape(str(run.folder(stage)))}", soft_wrap=True)
         result = run.result(stage)
-    elif stage == "train" and (foregone := foregone_result(run)):
-        result = foregone
+    elif stage == "train" and (decided := result_of_profile(run)):
+        result = decided
     else:
         module = importlib.import_module(PLANS[stage].module)
         result = module.run(run.settings(stage), run)
@@ -89,17 +120,23 @@ def run_stage(stage: str, run: Run) -> dict[str, Any]:
     if stage == "doctor":
         print_diagnosis(result)
     if "verdict" in result:
-        write_json(run.root / "result.json", result)
+        run.conclude(result)
     return result
+
+
+def can_be_verified_again(result: Mapping[str, Any]) -> bool:
+    """Whether an evaluation ended without a verdict only for what the machine was doing meanwhile."""
+    measured = result["measured"]["source"] == "measured"
+    return bool(result["verdict"] == "unverified" and measured and result["target_ratio"] is not None)
 
 
 def run_pipeline(run: Run) -> dict[str, Any]:
     """Everything from a teacher to a verdict; `result.json` lies beside the stages' folders then."""
     result: dict[str, Any] = {}
     for stage in order(run.cfg):
-        if stage == "pretrain" and (foregone := foregone_result(run)):
-            write_json(run.root / "result.json", foregone)
-            return foregone
+        if stage == "pretrain" and (decided := result_of_profile(run)):
+            run.conclude(decided)
+            return decided
         if stage == "publish" and result["verdict"] not in (*SUCCESS, "unverified"):
             console.print(f"[bold]{stage:>9}[/] left out: the verdict is {result['verdict']}")
             break
@@ -115,7 +152,7 @@ def run_pipeline(run: Run) -> dict[str, Any]:
     return result
 
 
-def foregone_result(run: Run) -> dict[str, Any] | None:
+def result_of_profile(run: Run) -> dict[str, Any] | None:
     """The result when measurements alone decide: the teacher meets the budget already, or nothing can."""
     profile = run.result("profile")
     work = Workspace(run.settings("train"), run)
@@ -124,7 +161,7 @@ def foregone_result(run: Run) -> dict[str, Any] | None:
     everything = len(work.gated_groups) == len(work.groups)
     fastest = Interval(**profile["fastest_ratio"]) if everything else measure_fastest(work)
     teacher = Interval(**{name: profile["teacher"][name] for name in ("median", "low", "high")})
-    decided = work.budget.foregone(teacher, fastest)
+    decided = work.budget.decided_by_profile(teacher, fastest)
     if decided is None:
         return None
     verdict, reason = decided

@@ -28,7 +28,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         log = MetricsLog(folder / "metrics.jsonl")
         with (
             Progress("pretrain", trainer.epochs * len(loader)) as progress,
-            channels_last([model], cfg.runtime.channels_last),
+            channels_last([model], cfg.compute.channels_last),
         ):
             trainer.fit(
                 model,

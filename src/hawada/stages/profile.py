@@ -42,7 +42,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if cfg.gpu.timing == "table":
         return adopt_table(work, run)
     teacher = work.placed(work.adapter.skeleton())
-    chunks = math.ceil((cfg.profile.calibration + cfg.profile.held_out + 2) / CHUNK)
+    chunks = math.ceil((cfg.profile.fitted_models + cfg.profile.held_out_models + 2) / CHUNK)
     with work.writing("profile") as folder, Progress("profile", len(work.sites) + chunks) as progress:
         clock = build(cfg.proxy.clock) if cfg.proxy.get("clock") else work.clock
         table = time_sites(work, teacher, clock, progress)
@@ -53,7 +53,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
         teacher_ms = measured[0]["latency_ms"]["median"]
         widths = [widths_of(keep, work.groups) for keep in keeps]
         samples = [(w, record["ratio"]["median"] * teacher_ms) for w, record in zip(widths, measured, strict=True)]
-        predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.calibration)
+        predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.fitted_models)
         write_json(folder / "proxy.json", proxy.state())
         quality = fidelity(predicted_ms, real_ms)
         result = {
@@ -96,7 +96,7 @@ def choose_models(work: Workspace) -> list[Keep]:
     """Teacher, smallest model, those to calibrate on (spread over the range), and unseen ones (drawn uniformly)."""
     node, random = work.cfg.profile, np.random.default_rng(work.cfg.seed)
     keeps = [keep_all(work.groups), smallest_keep(work.groups, work.policy)]
-    for around_density, count in ((True, node.calibration), (False, node.held_out)):
+    for around_density, count in ((True, node.fitted_models), (False, node.held_out_models)):
         for _ in range(count):
             keeps.append(random_keep(work.groups, work.policy, random, around_density=around_density))
     return keeps

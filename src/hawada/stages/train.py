@@ -39,7 +39,7 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
         with (
             Progress("train", cfg.train.epochs * steps) as progress,
-            channels_last([trainer.gated, trainer.teacher], cfg.runtime.channels_last),
+            channels_last([trainer.gated, trainer.teacher], cfg.compute.channels_last),
         ):
             stopped = trainer.fit(
                 loader,

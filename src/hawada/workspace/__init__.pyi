@@ -1,11 +1,4 @@
 from .distillation import check_distillation as check_distillation, make_distillation as make_distillation
-from .judge import (
-    Judgement as Judgement,
-    as_dict as as_dict,
-    judge_afresh as judge_afresh,
-    judge_here as judge_here,
-    measure_afresh as measure_afresh,
-)
 from .quality import Quality as Quality
 from .tables import (
     FILE as FILE,
@@ -13,5 +6,12 @@ from .tables import (
     load_proxy as load_proxy,
     predicted as predicted,
     write_table as write_table,
+)
+from .verification import (
+    Verification as Verification,
+    as_dict as as_dict,
+    compare_in_fresh_process as compare_in_fresh_process,
+    verify_here as verify_here,
+    verify_in_fresh_process as verify_in_fresh_process,
 )
 from .workspace import Workspace as Workspace

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hawada.config import build
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
-from hawada.core.importance import AnswerLoss, Sensitivity, measure_sensitivity, reconstruction_ranks
+from hawada.core.importance import AnswerLoss, CalibrationData, Importance, Sensitivity, measure_sensitivity, rank_units
 from hawada.core.reconstruction import compensate
 from hawada.core.search import Worths, saliency_from_gates
 from hawada.core.structure import Keep
@@ -19,7 +20,7 @@ from hawada.workspace.workspace import Workspace
 
 
 class Quality:
-    """As configured under `export.quality`, from the gates and some training data, which are read when it is made.
+    """As configured under `export` and `calibration`, from the gates and training data, which are read when it is made.
 
     Half of the data is for refitting layers while worths are measured, the other half for comparing answers.
 
@@ -31,24 +32,24 @@ class Quality:
 
     Attributes:
         gates: saliency by gated group, (units,), larger is kept longer.
-        saliency: the same, or the order that was asked for.
+        saliency: the same, or the importance that was asked for.
         sensitivity: what each width costs; None where the saliency tells.
         loss: of a whole choice of units, in nats per answer; None likewise.
     """
 
     def __init__(self, work: Workspace, student: Student, teacher: nn.Module, progress: Progress) -> None:
-        self.work, self.node = work, work.cfg.export.quality
+        self.work, self.node, samples = work, work.cfg.export, work.cfg.calibration.samples
         self.student, self.teacher = student, teacher
         self.gates = saliency_from_gates(student.effective_gates())
         self.saliency: dict[str, Tensor] = dict(self.gates)
         self.sensitivity: Sensitivity | None = None
         self.loss: AnswerLoss | None = None
         self.batches: list[Any] = []
-        measured = self.node.worth == "measured" and work.cfg.export.widths == "allocation" and work.budget.has_target
-        if not self.node.samples or not (measured or self.node.compensate):
+        measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and work.budget.has_target
+        if not samples or not (measured or self.node.reconstruct):
             return
-        size = min(self.node.batch_size, max(self.node.samples // 2, 1))
-        batches = list(work.data.calibration_loader(size, self.node.samples))
+        size = min(work.cfg.calibration.batch_size, max(samples // 2, 1))
+        batches = list(work.data.calibration_loader(size, samples))
         self.batches = [batch for batch in batches if len(batch[0]) > 1] or batches  # BatchNorm needs more than one
         if measured:
             self._measure(progress)
@@ -69,7 +70,7 @@ class Quality:
             The better of the two models, and for the record: how many layers were `refitted`, and the nats per answer
             that slicing alone and slicing with a refit cost, where such were measured.
         """
-        if not self.node.compensate or not self.batches:
+        if not self.node.reconstruct or not self.batches:
             return slim, {"refitted": 0}
         nats: dict[str, Any] = {}
         if self.loss is not None:
@@ -91,14 +92,17 @@ class Quality:
         work, half = self.work, max(1, len(self.batches) // 2)
         fitted, judged = self.batches[:half], self.batches[half:] or self.batches
         model = self._ungated()
-        if self.node.order == "reconstruction":
-            progress.say("finding out which units can be replaced")
-            self.saliency |= reconstruction_ranks(model, work.gated_groups, fitted)
+        importance: Importance = build(self.node.importance)
+        progress.say("ranking the units")
+        calibration = CalibrationData(fitted, work.adapter.outputs, work.cfg.distill.chunk)
+        self.saliency |= rank_units(
+            importance, self._placed(self.student), model, groups=work.gated_groups, calibration=calibration
+        )
         self.loss = AnswerLoss(
             self._placed(self.student),
             self._placed(self.teacher),
             model=model,
-            fitted=fitted if self.node.compensate else [],
+            fitted=fitted if self.node.reconstruct else [],
             judged=judged,
             distillation=Distillation(
                 KDConfig(temperature=1.0), reader=work.adapter.outputs, chunk=work.cfg.distill.chunk

@@ -79,7 +79,7 @@ class Workspace:
     def accelerator(self) -> Accelerator:
         """Placement and mixed precision of training."""
         AcceleratorState._reset_state(True)  # it is global, and an earlier stage or job may have chosen otherwise
-        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.runtime.mixed_precision)
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.compute.mixed_precision)
 
     @cached_property
     def adapter(self) -> Adapter:
@@ -321,7 +321,7 @@ class Workspace:
 
     def save(self, path: Path, model: nn.Module, keep: Keep) -> None:
         """Save a model that was sliced to `keep`."""
-        save_model(
+        written = save_model(
             path,
             model,
             adapter=self.adapter,
@@ -330,6 +330,7 @@ class Workspace:
             groups=self.groups,
             keep=keep,
         )
+        self.run.record(written)
 
     @cached_property
     def budget(self) -> Budget:

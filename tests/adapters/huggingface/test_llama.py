@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, MistralForCausalLM
 
 from hawada.adapters import Shape
-from hawada.adapters.huggingface import LlamaAdapter
+from hawada.adapters.huggingface import CACHE_NAME, LlamaAdapter
 from hawada.core.evaluate import compare_outputs, count_parameters
 from hawada.core.gates import Student
 from hawada.core.structure import check_groups, completed, keep_all, plan_edits, widths_of
@@ -219,7 +219,7 @@ def test_caches_work_whichever_attentions_are_gone(gone, first, build_model):
         assert torch.equal(generate(slim, inputs, use_cache=use_cache), expected)
     with torch.no_grad():
         cache, whole = DynamicCache(config=slim.config), slim(inputs).logits
-        steps = [slim(inputs[:, index : index + 1], past_key_values=cache).logits for index in range(inputs.shape[1])]
+        steps = [slim(inputs[:, index : index + 1], **{CACHE_NAME: cache}).logits for index in range(inputs.shape[1])]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5 * float(whole.abs().max()))
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -154,6 +155,14 @@ def test_cached_snapshot_is_what_main_names_and_complete(snapshots):
     assert find_local("owner/name") == new
     snapshots("gone", main=True).rmdir()
     assert find_local("owner/name") == new
+
+
+def test_finding_a_cached_checkpoint_asks_no_network(snapshots, hub):
+    complete = snapshots("a", "config.json", "model.safetensors", main=True)
+    assert find_local("owner/name") == complete
+    (complete / "model.safetensors").unlink()
+    assert find_local("owner/name") is None and find_local("owner/other") is None
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
@@ -309,7 +318,9 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
     there = ["config.json", "tokenizer.json", "merges.txt", "README.md", "gates.safetensors", "model.safetensors"]
     shunned = ["pytorch_model.bin", "consolidated.safetensors", "tf_model.h5", "training_args.bin", "onnx/config.json"]
 
-    def download(repo, *, revision="main", allow_patterns, ignore_patterns=()):
+    def download(repo, *, revision="main", allow_patterns, ignore_patterns=(), local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached under this branch")
         calls.append(repo)
         wanted = huggingface_hub.utils.filter_repo_objects(
             there + shunned, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
@@ -325,15 +336,15 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
 
 
 def test_broken_download(cache, snapshots, monkeypatch):
-    def download(repo, **options):
-        raise OSError(28, "No space left on device")
+    def download(repo, *, local_files_only=False, **options):
+        raise LocalEntryNotFoundError("nothing is cached under this branch") if local_files_only else failure
 
+    failure = OSError(28, "No space left on device")
     monkeypatch.setattr(hub_module, "_head", lambda repo: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ValueError, match=rf"llm\.path: owner/name .*No space left on device\); {BOTH_WAYS[:22]}"):
         fetch("owner/name", key="llm.path")
-    gated = HfHubHTTPError("", response=SimpleNamespace(status_code=403, headers={}, request=None))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: (_ for _ in ()).throw(gated))
+    failure = HfHubHTTPError("", response=SimpleNamespace(status_code=403, headers={}, request=None))
     with pytest.raises(ValueError, match=r"is gated, private or misspelt \(403\)"):
         fetch("owner/name")
     folder = str(snapshots("abc", "config.json"))
@@ -521,6 +532,10 @@ class FakeApi:
 
     asked: list[tuple[str, object]]
     error: Exception | None = None
+    there: tuple[str, ...] = ()
+
+    def list_repo_files(self, repo):
+        return [".gitattributes", *self.there]
 
     def whoami(self):
         if self.error is not None:
@@ -531,7 +546,10 @@ class FakeApi:
         return f"http://hub/{repo}"
 
     def upload_folder(self, *, repo_id, folder_path, delete_patterns):
-        assert "*.safetensors" in delete_patterns  # gates of a model that was there before
+        stale = ("model.safetensors", "model-00001-of-00002.safetensors", "gates.safetensors", "modeling_slim.py")
+        for name in stale:  # of a model that was there before
+            assert any(fnmatchcase(name, pattern) for pattern in delete_patterns)
+        assert not any(fnmatchcase("their_own.safetensors", pattern) for pattern in delete_patterns)
         self.asked.append((repo_id, folder_path))
 
     def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
@@ -552,6 +570,17 @@ def test_push_creates_and_uploads(tmp_path, api):
     assert api.asked == [("me/slim", True, True), ("me/slim", folder), ("me/slim", gates, "gates.safetensors")]
     push(folder, "me/slim", private=False)
     assert api.asked[3] == ("me/slim", False, True)
+
+
+def test_push_leaves_a_repository_alone_that_is_not_its_own(tmp_path, api):
+    folder = touch(tmp_path / "slim", "config.json")
+    api.there = ("their_own.safetensors",)
+    with pytest.raises(ValueError, match=r"me/slim \(it holds their_own\.safetensors and no hawada\.json, so it is"):
+        push(folder, "me/slim")
+    assert api.asked == [("me/slim", True, True)]
+    api.there = ("their_own.safetensors", "hawada.json")
+    push(folder, "me/slim")
+    assert api.asked[-1] == ("me/slim", folder)
 
 
 @pytest.mark.parametrize("repo", ["slim", "a/b/c", "me/s lim", "me--x/slim"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hawada.core.gates import HardConcreteGate, SigmoidGate, Student, parameter_groups, project_gates_into_constraints
-from hawada.core.gates.gates import BlockGate, ChannelGate, HeadGate, multiply_along
+from hawada.core.gates.gates import multiply_along
 
 
 def test_each_unit_scales_its_own_elements():
@@ -31,27 +31,9 @@ def test_the_product_has_the_dtype_of_the_activation():
     assert multiply_along(x, torch.ones(3), 1).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("gate", "shape"),
-    [
-        (SigmoidGate((3, 1)), (2, 3, 4)),
-        (ChannelGate(3), (2, 3, 4)),
-        (ChannelGate(4, dim=-1), (2, 3, 4)),
-        (HeadGate(3, head_dim=2), (2, 6)),
-        (BlockGate(), (2, 3)),
-    ],
-)
-def test_gate_modules_multiply_by_their_value(gate, shape):
-    x = torch.randn(shape)
-    assert torch.allclose(gate(x), x * torch.sigmoid(torch.tensor(4.0)))
-
-
-def test_channel_and_head_gates_tell_their_units_apart():
-    channels, heads = ChannelGate(2), HeadGate(2, head_dim=3)
-    for gate in (channels, heads):
-        gate.hard = torch.tensor([0.0, 1.0])
-    assert channels(torch.ones(1, 2, 2)).tolist() == [[[0.0, 0.0], [1.0, 1.0]]]
-    assert heads(torch.ones(1, 6)).tolist() == [[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]
+def test_a_gate_multiplies_by_its_value():
+    x = torch.randn(2, 3, 4)
+    assert torch.allclose(SigmoidGate((3, 1))(x), x * torch.sigmoid(torch.tensor(4.0)))
 
 
 def test_temperature_sharpens_the_sigmoid():
@@ -177,7 +159,7 @@ def test_a_hard_concrete_gate_learns_from_its_draws(toy, groups, inputs):
 def test_a_hard_concrete_gate_can_be_projected():
     gate = HardConcreteGate(10, init=-2.0)
     project_gates_into_constraints([gate], minimum=6.0)
-    assert float(gate.gate.sum()) == pytest.approx(6.0, abs=1e-3)
+    assert float(gate.gate.detach().sum()) == pytest.approx(6.0, abs=1e-3)
 
 
 def test_a_draw_must_reach_both_ends():

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from hawada.core.importance import reconstruction_ranks
-from hawada.core.importance.obs import elimination_ranks
+from hawada.core.importance.obs import elimination_ranks, reconstruction_ranks
 from hawada.core.structure import Cut, Group
 
 

@@ -8,7 +8,7 @@ from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
 from hawada.core.importance import AnswerLoss, Sensitivity, measure_sensitivity
 from hawada.core.search.allocation import Allocation
-from hawada.core.structure import ExportPolicy, Rounding, full_widths
+from hawada.core.structure import ExportPolicy, Rounding, full_widths, keep_all
 
 DISTILLATION = Distillation(KDConfig(temperature=1.0))
 
@@ -90,3 +90,30 @@ def test_a_layer_is_worth_what_it_costs_and_not_its_branches_once_more(layers):
     assert allocation.worth(full | {"layers.0": 0}) == -0.25
     assert allocation.worth(full | {"layers.0": 0, "layers.0.ffn": 2}) == -0.25
     assert allocation.worth(full | {"layers.0.ffn": 2}) == -0.5
+
+
+def test_what_groups_cost_together_is_shared_out_among_them(toy, groups, inputs):
+    """Their figures add up to what was measured with both pruned, so that nothing is counted twice."""
+    student = Student(copy.deepcopy(toy), groups)
+    order = {group.name: torch.arange(group.units).float() for group in groups}
+    policy = ExportPolicy(rounding={"channel": Rounding(4)}, uniform=True)
+    loss = AnswerLoss(student, toy, fitted=[], judged=[(inputs,)], distillation=DISTILLATION)
+    costs = measure_sensitivity(loss, groups, policy, order).costs
+    together = loss(keep_all(groups) | {"first.hidden": (4, 5, 6, 7), "second.hidden": (4, 5, 6, 7)})
+    assert together > 0
+    assert costs["first.hidden"][4] + costs["second.hidden"][4] == pytest.approx(together, rel=1e-12)
+
+
+def test_a_group_is_never_better_with_fewer_units(toy, groups):
+    """Measured losses waver, and may even fall below the full model's; the cost of a width does not."""
+    losses = {8: 0.0, 6: 0.5, 4: 0.2, 2: 0.7}
+
+    class Wavering:
+        student = Student(toy, groups[:2])
+
+        def __call__(self, keep):
+            return losses[len(keep["first.hidden"])] if keep["first.branch"] else -0.1
+
+    order = {group.name: torch.arange(group.units).float() for group in groups}
+    costs = measure_sensitivity(Wavering(), groups, ExportPolicy(rounding={"channel": Rounding(2)}), order).costs
+    assert costs == {"first.branch": {0: 0.0, 1: 0.0}, "first.hidden": {8: 0.0, 6: 0.5, 4: 0.5, 2: 0.7}}

@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from hawada.core.latency import DeviceMonitor, Rounds
-from hawada.core.latency.placement import ALIKE, OPERATIONS, Placement
+from hawada.core.latency import DeviceMonitor, Rounds, monitor as monitor_module
+from hawada.core.latency.placement import ALIKE, KNOWN_PROBES, OPERATIONS, RECENT_PROBES, Placement
 from hawada.core.latency.profiler import measure_rounds
 
 NEAR, FAR = 3.0, 3.0 * ALIKE + 0.5
@@ -17,32 +17,57 @@ def handovers(monkeypatch):
     readings = [NEAR]
 
     def probe(self):
-        now = readings.pop(0) if len(readings) > 1 else readings[0]
-        self.nearest_us = min(self.nearest_us, now)
-        return now
+        return readings.pop(0) if len(readings) > 1 else readings[0]
 
     monkeypatch.setattr(Placement, "probe", probe)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(monitor_module, "Contention", Uncontended)
     return readings
+
+
+class Uncontended:
+    """A machine on which nobody else computes, as the one that runs the tests may not be."""
+
+    def begin(self):
+        pass
+
+    def end(self):
+        return None
 
 
 def measured(monitor, rounds=ROUNDS):
     return measure_rounds([lambda: 1.0, lambda: 2.0], rounds, monitor=monitor)
 
 
-def test_a_probe_is_the_fastest_try_and_the_nearest_ever_is_remembered(monkeypatch):
+def test_a_probe_is_the_fastest_try(monkeypatch):
     """Tries of 30 operations take so many microseconds an operation; the clock is read before and after each."""
     tries = [9.0, 5.0, 7.0, 6.0, 8.0, 8.0, 4.0, 9.0, 9.0]
     readings = [edge for us in tries for edge in (0.0, us * OPERATIONS * 1e-6)]
     monkeypatch.setattr(time, "perf_counter", lambda: readings.pop(0))
     placement = Placement()
-    assert placement.nearest_us == pytest.approx(5.0)
-    assert placement.probe() == pytest.approx(6.0) and placement.nearest_us == pytest.approx(5.0)
-    assert placement.probe() == pytest.approx(4.0) and placement.nearest_us == pytest.approx(4.0)
+    assert placement.near_us == pytest.approx(5.0)
+    assert placement.probe() == pytest.approx(6.0) and placement.probe() == pytest.approx(4.0)
+
+
+def test_one_probe_that_was_nearer_than_all_others_calls_nothing_apart(handovers):
+    """On an idle virtual machine the nearest ever lies 1.2 times below most: then most rounds were called apart."""
+    placement = Placement()
+    handovers[:] = [NEAR / 2, *[NEAR] * 7, *[1.1 * NEAR, NEAR] * 20]
+    assert [placement.apart_after_round() for _ in range(40)].count(True) == 0
+    assert placement.near_us == pytest.approx(NEAR)
+
+
+def test_what_stays_becomes_typical_and_waiting_teaches_nothing(handovers):
+    placement = Placement(NEAR)
+    handovers[:] = [FAR]
+    for _ in range(RECENT_PROBES):
+        assert placement.apart()
+    found = [placement.apart_after_round() for _ in range(RECENT_PROBES)]
+    assert all(found[:KNOWN_PROBES]) and not found[-1]
 
 
 def test_a_probe_really_takes_time():
-    assert 0 < Placement().nearest_us < 1e5
+    assert 0 < Placement().near_us < 1e5
 
 
 def test_a_round_after_which_the_threads_run_apart_is_replaced(handovers, tmp_path):
@@ -68,7 +93,7 @@ def test_when_patience_ends_rounds_count_and_the_record_says_so(handovers, tmp_p
     assert "the threads ran apart in 4 of 4 rounds" in found.notes
 
 
-def test_what_was_nearest_before_is_known_to_a_new_process(handovers, tmp_path):
+def test_what_was_near_before_is_known_to_a_new_process(handovers, tmp_path):
     handovers[:] = [FAR]
     assert DeviceMonitor(torch.device("cpu"), handover_us=NEAR, cgroups=tmp_path).placement.apart()
     assert not DeviceMonitor(torch.device("cpu"), cgroups=tmp_path).placement.apart()

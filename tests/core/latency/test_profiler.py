@@ -15,9 +15,12 @@ from hawada.core.latency import (
     Rounds,
     bootstrap_median,
     compare,
+    comparison_of,
     measure_latency_ms,
+    measure_together,
     sample_rounds,
     summarize,
+    widened,
 )
 from hawada.core.latency.monitor import Conditions
 from hawada.core.latency.profiler import measure_rounds, relative_medians
@@ -171,6 +174,24 @@ class Objecting:
 
     def finish(self):
         return self.conditions
+
+
+def test_rounds_that_do_not_count_are_kept_apart(pair):
+    clock = DriftingClock({pair[0]: 10.0, pair[1]: 5.0})
+    monitor = Objecting({1, 3}, Conditions())
+    found = measure_together(pair, (torch.zeros(1),), clock, rounds=ROUNDS, monitor=monitor)
+    assert found.counts[:4].tolist() == [False, True, False, True]
+    assert len(found.rows) == len(found.samples) + 2 and np.array_equal(found.samples, found.rows[found.counts])
+    assert found.noisy is None and found.discarded == f"2 of {len(found.rows)} rounds discarded (too hot)"
+
+
+def test_a_widened_comparison_reaches_further_by_a_share_of_its_ends():
+    known = comparison_of(np.array([[10.0, 4.0], [10.0, 5.0], [10.0, 6.0]]), "measured")
+    wide = widened(known, 0.25)
+    assert (wide.ratio.median, wide.ratio.high) == (known.ratio.median, 1.25 * known.ratio.high)
+    assert wide.ratio.low == pytest.approx(known.ratio.low / 1.25)
+    assert wide.candidate.low == pytest.approx(known.candidate.low / 1.25)
+    assert wide.candidate.high == pytest.approx(1.25 * known.candidate.high)
 
 
 def test_a_comparison_says_what_was_wrong_and_keeps_its_samples(pair):

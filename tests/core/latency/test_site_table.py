@@ -10,7 +10,7 @@ from torch import nn
 from hawada.adapters import Shape
 from hawada.adapters.torchvision import ResNetAdapter
 from hawada.core.latency import LatencyProxy, LatencyTable, Rounds, SimulatedClock, build_table, fidelity, random_keep
-from hawada.core.latency.site_table import SiteCall
+from hawada.core.latency.site_table import SiteCall, monotone
 from hawada.core.structure import (
     Cut,
     ExportPolicy,
@@ -130,6 +130,15 @@ def test_a_table_over_several_widths_is_monotone_in_each():
     ms = table.sites[0].ms
     assert ms.shape == (2, 3, 3)
     assert all((np.diff(ms, axis=axis) >= 0).all() for axis in range(3))
+
+
+@pytest.mark.parametrize("shape", [(9,), (5, 4), (2, 5, 3), (2, 3, 2, 3)])
+def test_noisy_times_are_made_monotone_in_each_width_at_once(shape):
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        ms = monotone(random.random(shape))
+        assert all((np.diff(ms, axis=axis) >= -1e-12).all() for axis in range(len(shape)))
+    assert monotone(ms).tolist() == ms.tolist()  # what is monotone stays as it is
 
 
 def toy_table(toy, groups, sites, *calls):

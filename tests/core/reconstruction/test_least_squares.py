@@ -232,3 +232,20 @@ def test_a_layer_that_is_called_twice_is_left_alone():
     student = Student(copy.deepcopy(teacher), [HIDDEN])
     assert compensate(student, teacher, {"hidden": (0, 1, 2)}, [(torch.randn(32, 6),)]) == []
     assert torch.equal(student.model.down.weight, teacher.down.weight)
+
+
+def test_the_fewer_rows_there_are_the_less_weights_change():
+    """The same 16 samples once and a hundred times have the same covariance; the weights trust the many rows more."""
+    torch.manual_seed(0)
+    teacher, keep = Plain().eval(), {"hidden": tuple(range(8))}
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(2))
+    old, changes, errors = teacher.down.weight[:, :8], [], []
+    for times in (1, 3, 10, 100):
+        student = Student(copy.deepcopy(teacher), [HIDDEN])
+        compensate(student, teacher, keep, [(x.repeat(times, 1),)])
+        slim = materialize(student.model, [HIDDEN], keep)
+        with torch.no_grad():
+            changes.append(float((slim.down.weight - old).norm()))
+            errors.append(float((slim(x) - teacher(x)).square().mean()))
+    assert changes == sorted(changes) and errors == sorted(errors, reverse=True)
+    assert changes[0] < 0.7 * changes[-1]

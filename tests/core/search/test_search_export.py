@@ -6,7 +6,7 @@ import torch
 from hawada.core.latency import Budget, Comparison, Interval, Latency, LatencyProxy, LatencyTable
 from hawada.core.latency.site_table import SiteTable
 from hawada.core.search import BudgetSearch, grid_search_latency, search_export
-from hawada.core.structure import ExportPolicy, Group, Removal, Rounding, Site, full_widths, widths_of
+from hawada.core.structure import ExportPolicy, Group, Removal, Rounding, Site, full_widths, keep_all, widths_of
 
 
 def fake_measure(groups, linear_proxy, calls, *, offset, scale, noise=0.002):
@@ -158,6 +158,16 @@ def test_a_policy_too_coarse_gives_way_to_a_finer_one(linear_proxy):
     policies = multiples(1, 32)
     search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.62, 0.02), offset=1.0, policies=policies)
     assert search_export(search, max_measurements=10).status == "on_target"
+
+
+def test_a_measurement_of_the_search_outweighs_one_of_the_calibration(linear_proxy):
+    """Where the two contradict each other, the fit is off by a tenth of their difference: weights are squared."""
+    groups = wide_groups()
+    search = make_search(groups, linear_proxy, [], Budget(None, 0.75, 0.05))
+    search.proxy.add_sample(full_widths(groups), 1.1 * search.teacher_ms)  # as stage=profile does
+    assert search.predicted_ratio(keep_all(groups)) == pytest.approx(1.1, rel=1e-3)
+    assert search.try_keep(keep_all(groups), 0).comparison.ratio.median == 1.0
+    assert 1.007 < search.predicted_ratio(keep_all(groups)) < 1.015
 
 
 def test_what_looks_right_once_is_measured_again(linear_proxy):

@@ -12,6 +12,7 @@ from hawada.core.structure import (
     Group,
     Removal,
     Rounding,
+    best_first,
     keep_all,
     keep_element_indices_from_gate,
     keep_from_gates,
@@ -20,17 +21,12 @@ from hawada.core.structure import (
     smallest_keep,
     widths_of,
 )
-from hawada.core.structure.selection import top_units
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("nearest", [8, 8, 16, 16, 20]), ("up", [8, 16, 16, 20, 20]), ("down", [8, 8, 8, 16, 20])],
-)
-def test_rounding_modes(mode, expected):
-    rounding = Rounding(8, mode)
+def test_widths_are_rounded_to_the_nearest_multiple_or_the_full_width():
+    rounding = Rounding(8)
     assert rounding.widths(20) == [8, 16, 20]
-    assert [rounding.round(width, 20) for width in (3, 10, 14, 17, 20)] == expected
+    assert [rounding.round(width, 20) for width in (3, 10, 14, 17, 20)] == [8, 8, 16, 16, 20]
 
 
 def test_ties_round_up_and_a_multiple_above_the_group_allows_the_full_width_only():
@@ -42,8 +38,6 @@ def test_ties_round_up_and_a_multiple_above_the_group_allows_the_full_width_only
 def test_rounding_refuses_nonsense():
     with pytest.raises(ValueError, match=r"gpu\.multiple: 0 is not a positive whole number"):
         Rounding(0)
-    with pytest.raises(ValueError, match="rounding mode 'sideways' is not nearest, up or down"):
-        Rounding(8, "sideways")
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, float("nan")])
@@ -60,8 +54,8 @@ def test_policy_widths_follow_kind_and_minimum(groups):
     assert ExportPolicy(minimum={"channel": 99}).widths(hidden) == [8]
 
 
-def test_the_largest_gates_are_kept_sorted_and_ties_go_to_the_lower_index():
-    assert top_units(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.5]), 3) == (1, 2, 3)
+def test_the_largest_gates_come_first_and_ties_go_to_the_lower_index():
+    assert best_first(torch.tensor([0.1, 0.9, 0.5, 0.9, 0.5])) == [1, 3, 2, 4, 0]
 
 
 def test_gates_are_read_by_threshold_rounding_and_minimum(groups):
@@ -193,10 +187,10 @@ def test_uniform_widths_are_equal_and_the_indices_of_each_layer_its_own(layers, 
     for index in range(4):
         for kind in ("kv", "ffn"):
             name = f"layers.{index}.{kind}"
-            assert keep[name] == top_units(gates[name], widths[name])
+            assert keep[name] == tuple(sorted(best_first(gates[name])[: widths[name]]))
         name = f"layers.{index}.query"
         heads = gates[name].view(4, 2)
-        best = {2 * kv + unit for kv in keep[f"layers.{index}.kv"] for unit in top_units(heads[kv], widths[name])}
+        best = {2 * kv + unit for kv in keep[f"layers.{index}.kv"] for unit in best_first(heads[kv])[: widths[name]]}
         assert set(keep[name]) == best
     assert len({keep[group.name] for group in of_kind(layers, "ffn")}) > 1
 

@@ -1,5 +1,6 @@
 from .heads import AttentionHeadAdapter as AttentionHeadAdapter
 from .hub import check_source as check_source, fetch as fetch
 from .llama import LlamaAdapter as LlamaAdapter
+from .phases import CACHE_NAME as CACHE_NAME
 from .pretrained import load_checked as load_checked, quietly as quietly
 from .vit import ViTAdapter as ViTAdapter

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 WANTED = "a local folder with config.json and *.safetensors"
 BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "gates.safetensors"]
-STALE = ["*.safetensors", "*.safetensors.index.json", "modeling_slim.py"]  # of a model pushed there before
+# Files of a model that was pushed to a repository before, and its mark: nothing else there is deleted.
+STALE = ["model*.safetensors", "gates.safetensors", "*.safetensors.index.json", "modeling_slim.py"]
+MARK = "hawada.json"
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 8  # CONNECT_SECONDS does not limit a resolver, nor the tries on several addresses
 
@@ -33,11 +37,16 @@ def find_local(source: str) -> Path | None:
         return folder
     if not _is_repo_id(source):
         return None
-    cached = Path(constants.HF_HUB_CACHE, "--".join(["models", *source.split("/")]))
-    snapshots = sorted(cached.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    if (cached / "refs/main").is_file():
-        snapshots.insert(0, cached / "snapshots" / (cached / "refs/main").read_text().strip())
-    return next((path for path in snapshots if (path / "config.json").is_file() and _has_weights(path)), None)
+    return next((path for path in _snapshots(source) if (path / "config.json").is_file() and _has_weights(path)), None)
+
+
+def _snapshots(repo: str) -> Iterator[Path]:
+    """A repository's snapshots in the Hugging Face cache: what `main` last pointed to, then the newest first."""
+    with suppress(LocalEntryNotFoundError):  # only the config: whether all weights are there is checked by their index
+        yield Path(huggingface_hub.snapshot_download(repo, local_files_only=True, allow_patterns=["config.json"]))
+    # The library finds snapshots by the branch alone, and that may point to one whose download was interrupted.
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    yield from sorted(cached.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def check_push(repo: str) -> None:
@@ -105,7 +114,8 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
         private: for a repository that is created; one that exists stays as it is.
 
     Raises:
-        ValueError: when a file or the token is missing, the id is wrong, or the hub refuses or cannot be reached.
+        ValueError: when a file or the token is missing, the id is wrong, the repository holds something else than a
+            model that was pushed before, or the hub refuses or cannot be reached.
     """
     missing = [path for path in extra if not path.is_file()] + ([] if folder.is_dir() else [folder])
     if missing:
@@ -118,6 +128,9 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
     if error is None:
         try:
             address = api.create_repo(repo, private=private, exist_ok=True)
+            there = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
+            if there and MARK not in there:
+                raise FileExistsError(f"it holds {there[0]} and no {MARK}, so it is not this program's; give another")
             api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=STALE)
             for path in extra:
                 api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What a model's forward pass and its output call the cache: the library renamed it, and older versions know one name.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class PinnedLayer(StaticLayer):
@@ -53,7 +57,7 @@ class Prefill(nn.Module):
         self.cache = PinnedCache(model.config.num_hidden_layers, max_cache_len, 0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return self.model(input_ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
 
 
 class Decode(nn.Module):
@@ -74,7 +78,7 @@ class Decode(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         token = input_ids if self.token is None else self.token
-        logits = self.model(token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(token, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
         self.token = logits[:, -1:].argmax(-1)  # (batch, 1)
         return logits
 
@@ -97,7 +101,7 @@ class Generate(nn.Module):
             self.cache.reset()
         tokens, token = [], input_ids
         for _ in range(self.new_tokens):
-            logits = self.model(token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.model(token, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1:].argmax(-1)  # (batch, 1)
             tokens.append(token)
         return torch.cat(tokens, dim=1)

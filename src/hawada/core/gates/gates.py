@@ -157,35 +157,6 @@ class HardConcreteGate(SigmoidGate):
         self.noise = torch.logit(uniform) if self.training else None
 
 
-class ChannelGate(SigmoidGate):
-    """One gate per channel: multiplies axis `dim` of e.g. (N, C, H, W)."""
-
-    def __init__(self, channels: int, dim: int = 1, init: float = 4.0, temperature: float = 1.0) -> None:
-        super().__init__(channels, init, temperature)
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return multiply_along(x, self.factor, self.dim)
-
-
-class HeadGate(SigmoidGate):
-    """One gate per attention head: multiplies the last axis of (…, heads * head_dim)."""
-
-    def __init__(self, heads: int, head_dim: int, init: float = 4.0, temperature: float = 1.0) -> None:
-        super().__init__(heads, init, temperature)
-        self.head_dim = head_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return multiply_along(x, self.factor, -1, self.head_dim)
-
-
-class BlockGate(SigmoidGate):
-    """One gate for a whole branch or layer: multiplies everything by the same value."""
-
-    def __init__(self, init: float = 4.0, temperature: float = 1.0) -> None:
-        super().__init__(1, init, temperature)
-
-
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort parameters for separate optimizers (or settings such as weight decay).
 

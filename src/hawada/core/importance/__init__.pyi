@@ -1,5 +1,16 @@
-from .fisher import fisher_importance as fisher_importance, start_from_importance as start_from_importance
-from .obs import reconstruction_ranks as reconstruction_ranks
+from .fisher import (
+    FisherImportance as FisherImportance,
+    fisher_importance as fisher_importance,
+    start_from_importance as start_from_importance,
+)
+from .gates import (
+    CalibrationData as CalibrationData,
+    Gates as Gates,
+    Importance as Importance,
+    rank_units as rank_units,
+)
+from .magnitude import Magnitude as Magnitude
+from .obs import ObsImportance as ObsImportance
 from .sensitivity import (
     AnswerLoss as AnswerLoss,
     Sensitivity as Sensitivity,

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from scipy.stats import norm, rankdata
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hawada.core.distill import IGNORED, Outputs, Reader, plain_reader
 from hawada.core.gates import Student
+from hawada.core.importance.gates import CalibrationData
+from hawada.core.structure import Group
+
+
+class FisherImportance:
+    """The Fisher information of each unit's gate, see `fisher_importance`."""
+
+    def rank(
+        self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
+    ) -> dict[str, Tensor]:
+        """The scores by group, each (units,)."""
+        return fisher_importance(student, calibration.batches, calibration.outputs, calibration.chunk)
 
 
 def fisher_importance(

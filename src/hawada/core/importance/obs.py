@@ -8,10 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hawada.core.gates import Student
+from hawada.core.importance.gates import CalibrationData
 from hawada.core.reconstruction import Moments, input_rows, is_centred, is_linear, output_rows, seen
 from hawada.core.structure import Cut, Group
 
 AT_ONCE = 16  # one in so many of the units that are left goes before errors are computed again, and at least one
+
+
+class ObsImportance:
+    """The order in which a group's consumer can replace its units, see `reconstruction_ranks`.
+
+    Groups with several consumers, or one that is not plainly linear, are left to their gates. Ranks of different
+    groups cannot be compared: the sensitivity of the groups must be measured.
+    """
+
+    def rank(
+        self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
+    ) -> dict[str, Tensor]:
+        """The ranks by group, each (units,)."""
+        return reconstruction_ranks(model, groups, calibration.batches)
 
 
 @torch.no_grad()

@@ -29,12 +29,17 @@ from .profiler import (
     Latency as Latency,
     MeasurementError as MeasurementError,
     Rounds as Rounds,
+    Sampled as Sampled,
+    Samples as Samples,
     averaged as averaged,
     bootstrap_median as bootstrap_median,
     compare as compare,
+    comparison_of as comparison_of,
     measure_latency_ms as measure_latency_ms,
+    measure_together as measure_together,
     sample_rounds as sample_rounds,
     summarize as summarize,
+    widened as widened,
 )
 from .proxy import (
     LatencyProxy as LatencyProxy,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hawada.core.latency.profiler import Comparison, Interval
 
-# What a finished run may say; only these three are a success.
+# The verdicts of a finished run that are a success; only these three are a success.
 SUCCESS = ("met", "already_met", "simulated")
 PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
 MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
@@ -64,7 +64,7 @@ class Budget:
             raise ValueError("budget: no target; set budget.target_ratio or budget.target_ms")
         return Interval(measured.median / target, measured.low / target, measured.high / target)
 
-    def foregone(self, teacher: Interval, fastest: Interval) -> tuple[str, str] | None:
+    def decided_by_profile(self, teacher: Interval, fastest: Interval) -> tuple[str, str] | None:
         """(verdict, reason) when profiling alone decides, before anything is trained; else None.
 
         Args:
@@ -74,15 +74,20 @@ class Budget:
         if not self.has_target:
             return None
         goal = self.ratio(teacher.median)
-        wanted = f"the target is {goal * teacher.median:.3f} ms"
+        target = f"the target is {goal * teacher.median:.3f} ms"
         if goal >= (1 if self.target_ratio is not None else teacher.high / teacher.median):
-            return "already_met", f"the teacher takes {teacher.median:.3f} ms, {wanted}"
+            return "already_met", f"the teacher takes {teacher.median:.3f} ms, {target}"
         if goal < fastest.low:
-            return "infeasible", f"the fastest is {fastest.median * teacher.median:.3f} ms, {wanted}"
+            return "infeasible", f"the fastest is {fastest.median * teacher.median:.3f} ms, {target}"
         return None
 
-    def verdict(self, comparison: Comparison) -> tuple[str, str]:
-        """(verdict, reason) for a fresh measurement of the teacher against the slim model."""
+    def verdict(self, comparison: Comparison, every: Comparison | None = None) -> tuple[str, str]:
+        """(verdict, reason) for a fresh measurement of the teacher against the slim model.
+
+        Args:
+            comparison: of the rounds that count.
+            every: of all rounds, those that were disturbed included; None when that is the same.
+        """
         if not self.has_target:
             return "unverified", "no target was set"
         if comparison.simulated:
@@ -91,16 +96,24 @@ class Budget:
             return "unverified", PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
         if comparison.noisy is not None:
             return "unverified", f"noisy: {comparison.noisy}"
-        reached = self._of_target(comparison)
+        figures = self._described(comparison)
+        both = [self._of_target(known) for known in (comparison, every) if known is not None]
+        if all(reached.high <= 1 for reached in both):
+            return "met", figures
+        if all(reached.low > 1 for reached in both):
+            return "missed", figures
+        one_sided = both[0].high <= 1 or both[0].low > 1
+        if every is not None and one_sided:
+            figures += f", and {self._described(every, short=True)} with the rounds that were disturbed"
+        return "unverified", f"too noisy to tell: {figures}"
+
+    def _described(self, comparison: Comparison, *, short: bool = False) -> str:
+        """The figures that are compared with the target, and unless it is to be short the target."""
         if self.target_ms is not None:
-            said = f"{_range(comparison.candidate, 'ms')} against a target of {self.target_ms:.3f} ms"
+            figures, target = _range(comparison.candidate, "ms"), f"{self.target_ms:.3f} ms"
         else:
-            said = f"ratio {_range(comparison.ratio)} against a target of {self.target_ratio:.3f}"
-        if reached.high <= 1:
-            return "met", said
-        if reached.low > 1:
-            return "missed", said
-        return "unverified", f"too noisy to tell: {said}"
+            figures, target = f"ratio {_range(comparison.ratio)}", f"{self.target_ratio:.3f}"
+        return figures if short else f"{figures} against a target of {target}"
 
 
 def _range(interval: Interval, unit: str = "") -> str:

@@ -65,7 +65,7 @@ class DeviceClock:
 
     A sample of a fast model begins with a call that is not timed, so that all are as warm as in steady use. Warm-up
     ends when three medians in a row agree. A device that has not settled within its longest warm-up is given no more
-    than `ELSEWHERE`'s for the next models: its unrest shows in the rounds.
+    than `ELSEWHERE`'s for the next models: its instability shows in the rounds.
 
     Args:
         min_sample_ms: shortest block that is timed; None for this and the others: as the device's kind demands.
@@ -86,7 +86,7 @@ class DeviceClock:
         chosen = {"min_sample_ms": min_sample_ms, "agreement": agreement, "warm_up_s": warm_up_s}
         self.chosen = {name: value for name, value in chosen.items() if value is not None}
         self.runtime = runtime
-        self._restless = False
+        self._unstable = False
 
     def prepare(self, model: nn.Module, inputs: Inputs) -> Callable[[], float]:
         device = inputs[0].device
@@ -100,7 +100,7 @@ class DeviceClock:
         single_ms = max(min(time_block(1) for _ in range(2)), 1e-4)
         calls = max(1, math.ceil(sampling.min_sample_ms / single_ms))
         blocks = max(3, math.ceil(sampling.window_ms / (calls * single_ms)))
-        longest_s = min(sampling.warm_up_s, ELSEWHERE.warm_up_s) if self._restless else sampling.warm_up_s
+        longest_s = min(sampling.warm_up_s, ELSEWHERE.warm_up_s) if self._unstable else sampling.warm_up_s
         medians: list[float] = []
         start = time.perf_counter()
         while time.perf_counter() - start < longest_s:
@@ -109,7 +109,7 @@ class DeviceClock:
             if len(last) == 3 and max(last) <= min(last) * (1 + sampling.agreement):
                 break
         else:
-            self._restless = True
+            self._unstable = True
         warm = single_ms < WARMED_MS
 
         def sample() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from hawada.core.latency.contention import Contention
 from hawada.core.latency.placement import Placement
 
 Answer = TypeVar("Answer")
@@ -35,7 +35,7 @@ class Conditions:
 
     Attributes:
         notes: for the record.
-        noisy: why the figures must not be judged, or None.
+        noisy: why no verdict may rest on the figures, or None.
     """
 
     notes: tuple[str, ...] = ()
@@ -67,12 +67,12 @@ class Monitor(Protocol):
 
 
 class DeviceMonitor:
-    """NVML between rounds on a GPU, where threads run on a CPU; everywhere load and the throttling of the cgroup.
+    """NVML between rounds on a GPU, on a CPU who else uses it and where threads run; everywhere load and the quota.
 
     Args:
         device: what is timed.
         own_pids: processes besides this one that may use the GPU without being foreign.
-        handover_us: of a CPU's threads when they ran nearest to each other, see `placement`; None: what is
+        handover_us: of a CPU's threads when they ran near to each other, see `placement`; None: what is
             seen from now on.
         nvml: the NVML binding; None imports pynvml.
         cgroups: where control groups are mounted.
@@ -92,16 +92,17 @@ class DeviceMonitor:
         self._nvml: Any = None
         self._unseen: dict[str, str] = {}  # what NVML does not tell, and why
         self.placement: Placement | None = None
+        self.contention = Contention() if device.type == "cpu" else None
         if device.type == "cuda":
             self._open(nvml)
         elif device.type == "cpu" and torch.get_num_threads() > 1:
-            self.placement = Placement(math.inf if handover_us is None else handover_us)
+            self.placement = Placement(handover_us)
         self.start()
 
     @property
     def handover_us(self) -> float | None:
-        """Of the threads of a CPU when they ran nearest to each other; None where that is not watched."""
-        return None if self.placement is None else self.placement.nearest_us
+        """Of the threads of a CPU when they run near to each other; None where that is not watched."""
+        return None if self.placement is None else self.placement.near_us
 
     def start(self) -> None:
         """Begin anew."""
@@ -112,16 +113,22 @@ class DeviceMonitor:
 
     def settle(self, limit_s: float) -> float:
         """Wait until a CPU's threads run as near to each other as they can; returns seconds waited."""
-        if self.placement is None or self._impatient:
-            return 0.0
-        start = time.perf_counter()
-        self._impatient = not self.placement.wait(limit_s)
-        return time.perf_counter() - start
+        waited_s = 0.0
+        if self.placement is not None and not self._impatient:
+            start = time.perf_counter()
+            self._impatient = not self.placement.wait(limit_s)
+            waited_s = time.perf_counter() - start
+        if self.contention is not None:
+            self.contention.begin()
+        return waited_s
 
     def check(self) -> str | None:
         """Why the round that just ended does not count, or None."""
         self._rounds += 1
-        if self.placement is not None and self.placement.apart():
+        contended = None if self.contention is None else self.contention.end()
+        if contended is not None:
+            return contended
+        if self.placement is not None and self.placement.apart_after_round():
             self._apart += self._impatient
             return None if self._impatient else "the threads ran apart"
         if self._nvml is None:

@@ -1,4 +1,4 @@
-"""Measured milliseconds: interleaved rounds with a bootstrap interval, and what makes them unfit to be judged."""
+"""Measured milliseconds: interleaved rounds with a bootstrap interval, and what makes them unfit for a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from hawada.core.latency.clock import Clock, DeviceClock, source_of
 from hawada.core.latency.monitor import Conditions, Monitor
 from hawada.core.structure import Inputs
 
-MOST_DISCARDED = 0.5  # share of the rounds; where more do not count, the others are hardly better
 TINY_MS = 1e-9  # an identity takes no time on a simulated device; ratios to it must not divide by zero
 Samples = NDArray[np.float64]
 
@@ -93,14 +92,31 @@ class Sampled:
     """Interleaved samples and what happened while they were taken.
 
     Attributes:
-        samples: milliseconds, (rounds, samplers).
-        notes: for the record.
-        noisy: why the figures must not be judged, or None.
+        rows: milliseconds of every round whose timings are sound, in order, (rounds, samplers).
+        counts: which of them the monitor did not object to, (rounds,).
+        needed: the fewest rounds that must count.
+        notes: what is told about them.
+        discarded: how many rounds do not count and why, or None when all do.
+        broken: why no verdict may rest on any of them, or None.
     """
 
-    samples: Samples
+    rows: Samples
+    counts: NDArray[np.bool_]
+    needed: int
     notes: tuple[str, ...] = ()
-    noisy: str | None = None
+    discarded: str | None = None
+    broken: str | None = None
+
+    @property
+    def samples(self) -> Samples:
+        """The rounds that count; all of them where too few count."""
+        return self.rows[self.counts] if self.counts.sum() >= self.needed else self.rows
+
+    @property
+    def noisy(self) -> str | None:
+        """Why no verdict may rest on `samples` alone, or None."""
+        few = self.discarded if self.counts.sum() < self.needed else None
+        return "; ".join(filter(None, (self.broken, few))) or None
 
 
 def measure_rounds(
@@ -156,15 +172,16 @@ class _Tally:
 
     def __init__(self, needed: int, zero_ok: bool) -> None:
         self.needed, self.zero_ok = needed, zero_ok
+        self.rows: list[list[float]] = []
         self.kept: list[list[float]] = []
-        self.discarded: list[list[float]] = []
+        self.counts: list[bool] = []
         self.why: Counter[str] = Counter()
         self.unsound = 0
 
     @property
     def attempts(self) -> int:
         """Rounds taken."""
-        return len(self.kept) + len(self.discarded) + self.unsound
+        return len(self.rows) + self.unsound
 
     @property
     def enough(self) -> bool:
@@ -175,26 +192,32 @@ class _Tally:
         """Sort one round."""
         if not all(math.isfinite(ms) and (ms > 0 or (self.zero_ok and ms == 0)) for ms in row):
             self.unsound += 1
-        elif objection is not None:
+            return
+        self.rows.append(row)
+        self.counts.append(objection is None)
+        if objection is not None:
             self.why[objection] += 1
-            self.discarded.append(row)
         else:
             self.kept.append(row)
 
     def concluded(self, seen: Conditions) -> Sampled:
         """The samples, with what was wrong with them."""
-        kept, discarded, attempts = self.kept, self.discarded, self.attempts
+        attempts, lost = self.attempts, self.why.total()
         notes = tuple(f"{count} of {attempts} rounds discarded: {reason}" for reason, count in self.why.items())
-        troubles = [seen.noisy] if seen.noisy else []
+        broken = [seen.noisy] if seen.noisy else []
         if self.unsound:
-            troubles.append(f"{self.unsound} of {attempts} rounds had a timing that was not finite or not positive")
-        if discarded and (len(kept) < self.needed or len(discarded) > MOST_DISCARDED * attempts):
-            troubles.append(f"{len(discarded)} of {attempts} rounds discarded ({self.why.most_common(1)[0][0]})")
-        if len(kept) < self.needed:
-            kept = kept + discarded  # figures that are not judged are still better than none
-        if not kept:
-            raise MeasurementError("; ".join(troubles))
-        return Sampled(np.asarray(kept), notes + seen.notes, "; ".join(troubles) or None)
+            broken.append(f"{self.unsound} of {attempts} rounds had a timing that was not finite or not positive")
+        if not self.rows:
+            raise MeasurementError("; ".join(broken))
+        discarded = f"{lost} of {attempts} rounds discarded ({self.why.most_common(1)[0][0]})" if lost else None
+        return Sampled(
+            np.asarray(self.rows),
+            np.asarray(self.counts),
+            self.needed,
+            notes + seen.notes,
+            discarded,
+            "; ".join(broken) or None,
+        )
 
 
 def _widest(samples: Samples, baseline: int) -> float:
@@ -225,9 +248,9 @@ class Comparison:
         baseline: usually the teacher's latency.
         candidate: usually the slim model's.
         ratio: of candidate to baseline within rounds.
-        source: `measured`, `simulated` or `table`; only what was measured can be judged.
+        source: `measured`, `simulated` or `table`; a verdict needs what was measured.
         notes: what else was seen meanwhile.
-        noisy: why the figures must not be judged, or None.
+        noisy: why no verdict may rest on the figures, or None.
         samples: milliseconds of both, (rounds, 2).
     """
 
@@ -307,12 +330,43 @@ def compare(
     Raises:
         MeasurementError: when not one round can be used.
     """
-    source = source_of(clock)
-    samplers = [clock.prepare(model, inputs) for model in (baseline, candidate)]
-    sampled = measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source != "measured")
-    teacher, slim = sampled.samples.T
-    ratio = bootstrap_median(slim / np.maximum(teacher, TINY_MS))
-    return Comparison(summarize(teacher), summarize(slim), ratio, source, sampled.notes, sampled.noisy, sampled.samples)
+    sampled = measure_together((baseline, candidate), inputs, clock, rounds=rounds, seed=seed, monitor=monitor)
+    return comparison_of(sampled.samples, source_of(clock), notes=sampled.notes, noisy=sampled.noisy)
+
+
+def measure_together(
+    models: Sequence[nn.Module],
+    inputs: Inputs,
+    clock: Clock,
+    *,
+    rounds: Rounds,
+    seed: int = 0,
+    monitor: Monitor | None = None,
+) -> Sampled:
+    """Measure several models in the same interleaved rounds; the first is the baseline. Arguments as of `compare`.
+
+    Raises:
+        MeasurementError: when not one round can be used.
+    """
+    samplers = [clock.prepare(model, inputs) for model in models]
+    return measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source_of(clock) != "measured")
+
+
+def comparison_of(samples: Samples, source: str, *, notes: Sequence[str] = (), noisy: str | None = None) -> Comparison:
+    """The comparison that samples of a baseline and a candidate make, (rounds, 2)."""
+    baseline, candidate = samples.T
+    ratio = bootstrap_median(candidate / np.maximum(baseline, TINY_MS))
+    return Comparison(summarize(baseline), summarize(candidate), ratio, source, tuple(notes), noisy, samples)
+
+
+def widened(known: Comparison, share: float) -> Comparison:
+    """The same with intervals that reach further by a share of their ends."""
+
+    def reach(known: Latency) -> Latency:
+        return replace(known, low=known.low / (1 + share), high=known.high * (1 + share))
+
+    ratio = Interval(known.ratio.median, known.ratio.low / (1 + share), known.ratio.high * (1 + share))
+    return replace(known, baseline=reach(known.baseline), candidate=reach(known.candidate), ratio=ratio)
 
 
 def measure_latency_ms(

@@ -287,9 +287,11 @@ def _time_grid(
 
 
 def monotone(ms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least-squares isotonic along each axis, then a running maximum, which restores all axes at once."""
+    """Least-squares isotonic along each axis in turn.
+
+    An axis that is done stays monotone: where one row lies nowhere above another, nor does its isotonic regression,
+    which is a maximum of minima of means (Robertson, Wright and Dykstra, Order restricted statistical inference, 1988).
+    """
     for axis in range(ms.ndim):
         ms = np.apply_along_axis(lambda row: isotonic_regression(row).x, axis, ms)
-    for axis in range(ms.ndim):
-        ms = np.maximum.accumulate(ms, axis=axis)
     return ms

@@ -54,7 +54,7 @@ class Stepwise(threading.Thread):
             came = "its end" if self._over else "another layer"
             raise RuntimeError(
                 f"the model came to {came}: its layers do not always come in the same order, and so cannot be refitted "
-                "one after the other; set export.quality.compensate=false"
+                "one after the other; set export.reconstruct=false"
             )
         return self._seen
 

@@ -15,30 +15,21 @@ class Rounding:
 
     Attributes:
         multiple: 1 allows every width.
-        mode: `nearest`, `up` or `down`.
     """
 
     multiple: int = 1
-    mode: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise ValueError(f"gpu.multiple: {self.multiple} is not a positive whole number")
-        if self.mode not in ("nearest", "up", "down"):
-            raise ValueError(f"rounding mode {self.mode!r} is not nearest, up or down")
 
     def widths(self, units: int) -> list[int]:
         """Every allowed width of a group with `units` units, ascending and ending at `units`."""
         return [*range(self.multiple, units, self.multiple), units]
 
     def round(self, width: float, units: int) -> int:
-        """The allowed width next to `width` in this mode; never below the smallest allowed one."""
-        allowed = self.widths(units)
-        if self.mode == "up":
-            return next((choice for choice in allowed if choice >= width), units)
-        if self.mode == "down":
-            return max((choice for choice in allowed if choice <= width), default=allowed[0])
-        return min(allowed, key=lambda choice: (abs(choice - width), -choice))
+        """The allowed width nearest to `width`, of two the larger."""
+        return min(self.widths(units), key=lambda choice: (abs(choice - width), -choice))
 
 
 @dataclass(frozen=True)

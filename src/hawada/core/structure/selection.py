@@ -12,11 +12,6 @@ from hawada.core.structure.kept import Keep, Widths, keep_first
 from hawada.core.structure.policy import ExportPolicy
 
 
-def top_units(gate: Tensor, width: int) -> tuple[int, ...]:
-    """Indices of the `width` largest gates, sorted; ties go to the lower index."""
-    return tuple(sorted(best_first(gate)[:width]))
-
-
 def best_first(gate: Tensor) -> list[int]:
     """All indices, the largest gate first; ties go to the lower index."""
     return torch.sort(gate.detach().float().cpu(), descending=True, stable=True).indices.tolist()

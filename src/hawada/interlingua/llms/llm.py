@@ -210,6 +210,7 @@ class LMWrapper:
         seen = out.attention_mask
         position = seen.sum(1, keepdim=True)
         answers: list[list[int]] = [[] for _ in prompts]
+        cache = {_cache_name(): getattr(out, _cache_name())}
         going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         token = out.logits[:, -1].argmax(-1)
         for count in range(1, max_new_tokens + 1):
@@ -223,8 +224,8 @@ class LMWrapper:
                 input_ids=token[:, None],
                 attention_mask=seen,
                 position_ids=position,
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **cache,
             )
             token, position = step.logits[:, -1].argmax(-1), position + 1
         return answers
@@ -250,10 +251,10 @@ class LMWrapper:
             inputs_embeds=torch.cat(embeddings, 1),
             attention_mask=attended,
             position_ids=(shown.long().cumsum(1) - 1).clamp_min(0) + before,
-            past_key_values=past,
             use_cache=cached or past is not None,
             output_hidden_states=hidden,
             logits_to_keep=last,
+            **{_cache_name(): past},
         )
         out.attention_mask = attended
         return out
@@ -276,13 +277,20 @@ class LMWrapper:
 
     def _begin_cache(self) -> Any:
         """Keys and values of what begins every sequence; computed once where no feature changes the model."""
+        ids = torch.tensor([self.begin], device=self.device)
         if self.extras:
-            return self.model(input_ids=torch.tensor([self.begin], device=self.device), use_cache=True).past_key_values
+            return getattr(self.model(input_ids=ids, use_cache=True), _cache_name())
         if self._begun is None or self._begun.layers[0].keys.device != self.device:
             with torch.no_grad():
-                ids = torch.tensor([self.begin], device=self.device)
-                self._begun = self.model(input_ids=ids, use_cache=True).past_key_values
+                self._begun = getattr(self.model(input_ids=ids, use_cache=True), _cache_name())
         return self._begun
+
+
+def _cache_name() -> str:
+    """See `CACHE_NAME`; imported when a model is there, which has loaded the transformers library."""
+    from hawada.adapters.huggingface import CACHE_NAME
+
+    return CACHE_NAME
 
 
 def padded_right(rows: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tensor, Tensor]:

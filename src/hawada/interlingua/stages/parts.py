@@ -17,7 +17,7 @@ from hawada.config import build
 from hawada.core.latency import prepare_cpu, resolve_device
 from hawada.data import QAData
 from hawada.experiment import Run
-from hawada.interlingua.adapter import CALIBRATIONS, Adapter, PrefixAdapter
+from hawada.interlingua.adapter import SCALES, Adapter, PrefixAdapter
 from hawada.interlingua.encoder import ByteFeatures, FrozenFeatures, InterlinguaEncoder, LearnedPrompt
 from hawada.interlingua.examples import Task
 from hawada.interlingua.features import Feature
@@ -107,7 +107,7 @@ class InterlinguaParts:
                 f"interlingua.encoder.heads: {node.encoder.heads} do not divide interlingua.encoder.width="
                 f"{node.encoder.width}; set one of them to fit"
             )
-        for key, allowed in (("encoder_type", ENCODERS), ("injection", INJECTIONS), ("calibration", CALIBRATIONS)):
+        for key, allowed in (("encoder_type", ENCODERS), ("injection", INJECTIONS), ("scale", SCALES)):
             value = node[key]
             if value not in allowed:
                 raise ValueError(f"interlingua.{key}: {value!r} is not one of {', '.join(allowed)}; set it to one")
@@ -297,7 +297,7 @@ class InterlinguaParts:
                 llm.width,
                 llm.embedding_rms,
                 hidden=node.adapter.hidden,
-                calibration=node.calibration,
+                scale=node.scale,
                 value=node.fixed_rms,
             )
         return PrefixAdapter(node.d_z, node.latent_len, *llm.cache_shape, hidden=node.adapter.hidden)
