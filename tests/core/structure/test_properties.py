@@ -79,7 +79,7 @@ def cuts_between(first: str, norm: str, second: str, per_unit: int, convolution:
 def networks(draw: st.DrawFn) -> Network:
     """A row of layers of fully connected neurons or of convolutions; each may hold a residual branch with inner units.
 
-    Between two layers lie units of one or more features, and where the draw says so each of them holds equally many
+    Between two layers lie units of one or more features, and sometimes each of them holds equally many
     smaller units, as a KV head holds query heads.
     """
     convolution = draw(st.booleans())

@@ -64,8 +64,10 @@ def build_empty(config: PreTrainedConfig, auto: str) -> PreTrainedModel:
     """An untrained model in float32 and eval mode, on torch's current default device."""
     if hasattr(type(config), "slim_model"):
         slim: Any = type(config)
-        return slim.slim_model(config).float().eval()
-    return getattr(transformers, auto).from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = slim.slim_model(config).float().eval()
+    else:
+        model = getattr(transformers, auto).from_config(config, dtype=torch.float32).eval()
+    return model
 
 
 def build_filled(
@@ -99,6 +101,7 @@ def build_module(config: PreTrainedConfig, auto: str, state: Mapping[str, Tensor
 
 
 def _fill_described(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a module that a configuration describes, and check that it has these tensors in these shapes."""
     empty = all_tensors(module)
     for name in sorted(set(state) - set(empty)):
         raise RuntimeError(f"the slim configuration has no place for {name}: the adapter's widths are wrong")
@@ -110,7 +113,8 @@ def _fill_described(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
     """The configuration class of transformers itself that a configuration is or extends."""
-    return getattr(type(config), "stock_config", type(config))
+    stock: type[PreTrainedConfig] = getattr(type(config), "stock_config", type(config))
+    return stock
 
 
 def slim_classes(
@@ -137,7 +141,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         record = json.loads((folder / "config.json").read_text())
         if "slim" not in record:
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return config
         stock = type(AutoConfig.for_model(record["model_type"].removeprefix("slim_")))
         return slim_classes(stock, record["slim"]["auto"])[0].from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

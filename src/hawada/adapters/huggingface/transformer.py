@@ -293,7 +293,8 @@ class TransformerAdapter(Adapter):
     def head_dim(self, model: nn.Module) -> int:
         """Elements per head, which pruning never changes."""
         config: Any = model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return size
 
     def _layer_settings(self, path: str, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Any]:
         """A layer's own config attributes, and False by the name of a branch that is gone."""
@@ -310,7 +311,8 @@ class TransformerAdapter(Adapter):
     # Running
 
     def logits(self, output: Any) -> Tensor:
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
     def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
         if not features:
@@ -356,7 +358,8 @@ class TransformerAdapter(Adapter):
     def _saved_dtype(self) -> torch.dtype:
         """The dtype of the unpruned checkpoint; float32 for a model that is trained here."""
         named = None if self.path is None else self.pretrained_config().dtype
-        return getattr(torch, str(named or torch.float32).removeprefix("torch."))
+        dtype: torch.dtype = getattr(torch, str(named or torch.float32).removeprefix("torch."))
+        return dtype
 
     def write_companions(self, path: Path) -> None:
         """Put tokenizer, image processor and the like beside a saved model."""

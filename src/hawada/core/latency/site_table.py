@@ -66,9 +66,9 @@ class SiteTable:
         """Multilinear as `interpolate`, for an array of widths for each of the site's groups, all of one shape."""
         result = np.zeros(np.shape(widths[0]))
         corners: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # by axis: left neighbour, share of the right
-        for points, wanted in zip(self.grid, widths, strict=True):
+        for points, asked in zip(self.grid, widths, strict=True):
             axis = np.asarray(points, dtype=np.float64)
-            inside = np.clip(wanted, axis[0], axis[-1])
+            inside = np.clip(asked, axis[0], axis[-1])
             left = np.clip(np.searchsorted(axis, inside) - 1, 0, max(len(points) - 2, 0))
             step = np.diff(axis, append=axis[-1] + 1)[left]
             corners.append((left, (inside - axis[left]) / step))
