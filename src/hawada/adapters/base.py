@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.structure import Edits, Group, Inputs, Keep, Site, materialize, set_structure
+from hawada.core.structure import Edits, Group, Inputs, Keep, Site, fill, materialize, set_structure
 
 WEIGHTS = "model.safetensors"
 
@@ -104,30 +104,40 @@ class Adapter(ABC):
 
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:
-        """Everything that may be removed from `model`, a skeleton or teacher of this adapter."""
+        """Declare everything that may be removed from `model`, a skeleton or teacher of this adapter."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
-        """The modules that the latency table times, in order of execution."""
+        """The modules of `model` that the latency table times, in order of execution.
+
+        A module that no group touches is left out: its time is part of the proxy's overhead.
+        """
 
     @abstractmethod
     def example_inputs(self, shape: Shape) -> Inputs:
-        """Inputs of one call in the shape's phase, on the CPU, the same values every time."""
+        """Inputs of one call in the shape's phase, on the CPU; they have the same values every time."""
 
     def workload(self, model: nn.Module, shape: Shape) -> nn.Module:
-        """What is timed: called with `example_inputs`, it runs `model` as the phase does."""
+        """The module that is timed: called with `example_inputs(shape)`, it runs `model` as the phase does."""
         return model
 
     def parts(self, model: nn.Module, shape: Shape) -> list[tuple[float, nn.Module, Shape]]:
-        """The calls that the phase is made of, as (how often, workload, its shape); for the table of sites."""
+        """The calls that the phase is made of, as (how often, workload, its shape); the site table times each."""
         return [(1.0, self.workload(model, shape), shape)]
 
     def logits(self, output: Any) -> Tensor:
         """The logits, (batch, classes) or (batch, tokens, classes), within what the model returns."""
-        return output
+        logits: Tensor = output
+        return logits
 
     def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
-        """Run a model for distillation; see `hawada.core.distill.outputs.Outputs`.
+        """Run a model for distillation.
+
+        Args:
+            model: a teacher, a student or a slim model.
+            inputs: one batch, on the model's device.
+            features: return what the last layer is called with, and the layer, instead of logits.
+            hidden: return the hidden states too.
 
         Raises:
             ValueError: when the family has no features or hidden states to show.
@@ -164,8 +174,28 @@ class Adapter(ABC):
         return None
 
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
-        """The physically smaller model, in eval mode: no gates, no hooks."""
+        """The physically smaller model, in eval mode: no gates, no hooks.
+
+        Args:
+            model: the teacher, or a student's gated model; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+        """
         return materialize(model, groups, keep).eval()
+
+    def slice_site(self, model: nn.Module, groups: Sequence[Group], keep: Keep, path: str) -> nn.Module:
+        """The module that `slim` has for the one at `path` of `model`, the identity where it is gone.
+
+        The latency table and the staircases of the doctor time it, so a family that overrides `slim` overrides this
+        too. Nothing outside the module is cut.
+
+        Args:
+            model: the unpruned model, in eval mode; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+            path: of a site of `sites(model)`.
+        """
+        return materialize(model, groups, keep, path)
 
     def loads_with(self, path: str, model: nn.Module) -> str:
         """Python code that loads a saved model."""
@@ -176,14 +206,31 @@ class Adapter(ABC):
         return model
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
-        """Write the weights into a folder; returns what the manifest must hold to rebuild the shape."""
+        """Write the weights into a folder.
+
+        Args:
+            path: the folder; it exists.
+            model: what `slim` returned, possibly finetuned.
+            edits: what was planned on the unpruned model to make it.
+
+        Returns:
+            What the manifest must hold for `read` to rebuild the shape.
+        """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         replaced = {name: list(keeps) for name, keeps in edits.replaced.items()}
         return {"attributes": edits.attributes, "replaced": replaced}
 
     def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
-        """The inverse of `write`: the model in eval mode, on the CPU."""
+        """Read what `write` wrote: the model in eval mode, on the CPU.
+
+        Args:
+            path: the folder.
+            manifest: its hawada.json, with what `write` returned.
+
+        Raises:
+            ValueError: when the weights do not fit the manifest.
+        """
         with torch.device("meta"):
             model = self.skeleton()
         model = set_structure(model, manifest["attributes"], manifest["replaced"])
@@ -197,10 +244,4 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
         raise ValueError(f"{path / WEIGHTS} does not fit its manifest: {odd} is on one side only; export it again")
-    for name, tensor in state.items():
-        owner_path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        if attribute in owner._parameters:
-            setattr(owner, attribute, nn.Parameter(tensor))
-        else:
-            setattr(owner, attribute, tensor)
+    fill(model, state)

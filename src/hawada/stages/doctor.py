@@ -176,7 +176,14 @@ def _staircase(work: Workspace, teacher: nn.Module, axis: Any) -> Staircase:
     rounds = _rounds(work)
     rounds = replace(rounds, min_rounds=min(rounds.min_rounds, 6), max_rounds=min(rounds.max_rounds, 24))
     return measure_staircase(
-        teacher, work.groups, axis, arguments, work.clock, points=work.cfg.doctor.points, rounds=rounds
+        teacher,
+        work.groups,
+        axis,
+        arguments,
+        work.clock,
+        points=work.cfg.doctor.points,
+        rounds=rounds,
+        slice_site=work.adapter.slice_site,
     )
 
 

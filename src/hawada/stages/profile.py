@@ -88,6 +88,7 @@ def time_sites(work: Workspace, teacher: nn.Module, clock: Clock, progress: Prog
         rounds=work.quick_rounds,
         monitor=work.monitor if clock is work.clock else None,
         on_site=lambda site: progress.step(f"timed {site}"),
+        slice_site=work.adapter.slice_site,
     )
 
 
