@@ -6,7 +6,7 @@ from hawada.interlingua.adapter import PrefixAdapter
 from hawada.interlingua.encoder import ByteFeatures
 from hawada.interlingua.llms.llm import Template
 from hawada.interlingua.llms.tiny import small_causal_lm
-from hawada.interlingua.messenger import Messenger, Source
+from hawada.interlingua.messenger import Messenger, SourceText
 from hawada.interlingua.recall import syllable_tokenizer, word_tokenizer
 
 TEMPLATE = Template(question=" ? {question} ", anchor="")
@@ -74,4 +74,4 @@ def messenger(
             if kind == "soft"
             else PrefixAdapter(d_z, latent_len, *llm.cache_shape, hidden=16)
         )
-    return Messenger(encoder, adapters, Source(ByteTokenizer(), limit, query_aware))
+    return Messenger(encoder, adapters, SourceText(ByteTokenizer(), limit, query_aware))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hawada.interlingua import Adapter
-from hawada.interlingua.adapter import PrefixAdapter, Scaling
+from hawada.interlingua.adapter import PrefixAdapter, Scale
 
 Z = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -14,31 +14,33 @@ def rms(x):
 @pytest.mark.parametrize("mode", ["embed_rms", "fixed"])
 def test_every_example_has_the_scale_that_is_asked_for(mode):
     soft = torch.randn(5, 3, 16) * torch.tensor([0.1, 1.0, 3.0, 10.0, 100.0]).view(5, 1, 1)
-    wanted = 0.25 if mode == "embed_rms" else 2.0
-    assert torch.allclose(rms(Scaling(mode, 0.25, value=2.0)(soft)), torch.full((5,), wanted), rtol=1e-4)
+    expected = 0.25 if mode == "embed_rms" else 2.0
+    assert torch.allclose(rms(Scale(mode, 0.25, value=2.0)(soft)), torch.full((5,), expected), rtol=1e-4)
 
 
 def test_none_leaves_soft_tokens_as_they_are():
     soft = torch.randn(5, 3, 16)
-    assert torch.equal(Scaling("none", 0.25)(soft), soft)
+    assert torch.equal(Scale("none", 0.25)(soft), soft)
 
 
 def test_training_statistics_scale_all_alike_and_stand_still_afterwards():
-    scaling = Scaling("train_stats", 0.25)
+    scale = Scale("train_stats", 0.25)
     soft = torch.randn(4, 3, 16) * 7
     for _ in range(3):
-        scaling(soft)
-    running = scaling.running.clone()
-    scaling.eval()
+        scale(soft)
+    running = scale.running.clone()
+    scale.eval()
     louder = torch.cat([soft[:1], 2 * soft[:1]])
-    scaled = scaling(louder)
+    scaled = scale(louder)
     assert torch.allclose(rms(scaled)[1], 2 * rms(scaled)[0], rtol=1e-5)
-    assert torch.equal(scaling.running, running) and float(rms(scaling(soft)).mean()) == pytest.approx(0.25, 1e-3)
+    assert torch.equal(scale.running, running) and float(rms(scale(soft)).mean()) == pytest.approx(0.25, 1e-3)
 
 
 def test_another_mode_is_refused():
-    with pytest.raises(ValueError, match=r"interlingua\.scale: 'loud' is not one of none, embed_rms, fixed"):
-        Scaling("loud", 1.0)
+    with pytest.raises(
+        ValueError, match=r"interlingua\.scale: 'loud' is not one of none, embed_rms, fixed, train_stats; set it to"
+    ):
+        Scale("loud", 1.0)
 
 
 def test_soft_tokens_begin_at_the_embeddings_scale():

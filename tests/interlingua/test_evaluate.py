@@ -15,8 +15,8 @@ from hawada.interlingua.evaluation.baselines import (
     tail,
     text,
 )
-from hawada.interlingua.evaluation.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
-from hawada.interlingua.examples import Asked
+from hawada.interlingua.evaluation.cost import LatentPrefill, TextPrefill, cache_bytes, payload_bytes
+from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.messenger import context_ids
 
 EXAMPLES = [*Recall(3, 2).test(4), *Recall(2, 1).test(2)]
@@ -32,18 +32,18 @@ def test_oracle_embeddings_answer_as_the_text(name, request):
 def test_figures_are_those_of_the_models_own_probabilities(llama):
     found = answer(llama, text(), EXAMPLES, batch=4)
     for row, example in enumerate(EXAMPLES):
-        wanted = llama.answers([example])[0]
-        ids = [*llama.begin, *context_ids(llama, [example])[0], *llama.prompts([example])[0], *wanted]
-        logs = llama.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[-len(wanted) - 1 : -1]
-        own = logs[torch.arange(len(wanted)), wanted]
+        expected = llama.targets([example])[0]
+        ids = [*llama.begin, *context_ids(llama, [example])[0], *llama.prompts([example])[0], *expected]
+        logs = llama.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[-len(expected) - 1 : -1]
+        own = logs[torch.arange(len(expected)), expected]
         assert found.nll[row] == pytest.approx(-float(own[:-1].mean()), abs=1e-5)  # the end does not count
         rank = int((logs[0] > own[0]).sum())
         assert (found.top1[row], found.top5[row]) == (rank < 1, rank < 5)
 
 
-def shown_ids(llm, contender, example):
+def shown_ids(llm, baseline, example):
     prompt = llm.prompts([example])[0]
-    return contender(llm, [example]).prompts[0][: -len(prompt)]
+    return baseline(llm, [example]).prompts[0][: -len(prompt)]
 
 
 def test_truncation_keeps_so_many_tokens_and_the_whole_question(llama):
@@ -54,8 +54,8 @@ def test_truncation_keeps_so_many_tokens_and_the_whole_question(llama):
     some = shown_ids(llama, scattered(3), example)
     assert len(some) == 3 and some == [token for token in whole if token in some]
     assert shown_ids(llama, scattered(3), example) == some
-    for contender in (head(99), tail(99), scattered(99)):
-        assert shown_ids(llama, contender, example) == whole
+    for baseline in (head(99), tail(99), scattered(99)):
+        assert shown_ids(llama, baseline, example) == whole
 
 
 def test_shuffled_latents_are_those_of_another_context(llms, make_messenger):
@@ -97,10 +97,10 @@ def test_questions_on_one_context_are_no_more_evidence_than_one():
 
 def test_an_answer_that_one_model_has_no_tokens_for_is_not_the_joint_one(llms):
     examples = EXAMPLES[:2]
-    contenders = {name: text() for name in llms}
+    baselines = {name: text() for name in llms}
     alone = {"llama": given(["4", "11"], examples), "qwen": given(["11", "ba"], examples)}
-    told = [Asked(example.context, example.question, ("11",)) for example in examples]
-    assert answer_together(llms, contenders, alone, told)["em"] == 1.0
+    labelled = [PlainExample(example.context, example.question, ("11",)) for example in examples]
+    assert answer_together(llms, baselines, alone, labelled)["em"] == 1.0
 
 
 def test_one_context_cannot_be_shuffled(llms, make_messenger):
@@ -115,38 +115,40 @@ def given(texts, examples):
 
 def test_the_joint_answer_is_the_one_that_all_find_most_probable(llms):
     examples = EXAMPLES[:4]
-    contenders = {name: text() for name in llms}
+    baselines = {name: text() for name in llms}
     alone = {"llama": given(["11", "22", "33", "44"], examples), "qwen": given(["11", "55", "66", "77"], examples)}
 
     def score(candidate, example):
         total = 0.0
         for llm in llms.values():
-            asked = Asked(example.context, example.question, (candidate,))
-            wanted = llm.answers([asked])[0]
-            ids = [*llm.begin, *context_ids(llm, [asked])[0], *llm.prompts([asked])[0], *wanted]
-            logs = llm.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[-len(wanted) - 1 : -1]
-            total += float(logs[torch.arange(len(wanted)), wanted].sum())
+            asked = PlainExample(example.context, example.question, (candidate,))
+            expected = llm.targets([asked])[0]
+            ids = [*llm.begin, *context_ids(llm, [asked])[0], *llm.prompts([asked])[0], *expected]
+            logs = llm.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)[-len(expected) - 1 : -1]
+            total += float(logs[torch.arange(len(expected)), expected].sum())
         return total
 
     best = [
         max((one, other), key=lambda candidate, example=example: score(candidate, example))
         for one, other, example in zip(alone["llama"].texts, alone["qwen"].texts, examples, strict=True)
     ]
-    told = [Asked(example.context, example.question, (text,)) for example, text in zip(examples, best, strict=True)]
-    found = answer_together(llms, contenders, alone, told)
+    labelled = [
+        PlainExample(example.context, example.question, (text,)) for example, text in zip(examples, best, strict=True)
+    ]
+    found = answer_together(llms, baselines, alone, labelled)
     assert found["em"] == 1.0 and found["agreement"] == 0.25
-    wrong = [Asked(example.context, example.question, ("nothing",)) for example in examples]
-    assert answer_together(llms, contenders, alone, wrong)["em"] == 0.0
+    wrong = [PlainExample(example.context, example.question, ("nothing",)) for example in examples]
+    assert answer_together(llms, baselines, alone, wrong)["em"] == 0.0
 
 
-def test_what_is_timed_says_what_is_answered_from(llms, make_messenger):
+def test_what_is_timed_gives_the_logits_that_answers_come_from(llms, make_messenger):
     messenger, llm = make_messenger(llms), llms["qwen"]
     shown = latent(messenger)(llm, EXAMPLES)
-    wanted = llm.read(shown.prefix, shown.prompts, llm.answers(EXAMPLES)).logits[:, :1]
-    assert torch.allclose(Prefill(llm, shown)(torch.zeros(1)), wanted, atol=1e-5)
+    expected = llm.read(shown.prefix, shown.prompts, llm.targets(EXAMPLES)).logits[:, :1]
+    assert torch.allclose(TextPrefill(llm, shown)(torch.zeros(1)), expected, atol=1e-5)
     for encode in (False, True):
         timed = LatentPrefill(llm, messenger, EXAMPLES, encode=encode)
-        assert torch.allclose(timed(torch.zeros(1)), wanted, atol=1e-5)
+        assert torch.allclose(timed(torch.zeros(1)), expected, atol=1e-5)
 
 
 def test_bytes_of_payload_and_cache(llama):

@@ -58,7 +58,7 @@ def test_a_features_hooks_are_all_used(attached, llms):
     assert losses["llama.own.own"] == losses["qwen.own.own"] == 0.25
     assert feature.steps == [("llama", 0), ("qwen", 0)]
     assert feature.shift.item() < 0.5 and "features.own.shift" in messenger.state_dict()
-    assert train.metrics() == {"own.shift": float(feature.shift)}
+    assert train.metrics() == {"own.shift": feature.shift.item()}
 
 
 def test_a_deep_prefix_adds_keys_and_values_to_soft_tokens(attached, llms, prefixes):
@@ -115,10 +115,10 @@ def test_reconstruction_is_the_cross_entropy_of_the_text(llama, attached, prefix
     total, count = 0.0, 0
     for row in (0, 2, 4):  # two questions on each context
         ids = [*contexts[row], llama.tokenizer.eos]
-        said = llama.read(prefix.rows([row]), [llama.tokenizer.encode("?")], [ids])
-        total -= float(said.logits.log_softmax(-1)[0, range(len(ids)), ids].sum())
+        reading = llama.read(prefix.rows([row]), [llama.tokenizer.encode("?")], [ids])
+        total -= reading.logits.log_softmax(-1)[0, range(len(ids)), ids].sum().item()
         count += len(ids)
-    assert float(found) == pytest.approx(2.0 * total / count, rel=1e-4)
+    assert found.item() == pytest.approx(2.0 * total / count, rel=1e-4)
     assert messenger.features["own"].losses(llama, prefix, EXAMPLES, 3) == {}
     with pytest.raises(ValueError, match=r"Reconstruction\.ask='' has no token"):
         Reconstruction(ask="").losses(llama, prefix, EXAMPLES, 0)

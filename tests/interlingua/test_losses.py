@@ -17,8 +17,8 @@ MASK = torch.tensor([[True, True], [True, False]])
     ("k", "probabilities"), [(None, (0.5, 0.8, 0.6)), (1, (0.5, 0.6)), (2, (0.5, 0.8, 0.6)), (9, (0.5, 0.8, 0.6))]
 )
 def test_cross_entropy_of_the_first_tokens(k, probabilities):
-    wanted = -sum(math.log(p) for p in probabilities) / len(probabilities)
-    assert float(k_token_ce_from_prefix(LOGITS, TARGETS, MASK, k)) == pytest.approx(wanted, rel=1e-6)
+    expected = -sum(math.log(p) for p in probabilities) / len(probabilities)
+    assert float(k_token_ce_from_prefix(LOGITS, TARGETS, MASK, k)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_targets_are_not_shifted_again():
@@ -37,16 +37,16 @@ def test_what_is_padded_has_no_gradient():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_distillation_is_the_divergence_from_the_text(temperature):
     text = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 0.0, 0.0]], [[1.0, 3.0, 0.0], [9.0, 0.0, 0.0]]])
-    wanted = []
+    expected = []
     for row, place in ((0, 0), (0, 1), (1, 0)):
         p = [math.exp(value / temperature) for value in text[row, place].tolist()]
         q = [math.exp(value / temperature) for value in LOGITS[row, place].tolist()]
         p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
-        wanted.append(temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        expected.append(temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     found = kd_first_k_prefix_vs_text(LOGITS, text, MASK, None, temperature)
-    assert float(found) == pytest.approx(sum(wanted) / 3, rel=1e-5)
+    assert float(found) == pytest.approx(sum(expected) / 3, rel=1e-5)
     first = kd_first_k_prefix_vs_text(LOGITS, text, MASK, 1, temperature)
-    assert float(first) == pytest.approx((wanted[0] + wanted[2]) / 2, rel=1e-5)
+    assert float(first) == pytest.approx((expected[0] + expected[2]) / 2, rel=1e-5)
 
 
 def test_the_text_is_not_trained():

@@ -3,9 +3,9 @@ import torch
 
 from hawada.interlingua import ByteTokenizer, InterlinguaEncoder, LearnedQueries, MeanPooling, Recall
 from hawada.interlingua.encoder import ByteFeatures
-from hawada.interlingua.examples import Asked
+from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.llms.prefix import Prefix
-from hawada.interlingua.messenger import Source
+from hawada.interlingua.messenger import SourceText
 from hawada.interlingua.pooling import segments
 
 EXAMPLES = Recall(3, 2).test(3)
@@ -22,7 +22,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("pooling", [MeanPooling, LearnedQueries])
 def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_messenger, prefixes):
     messenger = make_messenger(llms, kind=kind, pooling=pooling).eval()
-    longer = Asked("bade 11 bago 22 baka 33 bami 44 bapu 55", "bade", ("11",))
+    longer = PlainExample("bade 11 bago 22 baka 33 bami 44 bapu 55", "bade", ("11",))
     together = prefixes(messenger, [*EXAMPLES, longer])
     for row, example in enumerate([*EXAMPLES, longer]):
         alone = prefixes(messenger, [example])
@@ -39,8 +39,8 @@ def test_a_context_is_encoded_once_however_often_it_is_asked_about(llms, make_me
 def test_latents_know_neither_question_nor_answer_unless_they_are_to(llms, make_messenger):
     example = EXAMPLES[0]
     others = [
-        Asked(example.context, "something else that is much longer", example.answers),
-        Asked(example.context, example.question, ("an answer of quite another length",)),
+        PlainExample(example.context, "something else that is much longer", example.answers),
+        PlainExample(example.context, example.question, ("an answer of quite another length",)),
     ]
     agnostic = make_messenger(llms)
     for other in others:
@@ -51,19 +51,22 @@ def test_latents_know_neither_question_nor_answer_unless_they_are_to(llms, make_
 
 
 def test_it_is_known_whether_the_encoder_is_shown_an_answer():
-    source = Source(ByteTokenizer(), limit=9)
-    shown, cut = (Asked("the first the last", "which?", (answer,)) for answer in ("first", "last"))
+    source = SourceText(ByteTokenizer(), limit=9)
+    shown, cut = (PlainExample("the first the last", "which?", (answer,)) for answer in ("first", "last"))
     assert source.holds_answer(shown) and not source.holds_answer(cut)
-    assert source.holds_answer(Asked("the first the last", "which?", ()))
+    assert source.holds_answer(PlainExample("the first the last", "which?", ()))
 
 
 def test_a_long_context_is_cut_and_a_question_never():
-    source = Source(ByteTokenizer(), limit=20, query_aware=True)
-    ids = source.ids(Asked("a" * 100, "who is it?", ("x",)))
+    source = SourceText(ByteTokenizer(), limit=20, query_aware=True)
+    ids = source.ids(PlainExample("a" * 100, "who is it?", ("x",)))
     assert len(ids) == 20 and ByteTokenizer().decode(ids) == "a" * 9 + "\nwho is it?"
-    assert ByteTokenizer().decode(Source(ByteTokenizer(), limit=20).ids(Asked("b" * 100, "who?", ()))) == "b" * 20
+    assert (
+        ByteTokenizer().decode(SourceText(ByteTokenizer(), limit=20).ids(PlainExample("b" * 100, "who?", ())))
+        == "b" * 20
+    )
     with pytest.raises(ValueError, match=r"interlingua\.max_source_tokens: 20 are not enough for a question of 31"):
-        source.ids(Asked("a", "q" * 30, ()))
+        source.ids(PlainExample("a", "q" * 30, ()))
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
@@ -71,8 +74,8 @@ def test_no_latents_are_no_prompt(kind, llms, make_messenger, prefixes):
     messenger = make_messenger(llms, kind=kind, latent_len=0)
     for name, llm in llms.items():
         prefix = prefixes(messenger, EXAMPLES)[name]
-        prompts, answers = llm.prompts(EXAMPLES), llm.answers(EXAMPLES)
-        assert torch.equal(llm.read(prefix, prompts, answers).logits, llm.read(Prefix(), prompts, answers).logits)
+        prompts, targets = llm.prompts(EXAMPLES), llm.targets(EXAMPLES)
+        assert torch.equal(llm.read(prefix, prompts, targets).logits, llm.read(Prefix(), prompts, targets).logits)
 
 
 def test_private_latents_differ_and_shared_ones_do_not(llms, make_messenger):
@@ -80,7 +83,8 @@ def test_private_latents_differ_and_shared_ones_do_not(llms, make_messenger):
     one, other = latents["llama"], latents["qwen"]
     assert one.shape == other.shape == (3, 4, 8)
     assert torch.equal(one[:, :3], other[:, :3]) and not torch.allclose(one[:, 3], other[:, 3])
-    with pytest.raises(ValueError, match=r"interlingua\.private_len: 5 is not between 0 and interlingua\.latent_len=4"):
+    message = r"interlingua\.private_len: 5 is not between 0 and interlingua\.latent_len=4; set one of them to fit"
+    with pytest.raises(ValueError, match=message):
         InterlinguaEncoder(ByteFeatures(16), LearnedQueries, ("a",), latent_len=4, d_z=8, private_len=5, width=16)
 
 

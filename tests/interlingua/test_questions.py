@@ -1,13 +1,15 @@
 import pytest
 
-from hawada.interlingua.examples import Asked
+from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.questions import Questions
 
 CONTEXTS = 41
 TRAIN = [
-    Asked("word " * (number + 1), f"question {index}?", ("x",)) for number in range(CONTEXTS) for index in range(3)
+    PlainExample("word " * (number + 1), f"question {index}?", ("x",))
+    for number in range(CONTEXTS)
+    for index in range(3)
 ]
-TEST = [Asked(f"other {number}", f"question {index}?", ("x",)) for number in range(5) for index in range(3)]
+TEST = [PlainExample(f"other {number}", f"question {index}?", ("x",)) for number in range(5) for index in range(3)]
 
 
 def contexts(examples):

@@ -212,7 +212,7 @@ PIECES = [
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_texts_score_as_the_second_implementation_says(seed):
+def test_random_texts_score_as_in_the_second_implementation(seed):
     rng = random.Random(seed)
 
     def text() -> str:
@@ -242,7 +242,7 @@ def test_what_holds_for_every_text(seed):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
-def test_every_right_answer_of_squad_is_exact_and_its_neighbour_scores_as_the_second_implementation_says():
+def test_every_right_answer_of_squad_is_exact_and_its_neighbour_scores_as_in_the_second_implementation():
     examples = squad(str(SHARED / "squad*")).test
     for example, after in zip(examples, [*examples[1:], examples[0]], strict=True):
         answers = list(example.answers)

@@ -68,7 +68,7 @@ def test_nothing_is_changed_when_a_loss_is_not_finite(llms, make_messenger):
     one = trainer(llms, messenger, Objective())
     messenger.adapters["llama"].scale.data.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in messenger.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="step 0: a loss is not finite"):
+    with pytest.raises(FloatingPointError, match=r"step 0: a loss is not finite; set interlingua\.schedule\.lr or"):
         one.train_step()
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in messenger.state_dict().items() if "scale" not in name
@@ -123,9 +123,12 @@ def test_the_schedule_rises_falls_and_grows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"answer_ce_weight": -1.0}, r"interlingua\.objective\.answer_ce_weight: -1\.0 is negative"),
+        (
+            {"answer_ce_weight": -1.0},
+            r"interlingua\.objective\.answer_ce_weight: -1\.0 is negative; set it to 0 or more",
+        ),
         ({"answer_ce_weight": 0.0, "first_token_ce_weight": 0.0}, "every weight is 0, so nothing is learned"),
-        ({"k": 0}, "k must be at least 1"),
+        ({"k": 0}, r"k must be at least 1 and kd_temperature above 0, and they are 0 and 1\.0; set them so"),
     ],
 )
 def test_an_objective_without_sense_is_refused(options, message):
