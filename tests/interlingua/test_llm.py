@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import pytest
 import tokenizers
 import torch
@@ -5,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hawada.adapters.huggingface import CACHE_NAME
 from hawada.interlingua import ByteTokenizer, LMWrapper, Recall
-from hawada.interlingua.examples import PlainExample
+from hawada.interlingua.examples import Example, PlainExample
 from hawada.interlingua.llms.llm import Template
 from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.llms.tokenizers import PretrainedTokenizer
@@ -16,7 +20,7 @@ EXAMPLES = Recall(3, 2).test(3)
 MIXED = [PlainExample("bade 11", "bade", ("11",)), *EXAMPLES]  # contexts of two lengths
 
 
-def own_logits(llm, example):
+def own_logits(llm: LMWrapper, example: Example) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Logits and hidden states of the plain model on the whole text, at the answer's places, and the answer."""
     answer = llm.targets([example])[0]
     ids = [*llm.begin, *context_ids(llm, [example])[0], *llm.prompts([example])[0], *answer]
@@ -25,12 +29,12 @@ def own_logits(llm, example):
     return out.logits[0, places], [state[0, places] for state in out.hidden_states], torch.tensor(answer)
 
 
-def close(one, other):
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).abs().max()) <= 1e-5 * max(1.0, float(other.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])
-def test_the_contexts_own_embeddings_give_the_logits_of_the_text(name, request):
+def test_the_contexts_own_embeddings_give_the_logits_of_the_text(name: str, request: pytest.FixtureRequest) -> None:
     llm = request.getfixturevalue(name)
     reading = llm.read(llm.text(context_ids(llm, MIXED)), llm.prompts(MIXED), llm.targets(MIXED), hidden=True)
     for row, example in enumerate(MIXED):
@@ -43,7 +47,7 @@ def test_the_contexts_own_embeddings_give_the_logits_of_the_text(name, request):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])
-def test_the_texts_keys_and_values_give_the_logits_of_the_text(name, request):
+def test_the_texts_keys_and_values_give_the_logits_of_the_text(name: str, request: pytest.FixtureRequest) -> None:
     llm = request.getfixturevalue(name)
     ids = torch.tensor(context_ids(llm, EXAMPLES))
     begin = torch.tensor([llm.begin]).expand(len(ids), -1)
@@ -56,7 +60,7 @@ def test_the_texts_keys_and_values_give_the_logits_of_the_text(name, request):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen"])
-def test_padding_and_what_else_is_in_the_batch_change_nothing(name, request):
+def test_padding_and_what_else_is_in_the_batch_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
     llm = request.getfixturevalue(name)
     whole = llm.read(llm.text(context_ids(llm, MIXED)), llm.prompts(MIXED), llm.targets(MIXED))
     generated = llm.generate(llm.text(context_ids(llm, MIXED)), llm.prompts(MIXED), 4)
@@ -67,13 +71,13 @@ def test_padding_and_what_else_is_in_the_batch_change_nothing(name, request):
         assert llm.generate(llm.text(context_ids(llm, alone)), llm.prompts(alone), 4) == [generated[row]]
 
 
-def test_generation_is_greedy_and_stops_at_the_end(llama, monkeypatch):
+def test_generation_is_greedy_and_stops_at_the_end(llama: LMWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = llama.prompts(MIXED)
     prefix = llama.text(context_ids(llama, MIXED))
     found = llama.generate(prefix, prompts, 6)
     for row, example in enumerate(MIXED):
         ids = [*llama.begin, *context_ids(llama, [example])[0], *prompts[row]]
-        expected = []
+        expected: list[int] = []
         for _ in range(6):
             token = int(llama.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
             if token == llama.tokenizer.eos:
@@ -84,7 +88,7 @@ def test_generation_is_greedy_and_stops_at_the_end(llama, monkeypatch):
     assert llama.generate(prefix, prompts, 6)[0] == found[0][: found[0].index(found[0][2])]
 
 
-def test_answers_end_with_the_end_and_begin_with_the_answer_in_every_model(llama, qwen):
+def test_answers_end_with_the_end_and_begin_with_the_answer_in_every_model(llama: LMWrapper, qwen: LMWrapper) -> None:
     for llm in (llama, qwen):
         for example, ids in zip(MIXED, llm.targets(MIXED), strict=True):
             assert ids[-1] == llm.tokenizer.eos and ids.count(llm.tokenizer.eos) == 1
@@ -92,22 +96,22 @@ def test_answers_end_with_the_end_and_begin_with_the_answer_in_every_model(llama
             assert llm.tokenizer.decode(ids[:1]) == example.answers[0][: len(llm.tokenizer.decode(ids[:1]))]
 
 
-def test_a_question_without_an_answer_is_answered_by_the_end(llama):
+def test_a_question_without_an_answer_is_answered_by_the_end(llama: LMWrapper) -> None:
     assert llama.targets([PlainExample("bade 11", "bade", ())]) == [[llama.tokenizer.eos]]
 
 
-def test_no_soft_tokens_are_no_prompt(llama):
+def test_no_soft_tokens_are_no_prompt(llama: LMWrapper) -> None:
     prompts, targets = llama.prompts(MIXED), llama.targets(MIXED)
     empty = Prefix(torch.zeros(len(MIXED), 0, llama.width))
     assert torch.equal(llama.read(empty, prompts, targets).logits, llama.read(Prefix(), prompts, targets).logits)
 
 
-def test_the_begin_token_follows_the_policy(make_llm):
+def test_the_begin_token_follows_the_policy(make_llm: Callable[..., LMWrapper]) -> None:
     tokenizer = word_tokenizer()
     assert make_llm("a", tokenizer, "llama").begin == [tokenizer.bos]
     assert make_llm("a", tokenizer, "llama", bos="no").begin == []
     without = ByteTokenizer()
-    without.bos = None
+    without.bos = None  # type: ignore[assignment]  # in the place of a tokenizer that has no such token
     assert make_llm("a", without, "llama").begin == []
     with pytest.raises(ValueError, match=r"llms\.bos: the tokenizer of a has no begin token; set it to auto"):
         make_llm("a", without, "llama", bos="yes")
@@ -115,15 +119,16 @@ def test_the_begin_token_follows_the_policy(make_llm):
         make_llm("a", tokenizer, "llama", bos="maybe")
 
 
-def test_gradients_flow_into_the_prefix_and_not_into_the_model(qwen):
+def test_gradients_flow_into_the_prefix_and_not_into_the_model(qwen: LMWrapper) -> None:
     soft = torch.randn(len(EXAMPLES), 2, qwen.width, requires_grad=True)
     reading = qwen.read(Prefix(soft), qwen.prompts(EXAMPLES), qwen.targets(EXAMPLES))
-    reading.logits.sum().backward()
+    torch.autograd.backward(reading.logits.sum())
+    assert soft.grad is not None
     assert float(soft.grad.abs().sum()) > 0
     assert all(parameter.grad is None for parameter in qwen.model.parameters())
 
 
-def test_the_anchor_stands_before_the_answer(make_llm):
+def test_the_anchor_stands_before_the_answer(make_llm: Callable[..., LMWrapper]) -> None:
     llm = LMWrapper(
         "a", make_llm("a", ByteTokenizer(), "llama").model, ByteTokenizer(), template=Template(anchor="Answer: ")
     )
@@ -139,18 +144,22 @@ CHAT = (
 
 
 @pytest.fixture
-def chat_tokenizer():
+def chat_tokenizer() -> PretrainedTokenizer:
     """A tokenizer of words with a begin token and a chat template, as those of chat models are."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "Who": 1, "Paris": 2}, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    own = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    own = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # untyped in transformers
+        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
     own.add_special_tokens({"additional_special_tokens": ["<user>", "<end>", "<assistant>"]})
     own.chat_template = CHAT
     return PretrainedTokenizer(own)
 
 
 @pytest.mark.parametrize(("bos", "first"), [("auto", "<bos>"), ("yes", "<bos>"), ("no", "<bos>")])
-def test_a_chat_header_stands_where_the_begin_token_stood(bos, first, chat_tokenizer, make_llm):
+def test_a_chat_header_stands_where_the_begin_token_stood(
+    bos: str, first: str, chat_tokenizer: PretrainedTokenizer, make_llm: Callable[..., LMWrapper]
+) -> None:
     head, tail = chat_tokenizer.chat()
     template = Template("{question}", "", head, tail)
     llm = LMWrapper("a", make_llm("a", word_tokenizer(), "llama").model, chat_tokenizer, template=template, bos=bos)
@@ -165,23 +174,23 @@ def test_a_chat_header_stands_where_the_begin_token_stood(bos, first, chat_token
         *context_ids(llm, [PlainExample("Paris", "", ())])[0],
         *llm.prompts([PlainExample("", "Who", ())])[0],
     ]
-    assert whole == chat_tokenizer.encode(conversation)
+    assert whole == chat_tokenizer.encode(str(conversation))
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(chat_tokenizer):
+def test_a_tokenizer_without_a_chat_template_is_refused(chat_tokenizer: PretrainedTokenizer) -> None:
     chat_tokenizer.tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template; set llms\.chat=false"):
         chat_tokenizer.chat()
 
 
-def test_an_answer_ends_at_the_stop(make_llm):
+def test_an_answer_ends_at_the_stop(make_llm: Callable[..., LMWrapper]) -> None:
     llm = make_llm("a", ByteTokenizer(), "llama", stop="\n")
     assert llm.answer_text([*b" Paris\nQuestion: Where?"]) == "Paris" and llm.answer_text([*b"Paris"]) == "Paris"
     assert make_llm("a", ByteTokenizer(), "llama").answer_text([*b"a\nb"]) == "a\nb"
 
 
 @pytest.mark.parametrize("bos", ["auto", "no"])
-def test_keys_take_the_models_dtype(bos, make_llm):
+def test_keys_take_the_models_dtype(bos: str, make_llm: Callable[..., LMWrapper]) -> None:
     llm = make_llm("a", word_tokenizer(), "llama", bos=bos)
     llm.model.bfloat16()
     layers, heads, width = llm.cache_shape
@@ -190,7 +199,7 @@ def test_keys_take_the_models_dtype(bos, make_llm):
     assert reading.logits.dtype == torch.bfloat16 and torch.isfinite(reading.logits).all()
 
 
-def test_what_begins_every_sequence_is_computed_once(make_llm):
+def test_what_begins_every_sequence_is_computed_once(make_llm: Callable[..., LMWrapper]) -> None:
     llm = make_llm("a", word_tokenizer(), "llama")
     layers, heads, width = llm.cache_shape
     prefix = Prefix(keys_values=tuple((torch.randn(len(EXAMPLES), heads, 3, width),) * 2 for _ in range(layers)))

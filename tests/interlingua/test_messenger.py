@@ -1,18 +1,23 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from hawada.interlingua import ByteTokenizer, InterlinguaEncoder, LearnedQueries, MeanPooling, Recall
-from hawada.interlingua.encoder import ByteFeatures
+from hawada.interlingua import ByteTokenizer, InterlinguaEncoder, LearnedQueries, LMWrapper, MeanPooling, Recall
+from hawada.interlingua.encoder import ByteFeatures, PoolingFactory
 from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.llms.prefix import Prefix
-from hawada.interlingua.messenger import SourceText
+from hawada.interlingua.messenger import Messenger, SourceText
 from hawada.interlingua.pooling import segments
 
 EXAMPLES = Recall(3, 2).test(3)
 
 
-def assert_same(one, other):
+def assert_same(one: Prefix, other: Prefix) -> None:
     if one.soft is not None:
+        assert other.soft is not None
         assert torch.allclose(one.soft, other.soft, atol=1e-5)
     for (keys, values), (others, other_values) in zip(one.keys_values, other.keys_values, strict=True):
         assert torch.allclose(keys, others, atol=1e-5) and torch.allclose(values, other_values, atol=1e-5)
@@ -20,7 +25,13 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
 @pytest.mark.parametrize("pooling", [MeanPooling, LearnedQueries])
-def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_messenger, prefixes):
+def test_what_else_is_in_the_batch_changes_nothing(
+    kind: str,
+    pooling: PoolingFactory,
+    llms: dict[str, LMWrapper],
+    make_messenger: Callable[..., Messenger],
+    prefixes: Callable[..., dict[str, Prefix]],
+) -> None:
     messenger = make_messenger(llms, kind=kind, pooling=pooling).eval()
     longer = PlainExample("bade 11 bago 22 baka 33 bami 44 bapu 55", "bade", ("11",))
     together = prefixes(messenger, [*EXAMPLES, longer])
@@ -30,13 +41,17 @@ def test_what_else_is_in_the_batch_changes_nothing(kind, pooling, llms, make_mes
             assert_same(together[name].rows(torch.tensor([row])), alone[name])
 
 
-def test_a_context_is_encoded_once_however_often_it_is_asked_about(llms, make_messenger):
+def test_a_context_is_encoded_once_however_often_it_is_asked_about(
+    llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     messenger = make_messenger(llms)
     latents, index = messenger.latents(EXAMPLES)
     assert len(latents["llama"]) == 3 and index.tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_latents_know_neither_question_nor_answer_unless_they_are_to(llms, make_messenger):
+def test_latents_know_neither_question_nor_answer_unless_they_are_to(
+    llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     example = EXAMPLES[0]
     others = [
         PlainExample(example.context, "something else that is much longer", example.answers),
@@ -50,14 +65,14 @@ def test_latents_know_neither_question_nor_answer_unless_they_are_to(llms, make_
     assert torch.equal(aware.latents([example])[0]["qwen"], aware.latents(others[1:])[0]["qwen"])
 
 
-def test_it_is_known_whether_the_encoder_is_shown_an_answer():
+def test_it_is_known_whether_the_encoder_is_shown_an_answer() -> None:
     source = SourceText(ByteTokenizer(), limit=9)
     shown, cut = (PlainExample("the first the last", "which?", (answer,)) for answer in ("first", "last"))
     assert source.holds_answer(shown) and not source.holds_answer(cut)
     assert source.holds_answer(PlainExample("the first the last", "which?", ()))
 
 
-def test_a_long_context_is_cut_and_a_question_never():
+def test_a_long_context_is_cut_and_a_question_never() -> None:
     source = SourceText(ByteTokenizer(), limit=20, query_aware=True)
     ids = source.ids(PlainExample("a" * 100, "who is it?", ("x",)))
     assert len(ids) == 20 and ByteTokenizer().decode(ids) == "a" * 9 + "\nwho is it?"
@@ -70,7 +85,12 @@ def test_a_long_context_is_cut_and_a_question_never():
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
-def test_no_latents_are_no_prompt(kind, llms, make_messenger, prefixes):
+def test_no_latents_are_no_prompt(
+    kind: str,
+    llms: dict[str, LMWrapper],
+    make_messenger: Callable[..., Messenger],
+    prefixes: Callable[..., dict[str, Prefix]],
+) -> None:
     messenger = make_messenger(llms, kind=kind, latent_len=0)
     for name, llm in llms.items():
         prefix = prefixes(messenger, EXAMPLES)[name]
@@ -78,7 +98,9 @@ def test_no_latents_are_no_prompt(kind, llms, make_messenger, prefixes):
         assert torch.equal(llm.read(prefix, prompts, targets).logits, llm.read(Prefix(), prompts, targets).logits)
 
 
-def test_private_latents_differ_and_shared_ones_do_not(llms, make_messenger):
+def test_private_latents_differ_and_shared_ones_do_not(
+    llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     latents, _ = make_messenger(llms, latent_len=4, private_len=1).latents(EXAMPLES)
     one, other = latents["llama"], latents["qwen"]
     assert one.shape == other.shape == (3, 4, 8)
@@ -89,7 +111,7 @@ def test_private_latents_differ_and_shared_ones_do_not(llms, make_messenger):
 
 
 @pytest.mark.parametrize(("length", "latents"), [(8, 4), (7, 3), (2, 5), (1, 1)])
-def test_mean_pooling_takes_equal_parts(length, latents):
+def test_mean_pooling_takes_equal_parts(length: int, latents: int) -> None:
     shares = segments(torch.arange(10)[None] < length, latents)[0]
     assert torch.allclose(shares.sum(1), torch.ones(latents, dtype=shares.dtype))
     assert float(shares[:, length:].abs().sum()) == 0.0
