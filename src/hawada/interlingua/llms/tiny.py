@@ -44,7 +44,8 @@ def small_causal_lm(model_type: str, vocabulary: int, **sizes: int) -> nn.Module
         pad_token_id=None,
         **{"tie_word_embeddings": True, **sizes},
     )
-    model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
+    family: Any = AutoModelForCausalLM  # whose methods are untyped in transformers
+    model: nn.Module = family.from_config(config)
     return model
 
 
