@@ -9,11 +9,11 @@ from torch import nn
 
 from hawada.experiment import Run
 from hawada.interlingua.evaluation.cost import cache_bytes, payload_bytes
-from hawada.interlingua.examples import Asked
+from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.stages.parts import InterlinguaParts
 
-EXAMPLE = Asked("A context.", "A question?", ("an answer",))
+EXAMPLE = PlainExample("A context.", "A question?", ("an answer",))
 
 
 def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -24,13 +24,13 @@ def run(cfg: DictConfig, run: Run) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for name, llm in parts.llms.items():
         prefix = messenger.prefix(name, latents[name])
-        said = llm.read(prefix, llm.prompts([EXAMPLE]), llm.answers([EXAMPLE]))
+        reading = llm.read(prefix, llm.prompts([EXAMPLE]), llm.targets([EXAMPLE]))
         models[name] = {
             "parameters": count(llm.model, trainable=False),
             "trainable": count(messenger.adapters[name], trainable=True),
             "latents": list(latents[name].shape),
             "prefix": shapes(prefix),
-            "logits": list(said.logits.shape),
+            "logits": list(reading.logits.shape),
             "cache_bytes_per_token": cache_bytes(llm, 1),
         }
     trainable = count(messenger, trainable=True)
