@@ -124,9 +124,8 @@ class GraphAdapter(BlockStates):
 
     def _build_model(self) -> nn.Module:
         arguments = self.arguments | ({} if self.num_classes is None else {"num_classes": self.num_classes})
-        if (
-            self.arch in ARCHS_WITH_AUXILIARY_CLASSIFIERS
-        ):  # their weights were trained on inputs that the model itself transforms
+        if self.arch in ARCHS_WITH_AUXILIARY_CLASSIFIERS:
+            # torchvision's weights were trained on inputs that the model itself transforms
             plain = {"aux_logits": False, "init_weights": False, "transform_input": self.weights is not None}
             arguments = plain | arguments
         if self.arch is not None:

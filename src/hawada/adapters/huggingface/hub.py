@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # the library exports it without an __all__
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined, unused-ignore]  # exported without __all__
 
 CHECKPOINT_FORM = "a local folder with config.json and *.safetensors"
 COMPANION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "gates.safetensors"]

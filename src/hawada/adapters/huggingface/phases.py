@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class PinnedLayer(StaticLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no type hints
+class PinnedLayer(StaticLayer):  # type: ignore[no-untyped-call, unused-ignore]  # a base has no type hints
     """A layer of a static cache that always writes at one position, so that every call finds the same fixed length."""
 
     def __init__(self, max_cache_len: int, position: int) -> None:
@@ -111,7 +111,7 @@ class Generate(nn.Module):
         if self.cache is None:
             self.cache = StaticCache(config=self.model.config, max_cache_len=self.max_cache_len)
         else:
-            self.cache.reset()  # type: ignore[no-untyped-call]  # the library gives it no type hints
+            self.cache.reset()  # type: ignore[no-untyped-call, unused-ignore]  # the library gives it no type hints
         tokens, token = [], input_ids
         for _ in range(self.new_tokens):
             logits = _last_logits(self.model, token, self.cache)
