@@ -1,4 +1,4 @@
-"""What a model family must declare."""
+"""The base class of adapters: it lists what a model family must declare."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Shape:
-    """What one timed call is made of.
+    """The shape of one timed call.
 
     Attributes:
-        batch: sequences or images at once.
-        phase: `forward` (a plain forward pass), or for a language model `prefill` (the prompt, up to the first token),
-            `decode` (one further token) or `generate` (the prompt and all new tokens).
-        prompt: tokens of the prompt.
-        new_tokens: tokens that are generated after it.
+        batch: The number of sequences or images that are computed at once.
+        phase: This is `forward` (a plain forward pass), or for a language model `prefill` (the prompt, up to the first
+            token), `decode` (one further token) or `generate` (the prompt and all new tokens).
+        prompt: The number of tokens that the prompt has.
+        new_tokens: The number of tokens that are generated after it.
     """
 
     batch: int
@@ -43,12 +43,13 @@ class Adapter(ABC):
     manifest holds, and `skeleton()` must rebuild the same architecture from them.
 
     Attributes:
-        modality: `image` or `text`: the data that the models take.
-        phases: the phases whose latency can be asked for.
-        layouts: `heterogeneous` (every group has its own width) and possibly `uniform`.
-        imports: constructor arguments that name code to import and call; a saved model with one must be trusted.
-        stock_reload: a Python program that loads a saved model without this package and compares; None where the
-            format needs this package. Its arguments: folder, inputs (safetensors), output (safetensors), threads.
+        modality: `image` or `text`, the kind of data that the models take.
+        phases: The phases whose latency can be asked for.
+        layouts: These are `heterogeneous` (every group has its own width) and possibly `uniform`.
+        imports: The constructor arguments that name code to import and call; a saved model with one must be trusted.
+        stock_reload: A Python program that loads a saved model without this package and runs it; None where the format
+            needs this package. It takes four arguments: the folder, a safetensors file of inputs, the safetensors file
+            that it writes the outputs to, and the number of threads.
     """
 
     modality = "image"
@@ -59,32 +60,32 @@ class Adapter(ABC):
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
-        """The untrained architecture in eval mode, on torch's current default device (`meta` costs nothing)."""
+        """Build the untrained architecture in eval mode, on torch's current default device (`meta` costs nothing)."""
 
     @abstractmethod
     def teacher(self) -> nn.Module:
-        """The pretrained model in eval mode, in float32 on the CPU.
+        """Load the pretrained model in eval mode, in float32 on the CPU.
 
         Raises:
-            ValueError: when the weights cannot be had, naming the local-path option.
+            ValueError: The weights are not found or cannot be downloaded; the message names the local-path option.
         """
 
     def check_teacher(self) -> None:  # noqa: B027 (a family without files to check has nothing to override)
         """Check quickly that `teacher()` will find its weights; nothing is loaded.
 
         Raises:
-            ValueError: naming the local-path option.
+            ValueError: The weights will not be found; the message names the local-path option.
         """
 
     def saved_gates(self) -> Path | None:
-        """Trained gates that lie beside the weights: thetas by group name, as safetensors; None without any."""
+        """Return the safetensors file of trained gates (theta by group name) beside the weights; None without one."""
         return None
 
     def check_layout(self, layout: str, groups: Sequence[Group]) -> None:
         """Check that models can be saved in a layout.
 
         Raises:
-            ValueError: when this family has no such layout.
+            ValueError: This family has no such layout.
         """
         if layout not in self.layouts:
             raise ValueError(
@@ -92,10 +93,10 @@ class Adapter(ABC):
             )
 
     def check_shape(self, shape: Shape) -> None:
-        """Check that models can be called as asked.
+        """Check that models can be called with a shape.
 
         Raises:
-            ValueError: when this family has no such phase, or the shape exceeds what the model takes.
+            ValueError: This family has no such phase, or the shape exceeds what the model takes.
         """
         if shape.phase not in self.phases:
             raise ValueError(
@@ -140,37 +141,44 @@ class Adapter(ABC):
             hidden: return the hidden states too.
 
         Raises:
-            ValueError: when the family has no features or hidden states to show.
+            ValueError: The family has no features or hidden states.
         """
         self.check_outputs(features=features, hidden=hidden)
         return Outputs(self.logits(model(inputs)))
 
     def check_outputs(self, *, features: bool, hidden: bool) -> None:
-        """Check that `outputs` can show what is asked for.
+        """Check that `outputs` has the features or hidden states that distillation uses.
 
         Raises:
-            ValueError: naming the keys to change.
+            ValueError: The family has none; the message names the keys to change.
         """
         if features or hidden:
             raise ValueError(
-                f"{type(self).__name__} shows no features or hidden states; set distill.chunk=null and "
+                f"{type(self).__name__} has no features or hidden states; set distill.chunk=null and "
                 "distill.hidden_weight=0"
             )
 
     def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment | None:
-        """Which of the teacher's hidden states a model sliced to `keep` still has."""
+        """Say which of the teacher's hidden states a model sliced to `keep` still has; None stands for all of them."""
         return None
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Mean and standard deviation per channel that the weights were trained with; None leaves it to the data."""
+        """Return the mean and standard deviation per channel that the weights were trained with.
+
+        None leaves the normalisation to the data.
+        """
         return None
 
     def tokenizer(self) -> Any:
-        """The tokenizer of a text model."""
+        """Return the tokenizer of a text model.
+
+        Raises:
+            ValueError: The family takes no text.
+        """
         raise ValueError(f"{type(self).__name__} takes no text; choose data= of the kind that the model takes")
 
     def greedy_tokens(self, model: nn.Module, inputs: Inputs, count: int) -> Tensor | None:
-        """Tokens that the model generates after `inputs`, (batch, count); None for models that generate nothing."""
+        """Generate tokens greedily after `inputs`, (batch, count); None for models that generate nothing."""
         return None
 
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
@@ -198,11 +206,11 @@ class Adapter(ABC):
         return materialize(model, groups, keep, path)
 
     def loads_with(self, path: str, model: nn.Module) -> str:
-        """Python code that loads a saved model."""
+        """Return Python code that loads a saved model from `path`."""
         return f"import hawada\n\nmodel = hawada.load({path!r})"
 
     def as_saved(self, model: nn.Module) -> nn.Module:
-        """The model with its weights rounded as `write` rounds them, in float32 on the CPU."""
+        """Return the model with its weights rounded as `write` rounds them, in float32 on the CPU."""
         return model
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
@@ -239,7 +247,7 @@ class Adapter(ABC):
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give every tensor of a meta model its saved value, whatever its shape; names must agree exactly."""
+    """Give every tensor of a meta model its saved value, whatever its shape; the names must agree exactly."""
     expected = set(model.state_dict())
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]

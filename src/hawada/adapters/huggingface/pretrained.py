@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from hawada.adapters.huggingface.hub import WANTED, brief, check_weights
+from hawada.adapters.huggingface.hub import CHECKPOINT_FORM, brief, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ def load_checked(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no readable config.json ({brief(error)}); give {WANTED}") from None
+        raise ValueError(f"{folder} has no readable config.json ({brief(error)}); give {CHECKPOINT_FORM}") from None
     check_weights(folder, str(folder))
     _check_family(config, model_class, folder)
     try:
