@@ -47,7 +47,7 @@ from torch import nn
 
 from hawada.adapters import Shape
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.distill import AnswerCache, Distillation, OtherTeacher
+from hawada.core.distill import Distillation, OtherTeacher, TeacherCache
 from hawada.core.evaluate import count_macs, count_parameters, score
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 from hawada.core.latency import bootstrap_median
@@ -103,7 +103,7 @@ def finetuned(
     seed: int,
     recipe: Recipe,
     *,
-    cache: AnswerCache | None = None,
+    cache: TeacherCache | None = None,
     other: OtherTeacher | None = None,
 ) -> nn.Module:
     """Finetune a copy by the recipe of all methods: so many training images, distilled logits and blocks, labels."""
@@ -123,7 +123,11 @@ def finetuned(
         1, recipe.lr, recipe.weight_decay, label_weight=recipe.label_weight, warm_up=recipe.warm_up
     )  # one pass over that many steps
     distillation = Distillation(
-        DISTILLATION, reader=watch.subject.adapter.outputs, hidden_weight=recipe.hidden_weight, cache=cache, other=other
+        DISTILLATION,
+        outputs=watch.subject.adapter.outputs,
+        hidden_weight=recipe.hidden_weight,
+        cache=cache,
+        other=other,
     )
     trainer.fit(model, Limited(), teacher=teacher, distillation=distillation, accelerator=watch.subject.accelerator)
     return model.cpu().eval()
@@ -240,7 +244,7 @@ def finetune_all(
 ) -> None:
     """Add to each record the accuracy that its model reaches with one seed."""
     data, recipe = shown_in_finetuning(watch, network), network.recipe
-    cache = AnswerCache(len(watch.subject.data.plain))  # all methods use the teacher's outputs for the same images
+    cache = TeacherCache(len(watch.subject.data.plain))  # all methods use the teacher's outputs for the same images
     for record in records:
         if not record["reached"]:
             continue

@@ -3,7 +3,7 @@
     python benchmarks/simulated_targets.py --output benchmarks/results/simulated_targets.json
 
 Three families, targets from 0.3 to 0.9 of the teacher's time, noise of 0 to 2 %, random importance. Every model found
-is timed without noise. On a part of each problem, with few groups gated, the choice is compared with all possible ones.
+is timed without noise. On a part of each problem, few groups gated, the choice is compared with all possible ones.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.latency import Rounds
-from hawada.core.search import BudgetSearch, search_export
-from hawada.core.search.allocation import Allocation
+from hawada.core.search import Allocation, BudgetSearch, ImportanceObjective, reachable, search_export
 from hawada.core.structure import Keep, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
@@ -65,7 +64,7 @@ def problems(count: int) -> Iterator[tuple[float, float, int]]:
 def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[str, Any]:
     """Search for one target, time the result without noise, and compare its widths with the best possible ones."""
     generator = torch.Generator().manual_seed(seed)
-    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
+    importance = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
     teacher, inputs = watch.timed(watch.subject.adapter.skeleton()), watch.inputs()
     noisy = copy.copy(watch.clock)
     noisy.noise, noisy._random = noise, np.random.default_rng(seed)
@@ -84,7 +83,7 @@ def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[
     proxy = load_proxy(watch.subject, "profile")
     search = BudgetSearch(
         groups=watch.subject.groups,
-        saliency=saliency,
+        objective=ImportanceObjective(watch.subject.groups, importance),
         proxy=proxy,
         policies=watch.subject.policies,
         measure=measure,
@@ -104,12 +103,12 @@ def solve(watch: ModelStopwatch, ratio: float, noise: float, seed: int) -> dict[
         if found.status == "infeasible"
         else reached <= ratio and reached >= (1 - TOLERANCE) * record.get("slowest_below", ratio)
     )
-    return record | {"of_brute_force": against_brute_force(watch, saliency, ratio, seed)}
+    return record | {"of_brute_force": against_brute_force(watch, importance, ratio, seed)}
 
 
 def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, float]]) -> float:
-    """Predict the ratio of the slowest allocation under the target, whatever its objective, by the fitted proxy."""
-    allocation = Allocation(search.groups, search.saliency, search.proxy, search.policies[0])
+    """The ratio of the slowest allocation under the target, whatever its value, as the calibrated table sees it."""
+    allocation = search.allocation(0)
     off = [true * search.teacher_ms / float(search.proxy.predict(widths_of(k, search.groups))) for k, true in truth]
     limit = ratio * search.teacher_ms / max(off)
     widths = [allocation.within(limit, share * limit) for share in np.linspace(0.9, 1.0, 41)]
@@ -117,31 +116,39 @@ def slowest_below(search: BudgetSearch, ratio: float, truth: list[tuple[Keep, fl
 
 
 def against_brute_force(
-    watch: ModelStopwatch, saliency: dict[str, torch.Tensor], ratio: float, seed: int
+    watch: ModelStopwatch, importance: dict[str, torch.Tensor], ratio: float, seed: int
 ) -> float | None:
-    """Compute the objective of the chosen widths as a fraction of the largest possible, with few groups gated."""
+    """Value of the chosen widths as a fraction of the best there are, with few groups gated; None where none fits."""
     random = np.random.default_rng(seed)
-    whole = Allocation(watch.subject.groups, saliency, load_proxy(watch.subject, "profile"), watch.subject.policies[-1])
+    whole = Allocation(
+        watch.subject.groups,
+        ImportanceObjective(watch.subject.groups, importance),
+        load_proxy(watch.subject, "profile"),
+        watch.subject.policies[-1],
+    )
     gated: list[str] = []
     for name in random.permutation(list(whole.blocks)):
         chosen = [*gated, str(name)]
         if math.prod(len(whole.allowed[block]) for block in chosen) <= MAX_ENUMERATED_CHOICES:
             gated = chosen
-    some = {member: saliency[member] for name in gated for member in whole.blocks[name]}
+    some = {member: importance[member] for name in gated for member in whole.blocks[name]}
     proxy = load_proxy(watch.subject, "profile")
-    allocation = Allocation(watch.subject.groups, some, proxy, watch.subject.policies[-1])
+    allocation = Allocation(
+        watch.subject.groups, ImportanceObjective(watch.subject.groups, some), proxy, watch.subject.policies[-1]
+    )
     every = []
     for widths in itertools.product(*[allocation.allowed[name] for name in allocation.blocks]):
         by_block = dict(zip(allocation.blocks, widths, strict=True))
         choice = {member: by_block[name] for name, members in allocation.blocks.items() for member in members}
-        if not allocation.policy.lacking(choice, watch.subject.groups):
-            # Units inside a branch or layer are removed with it; here no units lie inside others that can be removed.
-            choice = {name: width if allocation._stays(name, choice) else 0 for name, width in choice.items()}
-            every.append((float(proxy.predict(choice)), allocation.worth(choice)))
+        if not allocation.policy.missing_kinds(choice, watch.subject.groups):
+            # What lies inside a branch or layer goes with it; nothing here lies inside anything else that is pruned.
+            inside = reachable(watch.subject.groups, choice)
+            choice = {name: width if name in inside else 0 for name, width in choice.items()}
+            every.append((float(proxy.predict(choice)), allocation.value(choice)))
     low, high = min(ms for ms, _ in every), max(ms for ms, _ in every)
     limit = low + ratio * (high - low)
-    best = max(objective for ms, objective in every if ms <= limit)
-    return allocation.worth(allocation.within(limit)) / best
+    best = max(value for ms, value in every if ms <= limit)
+    return allocation.value(allocation.within(limit)) / best
 
 
 def main() -> None:
@@ -160,11 +167,11 @@ def main() -> None:
                 print(
                     f"{model:12} target {record['target_ratio']:.3f} noise {record['noise']:.3f}: {record['status']}, "
                     f"{record['of_target'] - 1:+.2%} of the target, {record['measurements']} measured, "
-                    f"objective {record['of_brute_force']:.4f} of brute force{'' if record['kept'] else '  NOT KEPT'}",
+                    f"value {record['of_brute_force']:.4f} of brute force{'' if record['kept'] else '  NOT KEPT'}",
                     flush=True,
                 )
     kept = sum(record["kept"] for record in records)
-    print(f"kept in {kept} of {len(records)}; smallest objective {min(r['of_brute_force'] for r in records):.4f}")
+    print(f"kept in {kept} of {len(records)}; least value {min(r['of_brute_force'] for r in records):.4f}")
     record = {"environment": to_json(watch.store.environment), "kept": kept, "problems": records}
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["environment"]))

@@ -26,7 +26,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from hawada.config import conf_dir, register_resolvers
-from hawada.core.search import BudgetSearch, search_export
+from hawada.core.search import BudgetSearch, ImportanceObjective, search_export
 from hawada.core.structure import keep_all, widths_of
 from hawada.core.verdict import Comparison
 from hawada.experiment import Run
@@ -58,13 +58,13 @@ def find(run: Run, ratio: float, seed: int) -> dict[str, Any]:
     watch = open_stage(run.settings("evaluate"), run)[1]
     choosing = open_stage(run.settings("export"), run)[1]
     generator = torch.Generator().manual_seed(seed)
-    saliency = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
+    importance = {g.name: (0.1 + torch.rand(g.units, generator=generator)) / g.units for g in watch.subject.groups}
     teacher = watch.subject.adapter.skeleton()
     start = time.perf_counter()
     with measuring(choosing, teacher, teacher) as measure:
         search = BudgetSearch(
             groups=watch.subject.groups,
-            saliency=saliency,
+            objective=ImportanceObjective(watch.subject.groups, importance),
             proxy=load_proxy(choosing, "profile"),
             policies=choosing.subject.policies,
             measure=measure,
@@ -115,8 +115,8 @@ def verify(run: Run, records: list[dict[str, Any]]) -> None:
 
 
 def in_window(search: BudgetSearch, ratio: float) -> int:
-    """Count the different allocations that the table has in the window, up to ten."""
-    allocation = search._allocation(0)
+    """How many different allocations the table has in the window, counted up to ten."""
+    allocation = search.allocation(0)
     target, tolerance = ratio * search.teacher_ms, search.budget.tolerance
     seen = set()
     for share in np.linspace(1 - tolerance, 1, 40):

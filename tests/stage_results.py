@@ -24,7 +24,7 @@ ENVIRONMENT = {
     "cpus": None,
     "versions": {"torch": "2", "peft": None},
 }
-CANDIDATE = {"level": 0, "predicted_ratio": 0.5, "ratio": INTERVAL, "worth": -0.25, "widths": {"conv1": 8}}
+CANDIDATE = {"level": 0, "predicted_ratio": 0.5, "ratio": INTERVAL, "value": -0.25, "widths": {"conv1": 8}}
 OUTCOME = {"summary": "on target", "status": "on_target", "measured": COMPARISON, "candidates": [CANDIDATE]}
 DIFFERENCE = {"max_abs_diff": 1e-7, "max_abs_logit": 2.0}
 EXPORTED = {
@@ -112,8 +112,8 @@ AS_JSON: dict[str, dict[str, Any]] = {
     "front": {
         "summary": "1 of 2 targets reached",
         "points": [
-            {**OUTCOME, "target_ratio": 0.5, "worth": -0.25, **EXPORTED, "path": "/out/front/0.5/slim"},
-            {**OUTCOME, "status": "infeasible", "target_ratio": 0.1, "worth": -1.0},
+            {**OUTCOME, "target_ratio": 0.5, "value": -0.25, **EXPORTED, "path": "/out/front/0.5/slim"},
+            {**OUTCOME, "status": "infeasible", "target_ratio": 0.1, "value": -1.0},
         ],
         "sensitivity": SENSITIVITY,
         "seconds": {"all": 2.0, "measuring": 1.0},

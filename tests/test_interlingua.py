@@ -173,7 +173,7 @@ def test_pooling_and_features_of_ones_own_take_a_line_of_configuration(
     (line,) = map(json.loads, (tmp_path / "run" / "interlingua" / "metrics.jsonl").read_text().splitlines())
     assert 0 < line["own.drift"] < 1 and line["llama.own.size"] == pytest.approx(line["qwen.own.size"])
     result = read(tmp_path / "run" / "interlingua-eval" / "result.json")
-    assert result["payload_bytes"]["fp16"] == (1 + 2) * 8 * 2  # a shared latent, and one of each reader's own
+    assert result["payload_bytes"]["fp16"] == (1 + 2) * 8 * 2  # a shared latent, and one of each model's own
     assert result["models"]["llama"]["rows"]["latents"]["tokens"] == 2 * 2  # soft tokens, and keys beside them
 
 

@@ -27,7 +27,7 @@ from hawada.config import conf_dir, register_resolvers
 from hawada.core.files import is_signed, partial_path, sha256, signed, whole_name, write_json, write_text
 from hawada.core.structure import keep_all
 from hawada.experiment import PLANS, MetricsLog, Run
-from hawada.interlingua.checkpoint import STATE, TENSORS, load_checkpoint, save_checkpoint
+from hawada.interlingua.checkpoint import STATE_FILE, TENSORS_FILE, load_checkpoint, save_checkpoint
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 THEIRS = b"\x00 somebody's own bytes \xff"
@@ -348,7 +348,7 @@ def test_a_checkpoint_is_replaced_around_what_is_not_its_own(tmp_path: Path) -> 
         checkpoint(tmp_path / "last", step)
         state = load_checkpoint(tmp_path / "last", nn.Linear(2, 2), None)
         assert state == {"step": step} and all(path.read_bytes() == THEIRS for path in theirs)
-    assert {path.name for path in (tmp_path / "last").iterdir()} == {"notes.txt", "deep", STATE, TENSORS}
+    assert {path.name for path in (tmp_path / "last").iterdir()} == {"notes.txt", "deep", STATE_FILE, TENSORS_FILE}
     assert {path.name for path in tmp_path.iterdir()} == {"last", ".last.partial", ".last.old", "lasting"}
 
 
@@ -372,7 +372,7 @@ def test_a_checkpoint_whose_saving_was_interrupted_is_put_in_order(renames: int,
 
 
 def test_a_checkpoint_s_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
-    theirs = plant(tmp_path / "elsewhere" / STATE)
+    theirs = plant(tmp_path / "elsewhere" / STATE_FILE)
     (tmp_path / "last").symlink_to(theirs.parent)
     for act in (checkpoint, lambda folder, _: load_checkpoint(folder, nn.Linear(2, 2), None)):
         with pytest.raises(ValueError, match="last is a link, where a checkpoint's own folder was expected"):
@@ -395,7 +395,7 @@ def interlingua(root: Path, *overrides: str, overwrite: bool = False) -> Run:
 
 def test_an_unfinished_training_is_not_cleared_when_a_key_changes(tmp_path: Path) -> None:
     first = interlingua(tmp_path, "interlingua.latent_len=2")
-    tensors = begin(first) / "last" / TENSORS
+    tensors = begin(first) / "last" / TENSORS_FILE
     before = tensors.read_bytes()
     other = interlingua(tmp_path, "interlingua.latent_len=4")
     message = (
@@ -410,7 +410,7 @@ def test_an_unfinished_training_is_not_cleared_when_a_key_changes(tmp_path: Path
     plant(tmp_path / "interlingua" / "notes.txt")  # does not stand in the way of going on
     assert not again.check("interlingua")
     with again.resuming("interlingua") as folder:
-        assert (folder / "last" / TENSORS).read_bytes() == before
+        assert (folder / "last" / TENSORS_FILE).read_bytes() == before
     with pytest.raises(ValueError, match=r"notes\.txt was not written by this program"):
         interlingua(tmp_path, "interlingua.latent_len=4", overwrite=True).check("interlingua")
     (tmp_path / "interlingua" / "notes.txt").unlink()
@@ -423,7 +423,7 @@ def test_an_unfinished_training_is_not_cleared_when_a_key_changes(tmp_path: Path
 def test_an_unfinished_training_from_other_models_is_not_cleared(tmp_path: Path) -> None:
     run = interlingua(tmp_path)
     finish(run, "interlingua-llms")
-    tensors = begin(run) / "last" / TENSORS
+    tensors = begin(run) / "last" / TENSORS_FILE
     before = tensors.read_bytes()
     path = tmp_path / "interlingua-llms" / "manifest.json"
     path.write_text(path.read_text().replace("finished", "finished "))

@@ -127,7 +127,7 @@ def test_many_targets_take_no_training_step(trained: Path, tmp_path: Path) -> No
         reached = point["measured"]["ratio"]["median"]
         assert 0.85 * point["target_ratio"] <= reached <= point["target_ratio"]
         assert (front / f"{point['target_ratio']:g}" / "slim" / "model.safetensors").is_file()
-    assert sorted((p["worth"] for p in points), reverse=True) == [p["worth"] for p in points]
+    assert sorted((p["value"] for p in points), reverse=True) == [p["value"] for p in points]
     assert (front / "front.png").read_bytes().startswith(b"\x89PNG") and "0.7" in out
     assert not (root / NAME / "export").exists()
 

@@ -14,7 +14,7 @@ ADAPTERS = {
 
 
 def build(name, **options):
-    """The adapter and its network in eval mode; fresh norms are random, or a gate on the wrong side would hide."""
+    """Return an adapter and its network in eval mode; random norms show a gate on the wrong side."""
     torch.manual_seed(0)
     adapter = ResNetAdapter(**ADAPTERS[name], **options)
     model = adapter.skeleton()
@@ -28,7 +28,7 @@ def build(name, **options):
 
 
 def choose_units(groups, seed):
-    """Any units of any number in every group, about a third of the branches removed."""
+    """Choose random units of every group, and remove about a third of the branches."""
     draw = random.Random(seed)
     return {
         group.name: (
@@ -42,7 +42,7 @@ def choose_units(groups, seed):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Networks this small gain little from threads, which on a busy machine wait for each other."""
+    """Run on one thread: networks this small gain little from threads, which on a busy machine wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,5 +66,5 @@ def random_units():
 
 @pytest.fixture
 def specs():
-    """The constructor's arguments of each network."""
+    """Return the constructor's arguments of each network."""
     return ADAPTERS

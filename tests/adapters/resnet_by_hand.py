@@ -1,4 +1,4 @@
-"""What may be removed of torchvision's ResNets, written down by hand: what following the forward pass must find."""
+"""The groups and sites of torchvision's ResNets, written down by hand: the graph adapter must find the same."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def groups_by_hand(model: nn.Module, *, stream: bool) -> list[Group]:
 def sites_by_hand(model: nn.Module, *, stream: bool) -> list[Site]:
     streams = _streams(model) if stream else []
     inner = {path: _inner_names(path, block) for path, block in _blocks(model)}
-    stem = next((each.name for each in streams if "conv1" in each.writers), None)
+    stem = next((each.name for each in streams if "conv1" in each.producers), None)
     sites = []
-    if stem is not None:  # its convolution writes the stream, what comes before the blocks passes it on
+    if stem is not None:  # its convolution produces the stream; the modules up to the blocks pass it on
         passing = [Site(path, (stem,), "stem", stem, reads_dim=1) for path in ("bn1", "relu", "maxpool")]
         sites += [Site("conv1", (stem,), "stem"), *passing]
     for path, _ in _residuals(model):
         groups = (*inner.get(path, ()), *(each.name for each in streams if each.touches(path)))
-        reads = next((each.name for each in streams if each.read_in(path)), None)
+        reads = next((each.name for each in streams if each.consumed_in(path)), None)
         if reads is not None:
             sites.append(Site(path, groups, path.partition(".")[0], reads, reads_dim=1))
         elif groups:
@@ -51,7 +51,7 @@ def sites_by_hand(model: nn.Module, *, stream: bool) -> list[Site]:
 
 
 def _residuals(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Residual blocks in order of execution, and the projections that are left where a branch was removed."""
+    """List the residual blocks in order of execution, and the projections that stay where a branch went."""
     return [
         (path, module)
         for path, module in model.named_modules()
@@ -61,7 +61,7 @@ def _residuals(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, BasicBlock | Bottleneck]]:
-    """Residual blocks in order of execution; blocks whose branch was already removed have nothing left to declare."""
+    """List the residual blocks in order of execution; those without their branch have nothing left to declare."""
     blocks = [(path, module) for path, module in _residuals(model) if isinstance(module, BasicBlock | Bottleneck)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no torchvision residual block; is model.adapter the right one?")
@@ -69,30 +69,30 @@ def _blocks(model: nn.Module) -> list[tuple[str, BasicBlock | Bottleneck]]:
 
 
 def _inner_convs(path: str, block: BasicBlock | Bottleneck) -> list[nn.Conv2d]:
-    """Convolutions whose outputs stay inside the block."""
+    """List the convolutions whose outputs stay inside the block."""
     return [block.conv1, block.conv2] if isinstance(block, Bottleneck) else [block.conv1]
 
 
 def _inner_names(path: str, block: BasicBlock | Bottleneck) -> tuple[str, ...]:
-    """The groups inside a block."""
+    """Name the groups inside a block."""
     return (f"{path}.branch", *(f"{path}.conv{index + 1}" for index in range(len(_inner_convs(path, block)))))
 
 
 def _inner_group(path: str, index: int, channels: int) -> Group:
-    """Output channels of conv<index>: its filters, the norm behind it and the next convolution's input."""
-    reader = f"{path}.conv{index + 1}"
+    """Declare the output channels of conv<index>: its filters, the norm behind it and the next convolution's input."""
+    consumer = f"{path}.conv{index + 1}"
     return Group(
         name=f"{path}.conv{index}",
         kind="channel",
         units=channels,
-        gated_at=(GatePoint(reader, side="input"),),
-        cuts=(*_written(f"{path}.conv{index}", f"{path}.bn{index}"), _read(reader)),
+        gated_at=(GatePoint(consumer, side="input"),),
+        cuts=(*_produced(f"{path}.conv{index}", f"{path}.bn{index}"), _consumed(consumer)),
         parent=f"{path}.branch",
     )
 
 
-def _written(conv: str, norm: str) -> tuple[Cut, ...]:
-    """The filters of a convolution and the norm behind it."""
+def _produced(conv: str, norm: str) -> tuple[Cut, ...]:
+    """Cut the filters of a convolution and the norm behind it."""
     return (
         Cut(f"{conv}.weight", 0, follows="out_channels"),
         *(Cut(f"{norm}.{name}", 0) for name in ("weight", "bias", "running_mean")),
@@ -100,9 +100,9 @@ def _written(conv: str, norm: str) -> tuple[Cut, ...]:
     )
 
 
-def _read(reader: str) -> Cut:
-    """The input channels of a convolution, or those of the classifier."""
-    return Cut(f"{reader}.weight", 1, follows="in_features" if reader == "fc" else "in_channels")
+def _consumed(consumer: str) -> Cut:
+    """Cut the input channels of a convolution, or those of the classifier."""
+    return Cut(f"{consumer}.weight", 1, follows="in_features" if consumer == "fc" else "in_channels")
 
 
 @dataclass(frozen=True)
@@ -110,49 +110,49 @@ class _Stream:
     """The channels that all blocks of a stage add into.
 
     Attributes:
-        name: of its group.
-        writers: the convolutions whose output joins it, each with the norm behind it.
-        readers: the convolutions, or the classifier, that it goes into.
+        name: The name of its group.
+        producers: The convolutions whose output joins it, each with the norm behind it.
+        consumers: The convolutions, or the classifier, that it goes into.
     """
 
     name: str
-    writers: dict[str, str]
-    readers: list[str]
+    producers: dict[str, str]
+    consumers: list[str]
 
-    def read_in(self, path: str) -> bool:
-        """Whether the module at `path` is a reader or holds one."""
-        return any(f"{reader}.".startswith(f"{path}.") for reader in self.readers)
+    def consumed_in(self, path: str) -> bool:
+        """Return whether the module at `path` is a consumer or holds one."""
+        return any(f"{consumer}.".startswith(f"{path}.") for consumer in self.consumers)
 
     def touches(self, path: str) -> bool:
-        """Whether the module at `path` is a reader or writer or holds one."""
-        return self.read_in(path) or any(f"{writer}.".startswith(f"{path}.") for writer in self.writers)
+        """Return whether the module at `path` is a consumer or producer or holds one."""
+        return self.consumed_in(path) or any(f"{producer}.".startswith(f"{path}.") for producer in self.producers)
 
 
 def _streams(model: nn.Module) -> list[_Stream]:
-    """The stream of each stage; a projection begins a new one, and without a projection the stem's goes on."""
+    """List the stream of each stage; a projection begins a new one, and without a projection the stem's goes on."""
     residuals = _residuals(model)
     streams = [_Stream("layer1.stream", {"conv1": "bn1"}, [])]
     for path, residual in residuals:
         if isinstance(residual, BasicBlock | Bottleneck):
-            streams[-1].readers.append(f"{path}.conv1")
+            streams[-1].consumers.append(f"{path}.conv1")
         if residual.downsample is not None:
             down, stage = f"{path}.downsample", path.partition(".")[0]
-            streams[-1].readers.append(f"{down}.0")
+            streams[-1].consumers.append(f"{down}.0")
             streams.append(_Stream(f"{stage}.stream", {f"{down}.0": f"{down}.1"}, []))
         if isinstance(residual, BasicBlock | Bottleneck):
             last = len(_inner_convs(path, residual)) + 1
-            streams[-1].writers[f"{path}.conv{last}"] = f"{path}.bn{last}"
-    streams[-1].readers.append("fc")
+            streams[-1].producers[f"{path}.conv{last}"] = f"{path}.bn{last}"
+    streams[-1].consumers.append("fc")
     return streams if residuals[0][1].downsample is None else streams[1:]  # a stem of its own is no stage
 
 
 def _stream_group(model: nn.Module, stream: _Stream) -> Group:
-    """Gated behind the norm of every writer: sums, ReLUs and pooling pass a factor that is not negative on."""
-    written = [cut for conv, norm in stream.writers.items() for cut in _written(conv, norm)]
+    """Gate the stream behind the norm of every producer: sums, ReLUs and pooling pass on non-negative factors."""
+    produced = [cut for conv, norm in stream.producers.items() for cut in _produced(conv, norm)]
     return Group(
         name=stream.name,
         kind="stream",
-        units=model.get_parameter(written[0].tensor).shape[0],
-        gated_at=tuple(GatePoint(norm) for norm in stream.writers.values()),
-        cuts=(*written, *(_read(reader) for reader in stream.readers)),
+        units=model.get_parameter(produced[0].tensor).shape[0],
+        gated_at=tuple(GatePoint(norm) for norm in stream.producers.values()),
+        cuts=(*produced, *(_consumed(consumer) for consumer in stream.consumers)),
     )

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 import hawada
 from hawada.adapters import Shape, load_model, save_model
 from hawada.adapters.base import WEIGHTS
-from hawada.adapters.saved import MANIFEST
+from hawada.adapters.graph import GraphAdapter
+from hawada.adapters.huggingface import LlamaAdapter, ViTAdapter
+from hawada.adapters.saved import MANIFEST, RENAMED_ADAPTERS
 from hawada.adapters.torchvision import ResNetAdapter
-from hawada.core.structure import keep_all, materialize
+from hawada.core.structure import full_widths, keep_all, keep_first, materialize
 
 SPEC = {"arch": "basic", "layers": [2, 2, 1, 1], "num_classes": 10, "image_size": 32}
 TARGET = "hawada.adapters.torchvision.resnet.ResNetAdapter"
@@ -159,7 +161,7 @@ def test_a_trusted_adapter_is_used(save, tiny, monkeypatch):
 
 
 def test_a_manifest_cannot_call_what_is_no_adapter(save, tmp_path):
-    """Trusting a package means its adapters, not every function in it: this one would write a file."""
+    """Trust in a package covers its adapters, not every function in it: this one would write a file."""
     path, _ = save()
     source = tmp_path / "source"
     source.write_text("payload")
@@ -205,4 +207,130 @@ def test_weights_with_an_unknown_tensor_are_refused(save):
     save_file({**slim.state_dict(), "zzz": torch.zeros(1)}, path / WEIGHTS)
     edit_manifest(path, sha256={WEIGHTS: hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest()})
     with pytest.raises(ValueError, match="zzz is on one side only"):
+        load_model(path)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 17,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 16,
+    "pad_token_id": 16,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+CONVNET = {"arch": "squeezenet1_1", "factory": None, "arguments": None, "num_classes": 5, "image_size": 32}
+# By the name that version 0.1 wrote into a manifest: today's class and the arguments that stood beside the name.
+WRITTEN_BY_0_1 = {
+    "hawada.adapters.convnet.adapter.ConvNetAdapter": (GraphAdapter, CONVNET | {"channels": 3, "stream": False}),
+    "hawada.adapters.torchvision.resnet.ResNetAdapter": (ResNetAdapter, SPEC | {"stream": False}),
+    "hawada.adapters.huggingface.llama.LlamaAdapter": (
+        LlamaAdapter,
+        {"branches": False, "stream": False, "config": LLAMA},
+    ),
+    "hawada.adapters.huggingface.vit.ViTAdapter": (ViTAdapter, {"branches": True, "stream": True, "config": VIT}),
+}
+
+
+def save_slim(folder, adapter, target, arguments, widths):
+    """Save a slim model that has the given widths, under a manifest that names the adapter by `target`."""
+    torch.manual_seed(0)
+    teacher = adapter.skeleton()
+    groups = adapter.groups(teacher)
+    keep = keep_first(groups, full_widths(groups) | widths)
+    slim, spec = adapter.slim(teacher, groups, keep), {"_target_": target, **arguments}
+    save_model(folder, slim, adapter=adapter, adapter_spec=spec, teacher=teacher, groups=groups, keep=keep)
+    return slim
+
+
+def check_equal(loaded, slim):
+    """Check that two models are of one class and have the same tensors, bit for bit."""
+    assert type(loaded).__name__ == type(slim).__name__
+    assert list(loaded.state_dict()) == list(slim.state_dict())
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in slim.state_dict().items())
+
+
+def test_every_adapter_that_an_earlier_version_named_is_in_the_table():
+    assert set(WRITTEN_BY_0_1) == set(RENAMED_ADAPTERS)
+
+
+@pytest.mark.parametrize("target", WRITTEN_BY_0_1)
+def test_a_folder_of_an_earlier_version_is_loaded(target, tmp_path):
+    adapter_class, arguments = WRITTEN_BY_0_1[target]
+    adapter = adapter_class(**arguments)
+    widths = {"features.3.squeeze": 7, "layer1.0.conv1": 2, "model.layers.0": 0, "vit.layers.1.ffn": 5}
+    with torch.device("meta"):
+        names = {group.name for group in adapter.groups(adapter.skeleton())}
+    slim = save_slim(tmp_path, adapter, target, arguments, {name: widths[name] for name in names & set(widths)})
+    assert json.loads((tmp_path / MANIFEST).read_text())["adapter"] == {"_target_": target, **arguments}
+    check_equal(hawada.load(tmp_path), slim)
+
+
+def test_a_heterogeneous_config_of_an_earlier_version_is_loaded(tmp_path):
+    """Version 0.1 wrote this config.json, with the widths of each layer under "slim"."""
+    target = "hawada.adapters.huggingface.vit.ViTAdapter"
+    adapter_class, arguments = WRITTEN_BY_0_1[target]
+    widths = {"vit.layers.0.ffn": 6, "vit.layers.1.attention": 0}
+    slim = save_slim(tmp_path, adapter_class(**arguments), target, arguments, widths)
+    record = {
+        "architectures": ["SlimViTForImageClassification"],
+        "attention_probs_dropout_prob": 0.0,
+        "dtype": "float32",
+        "encoder_stride": 16,
+        "head_dim": 4,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "hidden_size": 16,
+        "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+        "image_size": 8,
+        "initializer_range": 0.02,
+        "intermediate_size": 1,
+        "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+        "layer_norm_eps": 1e-12,
+        "model_type": "slim_vit",
+        "num_attention_heads": 1,
+        "num_channels": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 4,
+        "pooler_act": "tanh",
+        "pooler_output_size": 16,
+        "qkv_bias": True,
+        "slim": {
+            "auto": "AutoModelForImageClassification",
+            "branches": {"attention": ["attention", "layernorm_before", 2], "mlp": ["mlp", "layernorm_after", 1]},
+            "layers": "vit.layers",
+            "widths": [
+                {"intermediate_size": 6, "num_attention_heads": 4},
+                {"attention": False, "intermediate_size": 24},
+            ],
+        },
+        "transformers_version": "5.24.0",
+        "auto_map": {
+            "AutoConfig": "modeling_slim.SlimViTConfig",
+            "AutoModelForImageClassification": "modeling_slim.SlimViTForImageClassification",
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    check_equal(hawada.load(tmp_path), slim)
+
+
+def test_a_manifest_of_another_format_is_refused(save):
+    path, _ = save()
+    edit_manifest(path, format=1)
+    with pytest.raises(ValueError, match=r"is not of format 2: another version wrote it; export the model again"):
         load_model(path)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hawada.core.distill import AnswerCache, Distillation, KDConfig, Outputs
+from hawada.core.distill import Distillation, KDConfig, Outputs, TeacherCache
 from hawada.core.finetune import Finetuner, recalibrate_batchnorm
 
 
@@ -62,19 +62,19 @@ def test_it_learns_from_a_teacher_alone(net, problem, accelerator):
     assert all(torch.equal(teacher.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_remembered_answers_teach_the_same(net, problem, accelerator):
+def test_a_cached_teacher_teaches_the_same(net, problem, accelerator):
     loader, x, _ = problem
     numbered = [(x, y, torch.arange(16) + 16 * index) for index, (x, y) in enumerate(loader)]
-    teacher, shown = copy.deepcopy(net).eval(), []
-    teacher.register_forward_hook(lambda module, args, output: shown.append(len(output)))
+    teacher, samples = copy.deepcopy(net).eval(), []
+    teacher.register_forward_hook(lambda module, args, output: samples.append(len(output)))
     students = []
-    for batches, cache in ((loader, None), (numbered, AnswerCache(len(x)))):
+    for batches, cache in ((loader, None), (numbered, TeacherCache(len(x)))):
         torch.manual_seed(1)
         students.append(nn.Linear(6, 3))
         distillation = Distillation(KDConfig(1.0), cache=cache)
-        shown.clear()
+        samples.clear()
         Finetuner(3).fit(students[-1], batches, teacher=teacher, distillation=distillation, accelerator=accelerator)
-        assert sum(shown) == len(x) * (3 if cache is None else 1)
+        assert sum(samples) == len(x) * (3 if cache is None else 1)
     assert torch.equal(students[0].weight, students[1].weight)
 
 
@@ -90,7 +90,7 @@ def test_labels_are_weighted_against_the_teacher(net, problem, accelerator):
         accelerator=accelerator,
         on_step=records.append,
     )
-    assert distillation.label_weight == 0.0  # the trainer's own weight counts, and the caller's object stays as it is
+    assert distillation.label_weight == 0.0  # the finetuner's own weight counts; the caller's object is unchanged
     net.train().requires_grad_(False)
     assert records[0]["label"] == pytest.approx(0.25 * float(F.cross_entropy(net(x), y)), rel=1e-3)
     assert records[0]["kd"] == pytest.approx(float(KDConfig(2.0)(net(x), teacher(x))), rel=1e-3)
@@ -108,9 +108,9 @@ def test_norms_and_biases_take_no_weight_decay(problem, accelerator):
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
     nn.init.ones_(model[0].bias)
     before = copy.deepcopy(model.state_dict())
-    silent = Finetuner(2, lr=0.1, weight_decay=0.5)
-    mute = Distillation(reader=lambda model, inputs, **_: Outputs(model(inputs) * 0.0))
-    silent.fit(model, problem[0], accelerator=accelerator, distillation=mute)
+    finetuner = Finetuner(2, lr=0.1, weight_decay=0.5)
+    no_gradient = Distillation(outputs=lambda model, inputs, **_: Outputs(model(inputs) * 0.0))
+    finetuner.fit(model, problem[0], accelerator=accelerator, distillation=no_gradient)
     assert float(model[0].weight.detach().norm()) < 0.9 * float(before["0.weight"].norm())
     assert torch.equal(model[0].bias, before["0.bias"]) and torch.equal(model[1].weight, before["1.weight"])
 
@@ -132,7 +132,9 @@ def test_no_epochs_change_nothing(net, problem, accelerator):
 @pytest.mark.parametrize(("label_weight", "labelled"), [(1.0, False), (0.0, True)])
 def test_without_teacher_and_labels_there_is_nothing_to_learn(net, problem, accelerator, label_weight, labelled):
     loader = problem[0] if labelled else [(x,) for x, _ in problem[0]]
-    with pytest.raises(ValueError, match="there is nothing to learn from: no teacher, and no labels or label_weight=0"):
+    with pytest.raises(
+        ValueError, match="there is nothing to learn from: no teacher, and no labels or label_weight=0; give"
+    ):
         Finetuner(1, label_weight=label_weight).fit(net, loader, accelerator=accelerator)
 
 
@@ -143,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops(net, problem, accelerator):
 
 
 @pytest.mark.parametrize(("epochs", "lr"), [(-1, 0.1), (1, 0.0), (1, -0.1)])
-def test_nonsense_is_refused(epochs, lr):
+def test_negative_epochs_and_a_learning_rate_of_0_are_refused(epochs, lr):
     with pytest.raises(ValueError, match=r"epochs .* must not be negative and lr .* must be above 0"):
         Finetuner(epochs, lr=lr)
 
@@ -155,10 +157,10 @@ def test_recalibrated_statistics_are_the_plain_averages(net, problem, training):
     norm.momentum = 0.37
     weights = [parameter.clone() for parameter in net.parameters()]
     batches = problem[0]
-    seen = [net[0](batch).detach() for batch, _ in batches]
+    features = [net[0](batch).detach() for batch, _ in batches]
     assert recalibrate_batchnorm(net, batches) is net
-    assert torch.allclose(norm.running_mean, torch.stack([s.mean(0) for s in seen]).mean(0), atol=1e-5)
-    assert torch.allclose(norm.running_var, torch.stack([s.var(0) for s in seen]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x in features]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack([x.var(0) for x in features]).mean(0), atol=1e-5)
     assert norm.momentum == 0.37
     assert all(module.training is training for module in net.modules())
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
@@ -168,6 +170,13 @@ def test_dropout_stays_off_while_statistics_are_taken(problem):
     norm = nn.BatchNorm1d(6)
     recalibrate_batchnorm(nn.Sequential(nn.Dropout(0.9), norm).train(), problem[0])
     assert torch.allclose(norm.running_mean, problem[1].mean(0), atol=1e-6)
+
+
+def test_statistics_without_data_are_refused(net):
+    with pytest.raises(
+        ValueError, match=r"cannot be recomputed without data; set finetune\.recalibration_samples above"
+    ):
+        recalibrate_batchnorm(net, [])
 
 
 def test_a_model_without_norms_is_left_alone():

@@ -32,17 +32,17 @@ def test_convolutions_compute_channels_last_within_the_block_and_lie_as_before_a
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
 
 
-def test_nothing_changes_unless_wanted(model):
+def test_nothing_changes_unless_enabled(model):
     before = strides(model)
-    with channels_last([model], wanted=False):
+    with channels_last([model], enabled=False):
         assert strides(model) == before
 
 
 def test_training_differs_by_rounding_alone(model, accelerator):
     batches = [(torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 3])) for _ in range(3)]
     trained = [copy.deepcopy(model) for _ in range(2)]
-    for one, wanted in zip(trained, (False, True), strict=True):
-        with channels_last([one], wanted):
+    for one, enabled in zip(trained, (False, True), strict=True):
+        with channels_last([one], enabled):
             Finetuner(epochs=1, lr=1e-3).fit(one, batches, accelerator=accelerator)
     for one, other, before in zip(*(each.parameters() for each in (*trained, model)), strict=True):
         assert torch.allclose(one, other, atol=2e-4) and not torch.equal(one, before)

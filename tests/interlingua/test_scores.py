@@ -146,12 +146,12 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("prediction", "answers", "exact", "overlap"), PAIRS)
-def test_scores_worked_out_by_hand(prediction, answers, exact, overlap):
+def test_scores_worked_out_by_hand(prediction: str, answers: list[str], exact: float, overlap: float) -> None:
     assert exact_match(prediction, answers) == exact
     assert f1(prediction, answers) == pytest.approx(overlap, abs=1e-12)
 
 
-def test_there_are_enough_pairs_and_no_two_are_the_same():
+def test_there_are_enough_pairs_and_no_two_are_the_same() -> None:
     assert len({(prediction, *answers) for prediction, answers, _, _ in PAIRS}) == len(PAIRS) >= 100
 
 
@@ -168,7 +168,7 @@ def test_there_are_enough_pairs_and_no_two_are_the_same():
         ("", ""),
     ],
 )
-def test_normal_forms(text, normal):
+def test_normal_forms(text: str, normal: str) -> None:
     assert normalize_answer(text) == normal == normalize_answer(normal)
 
 
@@ -212,7 +212,7 @@ PIECES = [
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_texts_score_as_the_second_implementation_says(seed):
+def test_random_texts_score_as_in_the_second_implementation(seed: int) -> None:
     rng = random.Random(seed)
 
     def text() -> str:
@@ -229,7 +229,7 @@ def test_random_texts_score_as_the_second_implementation_says(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_holds_for_every_text(seed):
+def test_what_holds_for_every_text(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(200):
         left, right = ("".join(rng.choices(PIECES, k=rng.randrange(9))) for _ in range(2))
@@ -242,7 +242,7 @@ def test_what_holds_for_every_text(seed):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples are not here")
-def test_every_right_answer_of_squad_is_exact_and_its_neighbour_scores_as_the_second_implementation_says():
+def test_every_right_answer_of_squad_is_exact_and_its_neighbour_scores_as_in_the_second_implementation() -> None:
     examples = squad(str(SHARED / "squad*")).test
     for example, after in zip(examples, [*examples[1:], examples[0]], strict=True):
         answers = list(example.answers)

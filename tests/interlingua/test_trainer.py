@@ -1,14 +1,19 @@
+from __future__ import annotations
+
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from hawada.interlingua import Objective, Recall, Schedule
+from hawada.interlingua import Adapter, InterlinguaEncoder, LMWrapper, Objective, Recall, Schedule
 from hawada.interlingua.checkpoint import load_checkpoint, save_checkpoint
 from hawada.interlingua.features import Feature
 from hawada.interlingua.llms.prefix import Prefix
+from hawada.interlingua.messenger import Messenger
 from hawada.interlingua.recall import word_tokenizer
 from hawada.interlingua.trainer import InterlinguaTrainer
 
@@ -16,33 +21,37 @@ SCHEDULE = Schedule(steps=12, contexts=4, lr=1e-2, curriculum=0.5)
 EVERYTHING = Objective(1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1, k=2)
 
 
-def trainer(llms, messenger, objective=EVERYTHING, **options):
+def trainer(
+    llms: dict[str, LMWrapper], messenger: Messenger, objective: Objective = EVERYTHING, **options: Any
+) -> InterlinguaTrainer:
     return InterlinguaTrainer(messenger, llms, Recall(3, 2), objective, SCHEDULE, **options)
 
 
-def gradients(messenger):
+def gradients(messenger: Messenger) -> dict[str, torch.Tensor]:
     return {
         name: parameter.grad.clone() for name, parameter in messenger.named_parameters() if parameter.grad is not None
     }
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
-def test_one_model_at_a_time_gives_the_same_gradients(kind, llms, make_messenger):
+def test_one_model_at_a_time_gives_the_same_gradients(
+    kind: str, llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     found = []
     for sequential in (False, True):
         messenger = make_messenger(llms, kind=kind, private_len=1)
         losses = trainer(llms, messenger, sequential=sequential).backward(Recall(3, 2).train_batch(0, 4))
         found.append((losses, gradients(messenger)))
-    (losses, joint), (same, sequential) = found
-    assert losses.keys() == same.keys() and joint.keys() == sequential.keys()
+    (losses, joint), (same, alone) = found
+    assert losses.keys() == same.keys() and joint.keys() == alone.keys()
     assert {name.partition(".")[2] for name in losses} >= {"answer_ce", "kd_answer", "kd_hidden"}
     for name, value in losses.items():
         assert same[name] == pytest.approx(value, rel=1e-6)
     for name, gradient in joint.items():
-        assert torch.allclose(sequential[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+        assert torch.allclose(alone[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
 
 
-def test_training_lowers_the_loss(llms, make_messenger):
+def test_training_lowers_the_loss(llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]) -> None:
     one = trainer(llms, make_messenger(llms, kind="keys"), Objective())
     one.schedule = Schedule(steps=40, contexts=8, lr=3e-2)
     examples = Recall(3, 4).train_batch(100, 8)
@@ -53,7 +62,9 @@ def test_training_lowers_the_loss(llms, make_messenger):
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
-def test_encoder_and_adapters_stay_in_full_precision_beside_models_in_half(kind, llms, make_messenger):
+def test_encoder_and_adapters_stay_in_full_precision_beside_models_in_half(
+    kind: str, llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     for llm in llms.values():
         llm.model.bfloat16()
     messenger = make_messenger(llms, kind=kind)
@@ -63,12 +74,16 @@ def test_encoder_and_adapters_stay_in_full_precision_beside_models_in_half(kind,
     assert all(gradient.abs().max() > 0 for name, gradient in gradients(messenger).items() if "leave" in name)
 
 
-def test_nothing_is_changed_when_a_loss_is_not_finite(llms, make_messenger):
+def test_nothing_is_changed_when_a_loss_is_not_finite(
+    llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     messenger = make_messenger(llms)
     one = trainer(llms, messenger, Objective())
-    messenger.adapters["llama"].scale.data.fill_(float("nan"))
+    adapter = messenger.adapters["llama"]
+    assert isinstance(adapter, Adapter)
+    adapter.scale.data.fill_(float("nan"))
     before = {name: tensor.clone() for name, tensor in messenger.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="step 0: a loss is not finite"):
+    with pytest.raises(FloatingPointError, match=r"step 0: a loss is not finite; set interlingua\.schedule\.lr or"):
         one.train_step()
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in messenger.state_dict().items() if "scale" not in name
@@ -78,12 +93,15 @@ def test_nothing_is_changed_when_a_loss_is_not_finite(llms, make_messenger):
 class Noise(Feature):
     """Random soft tokens: what follows depends on the generator's state."""
 
-    def prefix(self, name, z, prefix):
+    def prefix(self, name: str, z: torch.Tensor, prefix: Prefix) -> Prefix:
+        assert prefix.soft is not None
         return Prefix(prefix.soft + 0.1 * torch.randn_like(prefix.soft))
 
 
-def test_going_on_from_a_checkpoint_is_going_on(llms, make_messenger, tmp_path):
-    def noisy():
+def test_going_on_from_a_checkpoint_is_going_on(
+    llms: dict[str, LMWrapper], make_messenger: Callable[..., Messenger], tmp_path: Path
+) -> None:
+    def noisy() -> Messenger:
         messenger = make_messenger(llms)
         messenger.features["noise"] = Noise()
         return messenger
@@ -94,15 +112,22 @@ def test_going_on_from_a_checkpoint_is_going_on(llms, make_messenger, tmp_path):
     save_checkpoint(tmp_path / "last", whole.messenger, whole.optimizer, {"step": whole.step})
     losses = [whole.train_step() for _ in range(4)]
     resumed = trainer(llms, noisy())
+    assert isinstance(resumed.messenger.encoder, InterlinguaEncoder)
     torch.nn.init.zeros_(resumed.messenger.encoder.project.weight)
     state = load_checkpoint(tmp_path / "last", resumed.messenger, resumed.optimizer)
+    assert state is not None
     resumed.step = state["step"]
     assert resumed.step == 4 and [resumed.train_step() for _ in range(4)] == losses
     for name, tensor in whole.messenger.state_dict().items():
         assert torch.equal(tensor, resumed.messenger.state_dict()[name])
 
 
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(llms, make_messenger, tmp_path, monkeypatch):
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(
+    llms: dict[str, LMWrapper],
+    make_messenger: Callable[..., Messenger],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = trainer(llms, make_messenger(llms), Objective())
     save_checkpoint(tmp_path / "last", one.messenger, one.optimizer, {"step": 0})
     one.train_step()
@@ -113,7 +138,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(llms, make_messenger, tmp_
     assert load_checkpoint(tmp_path / "none", one.messenger, None) is None
 
 
-def test_the_schedule_rises_falls_and_grows():
+def test_the_schedule_rises_falls_and_grows() -> None:
     schedule = Schedule(steps=100, contexts=1, warm_up=0.1, curriculum=0.5, shortest=0.25)
     factors = [schedule.factor(step) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] == 1.0 and factors[-1] < 0.01
@@ -123,17 +148,20 @@ def test_the_schedule_rises_falls_and_grows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"answer_ce_weight": -1.0}, r"interlingua\.objective\.answer_ce_weight: -1\.0 is negative"),
+        (
+            {"answer_ce_weight": -1.0},
+            r"interlingua\.objective\.answer_ce_weight: -1\.0 is negative; set it to 0 or more",
+        ),
         ({"answer_ce_weight": 0.0, "first_token_ce_weight": 0.0}, "every weight is 0, so nothing is learned"),
-        ({"k": 0}, "k must be at least 1"),
+        ({"k": 0}, r"k must be at least 1 and kd_temperature above 0, and they are 0 and 1\.0; set them so"),
     ],
 )
-def test_an_objective_without_sense_is_refused(options, message):
+def test_an_objective_without_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Objective(**options)
 
 
-def test_imports_nothing_from_the_other_layers():
+def test_imports_nothing_from_the_other_layers() -> None:
     script = (
         "import sys, hawada.interlingua.trainer; print([m for m in sys.modules if m.startswith('hawada.adapters')])"
     )
@@ -146,25 +174,25 @@ class Held:
 
     now = peak = 0
 
-    def __init__(self, tensor):
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
         Held.now += self.size
         Held.peak = max(Held.peak, Held.now)
 
-    def __del__(self):
+    def __del__(self) -> None:
         Held.now -= self.size
 
 
-def activation_peak(llms, messenger, **options):
+def activation_peak(llms: dict[str, LMWrapper], messenger: Messenger, **options: Any) -> int:
     """Most bytes that autograd held at once in the backward pass of a step, weights left out."""
     weights = {p.data_ptr() for llm in llms.values() for p in llm.model.parameters()}
     weights |= {p.data_ptr() for p in messenger.parameters()}
     Held.now = Held.peak = 0
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor | Held:
         return tensor if tensor.data_ptr() in weights else Held(tensor)
 
-    def unpack(held):
+    def unpack(held: torch.Tensor | Held) -> torch.Tensor:
         return held.tensor if isinstance(held, Held) else held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -174,7 +202,9 @@ def activation_peak(llms, messenger, **options):
 
 
 @pytest.mark.parametrize("kind", ["soft", "keys"])
-def test_one_model_at_a_time_holds_little_more_than_half(kind, make_llm, make_messenger):
+def test_one_model_at_a_time_holds_little_more_than_half(
+    kind: str, make_llm: Callable[..., LMWrapper], make_messenger: Callable[..., Messenger]
+) -> None:
     llms = {name: make_llm(name, word_tokenizer(), "llama", width=64) for name in ("one", "other")}
     joint = activation_peak(llms, make_messenger(llms, kind=kind))
     sequential = activation_peak(llms, make_messenger(llms, kind=kind), sequential=True)

@@ -43,11 +43,11 @@ def test_images_reach_it_as_it_knows_them() -> None:
     pixels = torch.rand(4, 3, 5, 5)
     ours, theirs = ((pixels - mean[0]) / std[0] for mean, std in (OURS, THEIRS))
 
-    def reader(model: Any, inputs: torch.Tensor, *, features: bool, hidden: bool) -> Outputs:
+    def outputs(model: Any, inputs: torch.Tensor, *, features: bool, hidden: bool) -> Outputs:
         return Outputs(inputs)
 
-    shown = _Renormalised(reader, OURS, THEIRS)(torch.nn.Identity(), ours, features=False, hidden=False)
-    assert shown.logits is not None and torch.allclose(shown.logits, theirs, atol=1e-5)
+    found = _Renormalised(outputs, OURS, THEIRS)(torch.nn.Identity(), ours, features=False, hidden=False)
+    assert found.logits is not None and torch.allclose(found.logits, theirs, atol=1e-5)
 
 
 def test_a_vit_teaches_a_resnet_on_the_same_pixels(vit: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_vit_teaches_a_resnet_on_the_same_pixels(vit: Path, tmp_path: Path) ->
     model = ViTForImageClassification.from_pretrained(vit).eval()
     with torch.no_grad():
         expected = model((pixels - THEIRS[0][0]) / THEIRS[1][0]).logits
-    targets = distillation.wanted(torch.nn.Identity(), images).logits
+    targets = distillation.targets(torch.nn.Identity(), images).logits
     assert targets is not None and torch.allclose(targets, expected, atol=1e-5)
 
 

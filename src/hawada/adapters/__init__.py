@@ -1,4 +1,4 @@
-"""What a model family declares, how its models are saved and loaded, and how gates are attached to them."""
+"""Adapters declare what may be removed from a model family; their models are gated, saved and loaded here."""
 
 import lazy_loader
 

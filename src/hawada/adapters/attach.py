@@ -1,4 +1,4 @@
-"""Attach gates to the groups of an adapter that pass a filter, and look at what is attached."""
+"""Attach gates to those groups of an adapter that pass a filter, and tabulate the gates of a student."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ GroupFilterFn = Callable[[Group, nn.Module], bool]
 
 
 class Declares(Protocol):
-    """Part of an adapter that attaching needs."""
+    """The part of an adapter that `attach_adapters` uses."""
 
     def groups(self, model: nn.Module) -> list[Group]: ...
 
 
 def is_attention_layer(group: Group, model: nn.Module) -> bool:
-    """Passes the groups of attention heads, whatever the family calls them."""
+    """Return whether a group's units are attention heads, whatever the family calls them."""
     return group.kind in ("head", "kv_head", "query_head")
 
 
 class GroupFilter:
-    """Selects groups by name, kind or type of the gated module; what is left None does not matter.
+    """A filter by name, kind or type of the gated module; an argument that is left None lets every group pass.
 
     Args:
-        name: shell pattern, or several, of which one must match (`layer1.*`).
-        kind: one kind or several (`channel`, `branch`).
-        module_type: the gated module, or one that contains it, must be of this class.
+        name: A shell pattern (`layer1.*`), or several, of which one must match the group's name.
+        kind: One kind or several (`channel`, `branch`), of which one must be the group's.
+        module_type: The gated module, or one that contains it, must be of this class.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class GroupFilter:
 
 
 def select_groups(groups: Sequence[Group], model: nn.Module, filter_fn: GroupFilterFn | None) -> list[Group]:
-    """The groups that pass.
+    """Return the groups that pass the filter; without a filter, all of them.
 
     Raises:
-        ValueError: when none passes, listing what is there.
+        ValueError: No group passes; the message lists the groups that there are.
     """
     chosen = [group for group in groups if filter_fn is None or filter_fn(group, model)]
     if not chosen:
@@ -80,20 +80,20 @@ def attach_adapters(
     """Gate a model in place; `Student.detach()` (or leaving a `with` block) restores it bit for bit.
 
     Args:
-        model: what the adapter describes.
-        adapter_cls: what declares groups (an adapter), or its class when it needs no arguments.
-        filter_fn: called with (group, model); None takes every group.
-        gate: makes a gate from a unit count.
+        model: A model that the adapter describes.
+        adapter_cls: An adapter, which declares the groups, or its class when that takes no arguments.
+        filter_fn: A function of (group, model) that returns whether the group is gated; None gates every group.
+        gate: A function that makes a gate from the number of units.
 
     Raises:
-        ValueError: when no group passes the filter, or a group does not fit the model; nothing is attached then.
+        ValueError: No group passes the filter, or a group does not fit the model; nothing is attached then.
     """
     adapter = adapter_cls() if isinstance(adapter_cls, type) else adapter_cls
     return Student(model, select_groups(adapter.groups(model), model, filter_fn), gate)
 
 
 def group_table(student: Student) -> list[dict[str, str | int | float]]:
-    """One row per group: its shape, its parent and the statistics of its effective gates."""
+    """Return one row per group: its kind, units and parent, and the statistics of its effective gates."""
     rows: list[dict[str, str | int | float]] = []
     gates = student.effective_gates()
     for group in student.groups:

@@ -1,4 +1,4 @@
-"""What a model family must declare."""
+"""The base class of adapters: it lists what a model family must declare."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.structure import Edits, Group, Inputs, Keep, Site, materialize, set_structure
+from hawada.core.structure import Edits, Group, Inputs, Keep, Site, fill, materialize, set_structure
 
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one timed call is made of.
+    """The shape of one timed call.
 
     Attributes:
-        batch: sequences or images at once.
-        phase: `forward` (a plain forward pass), or for a language model `prefill` (the prompt, up to the first token),
-            `decode` (one further token) or `generate` (the prompt and all new tokens).
-        prompt: tokens of the prompt.
-        new_tokens: tokens that are generated after it.
+        batch: The number of sequences or images that are computed at once.
+        phase: This is `forward` (a plain forward pass), or for a language model `prefill` (the prompt, up to the first
+            token), `decode` (one further token) or `generate` (the prompt and all new tokens).
+        prompt: The number of tokens that the prompt has.
+        new_tokens: The number of tokens that are generated after it.
     """
 
     batch: int
@@ -43,12 +43,13 @@ class Adapter(ABC):
     manifest holds, and `skeleton()` must rebuild the same architecture from them.
 
     Attributes:
-        modality: `image` or `text`: the data that the models take.
-        phases: the phases whose latency can be asked for.
-        layouts: `heterogeneous` (every group has its own width) and possibly `uniform`.
-        imports: constructor arguments that name code to import and call; a saved model with one must be trusted.
-        stock_reload: a Python program that loads a saved model without this package and compares; None where the
-            format needs this package. Its arguments: folder, inputs (safetensors), output (safetensors), threads.
+        modality: `image` or `text`, the kind of data that the models take.
+        phases: The phases whose latency can be asked for.
+        layouts: These are `heterogeneous` (every group has its own width) and possibly `uniform`.
+        imports: The constructor arguments that name code to import and call; a saved model with one must be trusted.
+        stock_reload: A Python program that loads a saved model without this package and runs it; None where the format
+            needs this package. It takes four arguments: the folder, a safetensors file of inputs, the safetensors file
+            that it writes the outputs to, and the number of threads.
     """
 
     modality = "image"
@@ -59,32 +60,32 @@ class Adapter(ABC):
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
-        """The untrained architecture in eval mode, on torch's current default device (`meta` costs nothing)."""
+        """Build the untrained architecture in eval mode, on torch's current default device (`meta` costs nothing)."""
 
     @abstractmethod
     def teacher(self) -> nn.Module:
-        """The pretrained model in eval mode, in float32 on the CPU.
+        """Load the pretrained model in eval mode, in float32 on the CPU.
 
         Raises:
-            ValueError: when the weights cannot be had, naming the local-path option.
+            ValueError: The weights are not found or cannot be downloaded; the message names the local-path option.
         """
 
     def check_teacher(self) -> None:  # noqa: B027 (a family without files to check has nothing to override)
         """Check quickly that `teacher()` will find its weights; nothing is loaded.
 
         Raises:
-            ValueError: naming the local-path option.
+            ValueError: The weights will not be found; the message names the local-path option.
         """
 
     def saved_gates(self) -> Path | None:
-        """Trained gates that lie beside the weights: thetas by group name, as safetensors; None without any."""
+        """Return the safetensors file of trained gates (theta by group name) beside the weights; None without one."""
         return None
 
     def check_layout(self, layout: str, groups: Sequence[Group]) -> None:
         """Check that models can be saved in a layout.
 
         Raises:
-            ValueError: when this family has no such layout.
+            ValueError: This family has no such layout.
         """
         if layout not in self.layouts:
             raise ValueError(
@@ -92,10 +93,10 @@ class Adapter(ABC):
             )
 
     def check_shape(self, shape: Shape) -> None:
-        """Check that models can be called as asked.
+        """Check that models can be called with a shape.
 
         Raises:
-            ValueError: when this family has no such phase, or the shape exceeds what the model takes.
+            ValueError: This family has no such phase, or the shape exceeds what the model takes.
         """
         if shape.phase not in self.phases:
             raise ValueError(
@@ -104,86 +105,140 @@ class Adapter(ABC):
 
     @abstractmethod
     def groups(self, model: nn.Module) -> list[Group]:
-        """Everything that may be removed from `model`, a skeleton or teacher of this adapter."""
+        """Declare everything that may be removed from `model`, a skeleton or teacher of this adapter."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
-        """The modules that the latency table times, in order of execution."""
+        """The modules of `model` that the latency table times, in order of execution.
+
+        A module that no group touches is left out: its time is part of the proxy's overhead.
+        """
 
     @abstractmethod
     def example_inputs(self, shape: Shape) -> Inputs:
-        """Inputs of one call in the shape's phase, on the CPU, the same values every time."""
+        """Inputs of one call in the shape's phase, on the CPU; they have the same values every time."""
 
     def workload(self, model: nn.Module, shape: Shape) -> nn.Module:
-        """What is timed: called with `example_inputs`, it runs `model` as the phase does."""
+        """The module that is timed: called with `example_inputs(shape)`, it runs `model` as the phase does."""
         return model
 
     def parts(self, model: nn.Module, shape: Shape) -> list[tuple[float, nn.Module, Shape]]:
-        """The calls that the phase is made of, as (how often, workload, its shape); for the table of sites."""
+        """The calls that the phase is made of, as (how often, workload, its shape); the site table times each."""
         return [(1.0, self.workload(model, shape), shape)]
 
     def logits(self, output: Any) -> Tensor:
         """The logits, (batch, classes) or (batch, tokens, classes), within what the model returns."""
-        return output
+        logits: Tensor = output
+        return logits
 
     def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
-        """Run a model for distillation; see `hawada.core.distill.outputs.Outputs`.
+        """Run a model for distillation.
+
+        Args:
+            model: a teacher, a student or a slim model.
+            inputs: one batch, on the model's device.
+            features: return what the last layer is called with, and the layer, instead of logits.
+            hidden: return the hidden states too.
 
         Raises:
-            ValueError: when the family has no features or hidden states to show.
+            ValueError: The family has no features or hidden states.
         """
         self.check_outputs(features=features, hidden=hidden)
         return Outputs(self.logits(model(inputs)))
 
     def check_outputs(self, *, features: bool, hidden: bool) -> None:
-        """Check that `outputs` can show what is asked for.
+        """Check that `outputs` has the features or hidden states that distillation uses.
 
         Raises:
-            ValueError: naming the keys to change.
+            ValueError: The family has none; the message names the keys to change.
         """
         if features or hidden:
             raise ValueError(
-                f"{type(self).__name__} shows no features or hidden states; set distill.chunk=null and "
+                f"{type(self).__name__} has no features or hidden states; set distill.chunk=null and "
                 "distill.hidden_weight=0"
             )
 
     def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment | None:
-        """Which of the teacher's hidden states a model sliced to `keep` still has."""
+        """Say which of the teacher's hidden states a model sliced to `keep` still has; None stands for all of them."""
         return None
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Mean and standard deviation per channel that the weights were trained with; None leaves it to the data."""
+        """Return the mean and standard deviation per channel that the weights were trained with.
+
+        None leaves the normalisation to the data.
+        """
         return None
 
     def tokenizer(self) -> Any:
-        """The tokenizer of a text model."""
+        """Return the tokenizer of a text model.
+
+        Raises:
+            ValueError: The family takes no text.
+        """
         raise ValueError(f"{type(self).__name__} takes no text; choose data= of the kind that the model takes")
 
     def greedy_tokens(self, model: nn.Module, inputs: Inputs, count: int) -> Tensor | None:
-        """Tokens that the model generates after `inputs`, (batch, count); None for models that generate nothing."""
+        """Generate tokens greedily after `inputs`, (batch, count); None for models that generate nothing."""
         return None
 
     def slim(self, model: nn.Module, groups: Sequence[Group], keep: Keep) -> nn.Module:
-        """The physically smaller model, in eval mode: no gates, no hooks."""
+        """The physically smaller model, in eval mode: no gates, no hooks.
+
+        Args:
+            model: the teacher, or a student's gated model; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+        """
         return materialize(model, groups, keep).eval()
 
+    def slice_site(self, model: nn.Module, groups: Sequence[Group], keep: Keep, path: str) -> nn.Module:
+        """The module that `slim` has for the one at `path` of `model`, the identity where it is gone.
+
+        The latency table and the staircases of the doctor time it, so a family that overrides `slim` overrides this
+        too. Nothing outside the module is cut.
+
+        Args:
+            model: the unpruned model, in eval mode; not changed.
+            groups: its declaration.
+            keep: kept indices of every group.
+            path: of a site of `sites(model)`.
+        """
+        return materialize(model, groups, keep, path)
+
     def loads_with(self, path: str, model: nn.Module) -> str:
-        """Python code that loads a saved model."""
+        """Return Python code that loads a saved model from `path`."""
         return f"import hawada\n\nmodel = hawada.load({path!r})"
 
     def as_saved(self, model: nn.Module) -> nn.Module:
-        """The model with its weights rounded as `write` rounds them, in float32 on the CPU."""
+        """Return the model with its weights rounded as `write` rounds them, in float32 on the CPU."""
         return model
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
-        """Write the weights into a folder; returns what the manifest must hold to rebuild the shape."""
+        """Write the weights into a folder.
+
+        Args:
+            path: the folder; it exists.
+            model: what `slim` returned, possibly finetuned.
+            edits: what was planned on the unpruned model to make it.
+
+        Returns:
+            What the manifest must hold for `read` to rebuild the shape.
+        """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         replaced = {name: list(keeps) for name, keeps in edits.replaced.items()}
         return {"attributes": edits.attributes, "replaced": replaced}
 
     def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
-        """The inverse of `write`: the model in eval mode, on the CPU."""
+        """Read what `write` wrote: the model in eval mode, on the CPU.
+
+        Args:
+            path: the folder.
+            manifest: its hawada.json, with what `write` returned.
+
+        Raises:
+            ValueError: when the weights do not fit the manifest.
+        """
         with torch.device("meta"):
             model = self.skeleton()
         model = set_structure(model, manifest["attributes"], manifest["replaced"])
@@ -192,15 +247,9 @@ class Adapter(ABC):
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give every tensor of a meta model its saved value, whatever its shape; names must agree exactly."""
+    """Give every tensor of a meta model its saved value, whatever its shape; the names must agree exactly."""
     expected = set(model.state_dict())
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
         raise ValueError(f"{path / WEIGHTS} does not fit its manifest: {odd} is on one side only; export it again")
-    for name, tensor in state.items():
-        owner_path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        if attribute in owner._parameters:
-            setattr(owner, attribute, nn.Parameter(tensor))
-        else:
-            setattr(owner, attribute, tensor)
+    fill(model, state)

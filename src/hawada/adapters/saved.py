@@ -18,11 +18,11 @@ from hawada.core.structure import Group, plan_edits
 
 MANIFEST = "hawada.json"
 
-FORMAT = 2  # of the manifest
+MANIFEST_FORMAT = 2  # a manifest with another number is refused
 
-TRUSTED = ("hawada.",)
-# Adapter classes by the names that earlier versions wrote into manifests.
-RENAMED = {
+TRUSTED_PREFIXES = ("hawada.",)  # of adapter classes that are imported without being asked for
+# Earlier versions wrote these names of adapter classes into manifests; each is loaded under its name of today.
+RENAMED_ADAPTERS = {
     "hawada.adapters.convnet.adapter.ConvNetAdapter": "hawada.adapters.graph.GraphAdapter",
     "hawada.adapters.torchvision.resnet.ResNetAdapter": "hawada.adapters.torchvision.ResNetAdapter",
     "hawada.adapters.huggingface.llama.LlamaAdapter": "hawada.adapters.huggingface.LlamaAdapter",
@@ -46,19 +46,19 @@ def save_model(
     that was saved there before is replaced; other files stay as they are.
 
     Args:
-        path: folder; made if missing.
-        model: what `adapter.slim(teacher, groups, keep)` returned, possibly finetuned.
-        adapter: of the model's family.
-        adapter_spec: its `_target_` and constructor arguments.
-        teacher: the unpruned architecture (its numbers do not matter).
-        groups: its declaration.
-        keep: kept indices.
+        path: The folder, which is made if it is missing.
+        model: The result of `adapter.slim(teacher, groups, keep)`, possibly finetuned.
+        adapter: The adapter of the model's family.
+        adapter_spec: The adapter's `_target_` and constructor arguments.
+        teacher: The unpruned architecture; the values of its weights do not matter.
+        groups: The groups that the adapter declares of the teacher.
+        keep: The kept indices by group name.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: when one of them would replace a file that is no saved model's.
+        ValueError: One of these files would replace a file that does not belong to a saved model.
     """
     path.mkdir(parents=True, exist_ok=True)
     scratch = partial_path(path / "model")  # inside, because what is beside may be another file system
@@ -75,7 +75,7 @@ def save_model(
     for gone in before - {str(name) for name in names}:
         (path / gone).unlink(missing_ok=True)  # weights of the earlier model, which would be taken for this one's
     manifest = {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "adapter": dict(adapter_spec),
         **structure,
         "keep": {name: list(kept) for name, kept in keep.items()},
@@ -88,10 +88,10 @@ def save_model(
 
 
 def _saved_before(path: Path, names: Sequence[Path]) -> set[str]:
-    """Weights of the model that was saved in a folder before, as its manifest has them.
+    """List the weights of the model that was saved in a folder before, by the names in its manifest.
 
     Raises:
-        ValueError: when there is no such model and one of `names` exists, or is a link.
+        ValueError: One of `names` exists although no model was saved there, or is a link.
     """
     try:
         record = json.loads((path / MANIFEST).read_text())
@@ -119,20 +119,21 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     """Read what `save_model` wrote, and the adapter that describes it. Nothing is unpickled.
 
     Args:
-        path: the folder.
-        trust: further package prefixes (`"mypackage."`) whose adapter class may be imported and called, and so may a
-            function that builds the model (see `Adapter.imports`): nothing of this package is one.
+        path: The folder.
+        trust: Further package prefixes (`"mypackage."`). An adapter class of these packages may be imported and called,
+            and so may a function of theirs that builds the model (see `Adapter.imports`); such a function is never
+            taken from this package.
 
     Raises:
-        ValueError: when the folder is not a saved model, is damaged, or names code that is not trusted.
+        ValueError: The folder is not a saved model, is damaged, or names code that is not trusted.
     """
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
     given = (trust,) if isinstance(trust, str) else tuple(trust)
     manifest = json.loads((path / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT or not manifest["sha256"]:
+    if manifest.get("format") != MANIFEST_FORMAT or not manifest["sha256"]:
         raise ValueError(
-            f"{path / MANIFEST} is not of format {FORMAT}: another version wrote it; export the model again"
+            f"{path / MANIFEST} is not of format {MANIFEST_FORMAT}: another version wrote it; export the model again"
         )
     for name, digest in manifest["sha256"].items():
         if not (path / name).is_file():
@@ -141,8 +142,8 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
             raise ValueError(f"{path / name} does not match the checksum in {MANIFEST}: copy or export it again")
     spec = dict(manifest["adapter"])
     target = str(spec.pop("_target_"))
-    target = RENAMED.get(target, target)
-    _check_trust(path, target, (*TRUSTED, *given))
+    target = RENAMED_ADAPTERS.get(target, target)
+    _check_trust(path, target, (*TRUSTED_PREFIXES, *given))
     module, _, name = target.rpartition(".")
     adapter_class = getattr(importlib.import_module(module), name)
     if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
@@ -155,6 +156,7 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
 
 
 def _check_trust(path: Path, target: str, trusted: tuple[str, ...]) -> None:
+    """Refuse code whose full name begins with none of the trusted prefixes."""
     if not target.startswith(trusted):
         package = target.partition(".")[0]
         raise ValueError(f"{path} wants to run {target}; if you trust it, pass trust=['{package}.']")

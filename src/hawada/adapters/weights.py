@@ -17,21 +17,23 @@ from torchvision.models import WeightsEnum
 
 from hawada.adapters.saved import MANIFEST, load_model
 
-# Classifiers of GoogLeNet and Inception that only training runs.
-AUXILIARY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
+# GoogLeNet and Inception have further classifiers, which run in training only.
+AUXILIARY_CLASSIFIER = re.compile(r"^(aux1|aux2|AuxLogits)\.")
 # Checkpoints of DenseNets were written with names that torch no longer allows: norm.1 for norm1.
-OLD_NAME = re.compile(r"(?<=\.)(norm|conv)\.(\d)(?=\.(weight|bias|running_mean|running_var|num_batches_tracked)$)")
+OLD_DENSENET_NAME = re.compile(
+    r"(?<=\.)(norm|conv)\.(\d)(?=\.(weight|bias|running_mean|running_var|num_batches_tracked)$)"
+)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a teacher's weights come from.
+class WeightsSource:
+    """The place that a teacher's weights come from.
 
     Attributes:
-        arch: what is filled, for messages; the name of a torchvision model where `weights` are given.
-        weights: name of torchvision weights (`IMAGENET1K_V1`), or None.
-        path: local weights instead: a `.safetensors` state dict, or a folder that this program saved.
-        named: whether torchvision has weights for `arch`.
+        arch: The architecture that is filled, as messages name it; a torchvision model where `weights` are given.
+        weights: The name of torchvision weights (`IMAGENET1K_V1`), or None.
+        path: Local weights to use instead, a `.safetensors` state dict or a folder that this program saved.
+        named: Whether torchvision has weights for `arch`.
     """
 
     arch: str
@@ -43,7 +45,7 @@ class Source:
         """Check quickly that the weights will be found; nothing is loaded.
 
         Raises:
-            ValueError: naming the local-path option.
+            ValueError: The weights will not be found; the message names the local-path option.
         """
         if self.path is not None:
             path = Path(self.path)
@@ -61,21 +63,21 @@ class Source:
             raise self._unreachable(error) from None
 
     def fill(self, skeleton: Callable[[], nn.Module], classes: str, trust: tuple[str, ...] = ()) -> nn.Module:
-        """The architecture with these weights, every one of which must fit.
+        """Build the architecture and fill it with these weights, every one of which must fit.
 
         Args:
-            skeleton: makes the architecture.
-            classes: how many, for messages.
-            trust: packages whose code a saved folder may import.
+            skeleton: The function that builds the architecture.
+            classes: The number of classes, as messages name it.
+            trust: The package prefixes whose code a saved folder may import.
 
         Raises:
-            ValueError: when the weights cannot be had or do not fit.
+            ValueError: The weights are not found, cannot be downloaded or do not fit.
         """
         if self.path is not None:
             self.check()
-            source, state = f"model.adapter.path: {self.path}", self._local(Path(self.path), trust)
+            source, state = f"model.adapter.path: {self.path}", self._read_local(Path(self.path), trust)
         else:
-            source, state = f"model.adapter.weights: {self.weights}", self._downloaded()
+            source, state = f"model.adapter.weights: {self.weights}", self._download()
         model = skeleton()
         try:
             model.load_state_dict(state)
@@ -84,23 +86,27 @@ class Source:
             raise ValueError(f"{source} does not fit {self.arch} with {classes} classes: {first}") from None
         return model
 
-    def _local(self, path: Path, trust: tuple[str, ...]) -> Mapping[str, Tensor]:
+    def _read_local(self, path: Path, trust: tuple[str, ...]) -> Mapping[str, Tensor]:
         try:
             return load_model(path, trust).state_dict() if path.is_dir() else load_file(path)
         except SafetensorError as error:
             raise ValueError(f"model.adapter.path: {path} is not a safetensors file ({error})") from None
 
-    def _downloaded(self) -> Mapping[str, Tensor]:
+    def _download(self) -> Mapping[str, Tensor]:
         try:
             state = self._entry().get_state_dict(progress=False, check_hash=True, weights_only=True)
         except OSError as error:
             raise self._unreachable(error) from None
         except RuntimeError as error:
             raise ValueError(f"model.adapter.weights: {error}; set model.adapter.path to a local file") from None
-        return {OLD_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items() if not AUXILIARY.match(name)}
+        return {
+            OLD_DENSENET_NAME.sub(r"\1\2", name): tensor
+            for name, tensor in state.items()
+            if not AUXILIARY_CLASSIFIER.match(name)
+        }
 
     def _entry(self) -> WeightsEnum:
-        """torchvision's entry for the named weights."""
+        """Find torchvision's entry for the named weights."""
         if self.weights is None or not self.named:
             raise ValueError("model.adapter: no weights and no path; set model.adapter.path or model.pretrain=true")
         try:

@@ -1,4 +1,4 @@
-"""What a model is worth and what it costs: accuracy, agreement, parameters, multiply-accumulates, equality of two."""
+"""A model's quality and size: accuracy and perplexity, parameters and multiply-accumulates, and outputs compared."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from hawada.core.structure import Inputs
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once."""
+    """The number of a model's parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
-    """Multiply-accumulates of one forward pass on these inputs (half of torch's FLOP count); runs on shapes only."""
+    """The multiply-accumulates of one forward pass on these inputs, which is half of torch's FLOP count.
+
+    They are counted from shapes alone, on the meta device; nothing is computed.
+    """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         copy.deepcopy(model).to("meta")(*(x.to("meta") for x in inputs))
@@ -32,12 +35,12 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """How a model did on labelled data.
+    """A model's quality on labelled data.
 
     Attributes:
         predicted: the most likely class at every position that counts, (positions,), on the CPU.
-        accuracy: fraction of them that agree with the label.
-        nll: mean negative log-likelihood of the labels in nats.
+        accuracy: the fraction of them that agree with the label, in [0, 1].
+        nll: the mean negative log-likelihood of the labels, in nats.
     """
 
     predicted: Tensor
@@ -46,24 +49,30 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll): per token for a language model."""
+        """exp(nll); for a language model this is the perplexity per token."""
         return math.exp(min(self.nll, 700.0))
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable[Any], logits: Callable[[Any], Tensor]) -> Scores:
-    """Run a model, in its own dtype, over batches of (inputs, labels).
+def score(model: nn.Module, batches: Iterable[Any], logits_of: Callable[[Any], Tensor]) -> Scores:
+    """Run a model, in its own dtype, on labelled data.
 
-    Labels have shape (batch,), or (batch, tokens) where `IGNORED` ones do not count.
+    Args:
+        model: the model, in eval mode.
+        batches: (inputs, labels), with labels of shape (batch,) or (batch, tokens); `IGNORED` labels do not count.
+        logits_of: what the model returns -> its logits, (batch, classes) or (batch, tokens, classes).
+
+    Raises:
+        ValueError: when no label counts.
     """
     weight = next(model.parameters())
     predicted, correct, loss, count = [], 0, 0.0, 0
     for inputs, labels in batches:
-        said = logits(model(inputs.to(weight if inputs.is_floating_point() else weight.device)))
-        labels = labels.to(said.device)
-        said, labels = said[labels != IGNORED], labels[labels != IGNORED]  # (positions, classes), (positions,)
-        best = said.argmax(-1)
-        loss += float(F.cross_entropy(said.float(), labels, reduction="sum"))
+        logits = logits_of(model(inputs.to(weight if inputs.is_floating_point() else weight.device)))
+        labels = labels.to(logits.device)
+        logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]  # (positions, classes), (positions,)
+        best = logits.argmax(-1)
+        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         correct += int((best == labels).sum())
         count += len(labels)
         predicted.append(best.cpu())
@@ -73,7 +82,11 @@ def score(model: nn.Module, batches: Iterable[Any], logits: Callable[[Any], Tens
 
 
 def compare_outputs(first: Tensor, second: Tensor) -> dict[str, float]:
-    """`max_abs_diff` between two outputs and `max_abs_logit` of the first, which gives it a scale."""
+    """The largest absolute difference between two outputs of one shape, and the largest absolute value of the first.
+
+    Returns:
+        `max_abs_diff`, and `max_abs_logit`, which gives it a scale.
+    """
     return {
         "max_abs_diff": float((first.float() - second.float()).abs().max()),
         "max_abs_logit": float(first.float().abs().max()),

@@ -1,4 +1,4 @@
-"""Training a plain model: the slim one against its teacher, or a teacher from labels alone."""
+"""Training a model without gates: a slim model from its teacher, or a teacher from labels alone."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Finetuner:
-    """AdamW with linear warm-up and cosine decay on KD + label_weight * cross-entropy.
+    """AdamW with linear warm-up and cosine decay, which minimises KD + label_weight * cross-entropy.
 
-    Norms and biases take no weight decay. The last epoch's weights are the result: nothing is selected on test data.
+    Norms and biases get no weight decay. The weights after the last epoch are the result: nothing is selected on test
+    data.
 
     Args:
-        epochs: passes over the data.
-        lr: peak learning rate.
-        weight_decay: of the weights.
-        label_weight: factor of the cross-entropy when the data has labels.
-        warm_up: fraction of all steps that the learning rate rises.
-        clip: largest gradient norm; 0 does not clip.
+        epochs: the number of passes over the data.
+        lr: the peak learning rate.
+        weight_decay: AdamW's weight decay, for weights with two or more axes.
+        label_weight: the factor of the cross-entropy, when the data has labels.
+        warm_up: the fraction of all steps over which the learning rate rises.
+        clip: the largest norm of the gradient; 0 does not clip it.
+
+    Raises:
+        ValueError: when `epochs` is negative or `lr` is not above 0.
     """
 
     def __init__(
@@ -60,14 +64,14 @@ class Finetuner:
         """Train in place and return the model in eval mode.
 
         Args:
-            model: every parameter trains, BatchNorm statistics included.
-            loader: sized; yields (inputs,), (inputs, labels) or (inputs, labels, numbers): by the samples' numbers,
-                (batch,), the teacher's answers are remembered where the distillation has a cache.
-            teacher: frozen; None trains from labels alone.
-            distillation: how models are run and what is compared; its label weight gives way to this trainer's.
-            accelerator: device placement and mixed precision.
-            on_step: called with the losses of each step.
-            on_epoch: called with (epoch from 0, mean losses).
+            model: the model, of which every parameter trains and BatchNorm statistics are updated.
+            loader: has a length and yields (inputs,), (inputs, labels) or (inputs, labels, numbers). The numbers are
+                the samples' indices in the data set, (batch,), by which the distillation's cache finds their logits.
+            teacher: the frozen teacher; None trains from labels alone.
+            distillation: runs the models and computes the losses; this finetuner's `label_weight` replaces its own.
+            accelerator: chooses the device and mixed precision.
+            on_step: is called with the losses of each step.
+            on_epoch: is called with the epoch, counted from 0, and its mean losses.
 
         Raises:
             ValueError: when there is neither a teacher nor labels.
@@ -103,8 +107,8 @@ class Finetuner:
                 on_epoch(epoch, {name: value / len(loader) for name, value in sums.items()})
         return model.eval()
 
-    def _optimizer(self, model: nn.Module, total: int) -> tuple[Optimizer, LRScheduler]:
-        """AdamW, and its learning rate over `total` steps."""
+    def _optimizer(self, model: nn.Module, total_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """AdamW, and the schedule of its learning rate over all steps."""
         sorted_parameters = parameter_groups(model)
         optimizer = torch.optim.AdamW(
             [
@@ -113,14 +117,14 @@ class Finetuner:
             ],
             lr=self.lr,
         )
-        rising = max(1, int(self.warm_up * total))
+        rising_steps = max(1, int(self.warm_up * total_steps))
         schedule = torch.optim.lr_scheduler.SequentialLR(
             optimizer,
             [
-                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rising + 1), total_iters=rising),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - rising)),
+                torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (rising_steps + 1), total_iters=rising_steps),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total_steps - rising_steps)),
             ],
-            milestones=[rising],
+            milestones=[rising_steps],
         )
         return optimizer, schedule
 
@@ -132,23 +136,31 @@ class Finetuner:
         distillation: Distillation,
         accelerator: Accelerator,
     ) -> dict[str, Tensor]:
-        """The weighted terms: `kd` with a teacher, `label` when the batch has labels."""
+        """The weighted terms of the loss: `kd` with a teacher, `label` when the batch has labels."""
         inputs, *rest = (tensor.to(accelerator.device) for tensor in batch)
         labels, numbers = (*rest, None, None)[:2]
         with accelerator.autocast():
-            said = distillation.read(model, inputs)
-            wanted = None if teacher is None else distillation.wanted(teacher, inputs, numbers)
-            losses = distillation.losses(said, wanted, labels)
+            outputs = distillation.outputs_of(model, inputs)
+            targets = None if teacher is None else distillation.targets(teacher, inputs, numbers)
+            losses = distillation.losses(outputs, targets, labels)
         if not losses:
-            raise ValueError("there is nothing to learn from: no teacher, and no labels or label_weight=0")
+            raise ValueError(
+                "there is nothing to learn from: no teacher, and no labels or label_weight=0; give a teacher, or "
+                "labels with label_weight above 0"
+            )
         return losses
 
 
 @torch.no_grad()
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Replace BatchNorm statistics by plain averages over `batches` of (inputs, …); weights stay. Returns the model.
+    """Replace a model's BatchNorm statistics by plain averages over the batches, in place; returns the model.
 
-    Slicing changes what the norms see, so their old statistics are wrong until this is done.
+    Slicing changes the inputs of the norms, so their old statistics are wrong until this is done. Weights stay as they
+    are.
+
+    Args:
+        model: the model; without BatchNorms it is returned at once.
+        batches: (inputs, …).
 
     Raises:
         ValueError: when there are no batches; the model is of no use then.
@@ -162,14 +174,16 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # None averages over every batch alike
+        norm.momentum = None  # None makes torch average all batches with equal weights
         norm.train()
     count = 0
     for batch in batches:
         model(batch[0].to(device))
         count += 1
     if count == 0:
-        raise ValueError("BatchNorm statistics cannot be recomputed on no data; check finetune.recalibration_samples")
+        raise ValueError(
+            "BatchNorm statistics cannot be recomputed without data; set finetune.recalibration_samples above 0"
+        )
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.train(training)

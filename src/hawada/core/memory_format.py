@@ -1,4 +1,4 @@
-"""How the weights of convolutions lie in memory while they are trained."""
+"""The order in which the weights of convolutions lie in memory while they are trained."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 
 @contextmanager
-def channels_last(models: Sequence[nn.Module], wanted: bool = True) -> Iterator[None]:
-    """Within the block, if so wanted, convolutions compute with channels innermost; after it all is as it was.
+def channels_last(models: Sequence[nn.Module], enabled: bool = True) -> Iterator[None]:
+    """Within the block convolutions keep channels innermost in memory; after it their weights lie as before.
 
-    Some convolutions are faster that way and some a little slower; results differ by rounding.
+    Most convolutions are faster in this order and some are a little slower. Results differ by rounding.
 
     Args:
-        models: changed in place; parameters stay the same objects.
-        wanted: false leaves everything alone.
+        models: the models, which are changed in place; their parameters stay the same objects.
+        enabled: False leaves the models as they are.
     """
-    chosen = models if wanted else ()
+    chosen = models if enabled else ()
     try:
         for model in chosen:
             model.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""From latents to what one language model reads: soft tokens, or keys and values for each of its layers."""
+"""Turn latents into what one language model reads: soft tokens, or keys and values for each of its layers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from torch import Tensor, nn
 from hawada.interlingua.llms.prefix import Prefix
 
 SCALES = ("none", "embed_rms", "fixed", "train_stats")
+MIN_SQUARE = 1e-12  # keeps the mean square of soft tokens, and their RMS, above zero in divisions
 
 
-class Scaling(nn.Module):
-    """Brings the soft tokens of each example to a scale that the model knows.
+class Scale(nn.Module):
+    """Bring the soft tokens of each example to a scale that the language model knows.
 
     Args:
-        mode: none; embed_rms: each example's root mean square becomes that of the model's embeddings; fixed: becomes
-            `value`; train_stats: divided by the mean over what was seen in training, so that examples may differ.
-        rms: of the model's embeddings.
-        value: for `fixed`.
+        mode: how soft tokens are scaled. With none they stay as they are. With embed_rms, the root mean square (RMS)
+            of each example becomes `rms`; with fixed, it becomes `value`. With train_stats, all examples are scaled
+            by one factor, which brings the running mean of their RMS in training to `rms`, so that examples may
+            differ from one another.
+        rms: the RMS of the language model's embeddings.
+        value: the RMS that the mode `fixed` gives.
+
+    Attributes:
+        running: the exponential moving average of the RMS over training batches; 0 before the first one.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: when `mode` is not one of `SCALES`.
     """
 
     running: Tensor
@@ -28,35 +34,35 @@ class Scaling(nn.Module):
     def __init__(self, mode: str, rms: float, value: float = 1.0) -> None:
         super().__init__()
         if mode not in SCALES:
-            raise ValueError(f"interlingua.scale: {mode!r} is not one of {', '.join(SCALES)}")
+            raise ValueError(f"interlingua.scale: {mode!r} is not one of {', '.join(SCALES)}; set it to one of them")
         self.mode, self.rms, self.value = mode, rms, value
         self.register_buffer("running", torch.tensor(0.0))
 
     def forward(self, soft: Tensor) -> Tensor:
-        """(batch, tokens, width) -> the same shape."""
+        """Scale soft tokens of shape (batch, tokens, width); the shape stays."""
         if self.mode == "none" or not soft.shape[1]:
             return soft
-        own = soft.float().square().mean((1, 2), keepdim=True).clamp_min(1e-12).sqrt()
+        own = soft.float().square().mean((1, 2), keepdim=True).clamp_min(MIN_SQUARE).sqrt()
         if self.mode != "train_stats":
             return soft * (self.rms if self.mode == "embed_rms" else self.value) / own
         if self.training:
-            seen = own.detach().mean()
-            seen = torch.where(seen.isfinite(), seen, self.running)
-            self.running.copy_(torch.where(self.running > 0, 0.99 * self.running + 0.01 * seen, seen))
-        return soft * self.rms / self.running.clamp_min(1e-12)
+            batch_mean = own.detach().mean()
+            batch_mean = torch.where(batch_mean.isfinite(), batch_mean, self.running)
+            self.running.copy_(torch.where(self.running > 0, 0.99 * self.running + 0.01 * batch_mean, batch_mean))
+        return soft * self.rms / self.running.clamp_min(MIN_SQUARE)
 
 
 class LatentNetwork(nn.Module):
-    """A two-layer network on each latent, told its place, and modulated by the mean of all latents.
+    """Apply a two-layer network to each latent, given its place and modulated by the mean of all latents.
 
-    Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018. It sees latents and nothing else: not
-    the question, not the answer, not their lengths.
+    The modulation is that of Perez et al., FiLM: visual reasoning with a general conditioning layer, 2018. The network
+    sees latents and nothing else: neither the question nor the answer nor the length of either.
 
     Args:
-        d_z: width of a latent.
-        latents: how many.
-        size: of what each becomes.
-        hidden: width in between.
+        d_z: the width of a latent.
+        latents: the number of latents.
+        size: the width of the output for each latent.
+        hidden: the width between the two layers.
     """
 
     def __init__(self, d_z: int, latents: int, size: int, hidden: int) -> None:
@@ -68,23 +74,24 @@ class LatentNetwork(nn.Module):
         nn.init.zeros_(self.film.bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(batch, latents, d_z) -> (batch, latents, size)."""
+        """Map latents of shape (batch, latents, d_z) to (batch, latents, size)."""
         scale, shift = self.film(z.mean(1, keepdim=True)).chunk(2, -1)
         x = torch.nn.functional.gelu(self.enter(z + self.place))
-        return self.leave(x * (1 + scale) + shift)
+        output: Tensor = self.leave(x * (1 + scale) + shift)
+        return output
 
 
 class Adapter(nn.Module):
-    """Latents as input embeddings.
+    """Turn latents into input embeddings of one language model, its soft tokens.
 
     Args:
-        d_z: width of a latent.
-        latents: how many.
-        width: of the model's embeddings.
-        rms: of the model's embeddings, where soft tokens begin.
-        hidden: width of the network.
-        scale: see `Scaling`.
-        value: of the scale `fixed`.
+        d_z: the width of a latent.
+        latents: the number of latents, and of soft tokens.
+        width: the width of the language model's embeddings.
+        rms: the root mean square of the language model's embeddings, at which soft tokens begin.
+        hidden: the hidden width of the network.
+        scale: how soft tokens are scaled, see `Scale`.
+        value: the root mean square for the scale `fixed`.
     """
 
     def __init__(
@@ -102,25 +109,25 @@ class Adapter(nn.Module):
         self.network = LatentNetwork(d_z, latents, width, hidden)
         self.norm = nn.RMSNorm(width, elementwise_affine=False)
         self.scale = nn.Parameter(torch.tensor(float(rms)), requires_grad=scale in ("none", "train_stats"))
-        self.scaling = Scaling(scale, rms, value)
+        self.scaling = Scale(scale, rms, value)
 
     def forward(self, z: Tensor) -> Prefix:
-        """(batch, latents, d_z) -> soft tokens (batch, latents, width)."""
+        """Map latents of shape (batch, latents, d_z) to soft tokens of shape (batch, latents, width)."""
         if not z.shape[1]:
             return Prefix()
         return Prefix(self.scaling(self.norm(self.network(z)) * self.scale))
 
 
 class PrefixAdapter(nn.Module):
-    """Latents as keys and values of every layer: Li and Liang, Prefix-tuning, 2021.
+    """Turn latents into keys and values of every layer: Li and Liang, Prefix-tuning, 2021.
 
     Args:
-        d_z: width of a latent.
-        latents: how many.
-        layers: of the model.
-        kv_heads: of each.
-        head_width: of each.
-        hidden: width of the network.
+        d_z: the width of a latent.
+        latents: the number of latents.
+        layers: the number of the language model's layers.
+        kv_heads: the number of key-value heads of each layer.
+        head_width: the width of each head.
+        hidden: the hidden width of the network.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class PrefixAdapter(nn.Module):
         self.network = LatentNetwork(d_z, latents, layers * 2 * kv_heads * head_width, hidden)
 
     def forward(self, z: Tensor) -> Prefix:
-        """(batch, latents, d_z) -> keys and values of each layer, (batch, KV heads, latents, head width)."""
+        """Map latents (batch, latents, d_z) to keys and values of each layer, (batch, heads, latents, head width)."""
         batch, latents, _ = z.shape
         if not latents:
             return Prefix()

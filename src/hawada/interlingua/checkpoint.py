@@ -1,4 +1,4 @@
-"""Where a training was: everything that going on exactly needs, whole or not at all."""
+"""Save and load everything that a training needs to continue bit for bit; a checkpoint is whole or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hawada.core.files import PARTIAL, partial_path
 
-STATE, TENSORS = "state.json", "tensors.safetensors"
+STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
 
 
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -22,10 +22,10 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
     Files that are not the checkpoint's stay in the folder.
 
     Args:
-        folder: made if missing.
-        module: parameters and buffers.
-        optimizer: its moments and steps.
-        state: plain values: the position in the data, the best figure so far.
+        folder: the folder of the checkpoint, made if it is missing.
+        module: the module whose parameters and buffers are saved.
+        optimizer: the optimizer whose moments and step counts are saved.
+        state: plain values for JSON, such as the position in the data and the best figure so far.
 
     Raises:
         ValueError: when `folder` is a link.
@@ -39,10 +39,10 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         tensors |= {f"random.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     partial = partial_path(folder)
     partial.mkdir(parents=True)
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    saved = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(whole, partial / TENSORS)
-        (partial / STATE).write_text(json.dumps(state))
+        save_file(saved, partial / TENSORS_FILE)
+        (partial / STATE_FILE).write_text(json.dumps(state))
     except BaseException:
         _remove(partial)
         raise
@@ -56,21 +56,22 @@ def save_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
 
 
 def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
-    """Bring back what was saved; returns its plain values, or None where nothing was.
+    """Load what `save_checkpoint` saved; return its plain values, or None where there is no checkpoint.
 
     Args:
-        folder: as it was given to `save_checkpoint`.
-        module: takes parameters and buffers.
-        optimizer: takes moments; None where training does not go on.
+        folder: the folder that was given to `save_checkpoint`.
+        module: the module that takes the parameters and buffers.
+        optimizer: the optimizer that takes the moments; the random generators are then set to the saved state too.
+            None where training does not continue.
 
     Raises:
         ValueError: when `folder` is a link.
     """
     _check_no_link(folder)
     _recover(folder)
-    if not (folder / STATE).is_file():
+    if not (folder / STATE_FILE).is_file():
         return None
-    tensors = load_file(folder / TENSORS)
+    tensors = load_file(folder / TENSORS_FILE)
     module.load_state_dict(_below("module.", tensors))
     if optimizer is not None:
         moments: dict[int, dict[str, Tensor]] = {}
@@ -81,42 +82,44 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         torch.set_rng_state(tensors["random"])
         for index, state in _below("random.", tensors).items():
             torch.cuda.set_rng_state(state, int(index))
-    values: dict[str, Any] = json.loads((folder / STATE).read_text())
+    values: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     return values
 
 
 def _check_no_link(folder: Path) -> None:
+    """Refuse a folder that is a link, so that nothing is written or removed elsewhere."""
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link, where a checkpoint's own folder was expected; put the folder there")
 
 
 def _recover(folder: Path) -> None:
-    """Settle what a save left that was broken off: the old checkpoint comes back, one that is not whole goes."""
-    found = [path for path in folder.parent.glob(f".{folder.name}.*") if PARTIAL.fullmatch(path.name)]
-    for path in sorted(path for path in found if path.is_dir() and not path.is_symlink()):
+    """Tidy up after an interrupted save: bring back the old checkpoint, and remove one that is not whole."""
+    leftovers = [path for path in folder.parent.glob(f".{folder.name}.*") if PARTIAL.fullmatch(path.name)]
+    for path in sorted(path for path in leftovers if path.is_dir() and not path.is_symlink()):
         if path.suffix == ".partial":
             _remove(path)
         elif folder.exists():
             _put_back(path, folder)
         else:
-            os.replace(path, folder)  # broken off between the two renames
+            os.replace(path, folder)  # the save was interrupted between its two renames
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint's two files, and its folder where nothing else is in it."""
-    for name in (STATE, TENSORS):
+    for name in (STATE_FILE, TENSORS_FILE):
         (checkpoint / name).unlink(missing_ok=True)
     if not any(checkpoint.iterdir()):
         checkpoint.rmdir()
 
 
 def _put_back(old: Path, folder: Path) -> None:
-    """Remove the old checkpoint and bring what else lay in its folder to the same place in the new one."""
+    """Remove the old checkpoint, and move everything else in its folder to the same place in the new one."""
     for path in old.iterdir():
-        if path.name not in (STATE, TENSORS) and not os.path.lexists(folder / path.name):
+        if path.name not in (STATE_FILE, TENSORS_FILE) and not os.path.lexists(folder / path.name):
             os.rename(path, folder / path.name)
     _remove(old)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors whose names begin with the prefix, and take it off."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

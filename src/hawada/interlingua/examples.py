@@ -1,4 +1,4 @@
-"""What is asked: a context, a question, its answers; and where a task's examples come from."""
+"""Examples, each a context with a question and its answers, and the tasks that examples come from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Example(Protocol):
-    """A question on a context. The first answer is what is trained on; any of them is right."""
+    """A question on a context. Models are trained on the first answer; any of the answers is right."""
 
     @property
     def context(self) -> str: ...
@@ -21,8 +21,14 @@ class Example(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An example made here."""
+class PlainExample:
+    """An example that holds its three texts itself.
+
+    Attributes:
+        context: the text that the question is about.
+        question: the question.
+        answers: the right answers, the one to train on first; empty for a question that the context does not answer.
+    """
 
     context: str
     question: str
@@ -30,19 +36,19 @@ class Asked:
 
 
 class Task(Protocol):
-    """A source of examples. A batch depends on the step alone, so that a resumed run sees what it would have seen."""
+    """A source of examples. A batch depends on the step alone, so a resumed run continues with the same batches."""
 
     def train_batch(self, step: int, contexts: int, share: float = 1.0) -> Sequence[Example]:
-        """The examples of one training step, questions on the same context behind each other.
+        """Return the examples of one training step, with the questions on one context behind each other.
 
         Args:
-            step: from 0.
-            contexts: how many different ones.
-            share: of the full length of contexts; a curriculum begins below 1.
+            step: the number of the step, counted from 0.
+            contexts: the number of different contexts.
+            share: the length of contexts as a fraction of their full length; a curriculum begins below 1.
         """
 
     def validation(self, contexts: int) -> Sequence[Example]:
-        """Questions on at most so many contexts by which a training is judged while it goes on: no others show them."""
+        """Return questions on at most so many contexts; they measure a training in progress and come nowhere else."""
 
     def test(self, contexts: int) -> Sequence[Example]:
-        """Questions on so many contexts that training never shows; always the same."""
+        """Return questions on so many contexts that are never trained on; they are always the same."""

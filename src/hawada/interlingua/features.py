@@ -1,4 +1,4 @@
-"""What may be trained along with encoder and adapters, each by its `_target_`: the trainer knows no names."""
+"""Optional parts that are trained along with encoder and adapters; each is chosen by its `_target_`."""
 
 from __future__ import annotations
 
@@ -18,36 +18,60 @@ from hawada.interlingua.pooling import segments
 
 
 class Feature(nn.Module):
-    """Nothing; a feature overrides the hooks that it needs. Its parameters and buffers are trained and saved along."""
+    """The base class of features, which changes nothing; a feature overrides the hooks that it needs.
+
+    Parameters and buffers of a feature are trained and saved with encoder and adapters.
+    """
 
     def check(self, injection: str) -> None:
-        """Called before anything is loaded; `injection` is soft or keys.
+        """Check that the feature can be used; this is called before anything is loaded.
+
+        Args:
+            injection: how latents enter the language models, as soft tokens ("soft") or keys and values ("keys").
 
         Raises:
-            ValueError: when this feature does not go with it, or a package is missing.
+            ValueError: when the feature does not work with this injection, or a package is missing.
         """
 
     def attach(self, encoder: InterlinguaEncoder, llms: Mapping[str, LMWrapper]) -> None:
-        """Called once, before training: parameters whose sizes depend on the models are made here."""
+        """Make the parameters whose sizes depend on the models; this is called once, before training.
+
+        Args:
+            encoder: the encoder whose latents the models get.
+            llms: the language models, by name.
+        """
 
     def prefix(self, name: str, z: Tensor, prefix: Prefix) -> Prefix:
-        """What a model reads, given its latents, (batch, latents, d_z), and what it would read without the feature."""
+        """Return the prefix that a language model reads.
+
+        Args:
+            name: the name of the model.
+            z: its latents, of shape (batch, latents, d_z).
+            prefix: the prefix that it would read without this feature.
+        """
         return prefix
 
     def losses(self, llm: LMWrapper, prefix: Prefix, examples: Sequence[Example], step: int) -> dict[str, Tensor]:
-        """Further terms of the loss, by name: scalars with their weight; `prefix` has one row for each example."""
+        """Return further terms of the loss by name, scalars that are already multiplied by their weights.
+
+        Args:
+            llm: the language model.
+            prefix: what the model reads, with one row for each example.
+            examples: the examples of the batch.
+            step: the number of the training step, counted from 0.
+        """
         return {}
 
     def metrics(self) -> dict[str, float]:
-        """Figures for the log, by name."""
+        """Return figures for the log, by name."""
         return {}
 
 
 class DeepPrefix(Feature):
-    """Keys and values for every layer beside the soft tokens: Li and Liang, Prefix-tuning, 2021.
+    """Give every layer keys and values beside the soft tokens: Li and Liang, Prefix-tuning, 2021.
 
     Args:
-        hidden: width of the network between latents and keys.
+        hidden: the hidden width of the network from latents to keys and values.
     """
 
     def __init__(self, hidden: int = 256) -> None:
@@ -68,14 +92,14 @@ class DeepPrefix(Feature):
 
 
 class LoRA(Feature):
-    """Low-rank changes of the models themselves: Hu et al., LoRA, 2021; through peft.
+    """Train low-rank changes of the language models themselves, with peft: Hu et al., LoRA, 2021.
 
-    Rows that read text read it with the model as it came.
+    Wherever a model reads plain text, as a baseline or in distillation, the changes are switched off.
 
     Args:
-        rank: of each change.
-        alpha: changes are multiplied by alpha / rank.
-        targets: names of the linear layers that are changed.
+        rank: the rank of each change.
+        alpha: the strength; a change is multiplied by alpha / rank.
+        targets: the names of the linear layers that are changed.
     """
 
     def __init__(self, rank: int = 8, alpha: int = 16, targets: Sequence[str] = ("q_proj", "v_proj")) -> None:
@@ -102,13 +126,13 @@ class LoRA(Feature):
 
 
 class Reconstruction(Feature):
-    """A warm-up: from its latents alone, each frozen model must write out the text.
+    """Warm up by reconstructing the text: each frozen model is to write out the context from its latents alone.
 
     Args:
-        weight: of the loss.
-        until: the step at which it ends.
-        ask: what stands between latents and text.
-        max_tokens: of the text.
+        weight: the weight of the loss.
+        until: the step from which the loss is left out.
+        ask: the prompt that stands between the latents and the text.
+        max_tokens: the most tokens of a context that are to be written; the rest is cut.
     """
 
     def __init__(self, weight: float = 1.0, until: int = 500, ask: str = "?", max_tokens: int = 256) -> None:
@@ -123,17 +147,17 @@ class Reconstruction(Feature):
             raise ValueError(f"interlingua.features: Reconstruction.ask={self.ask!r} has no token; set it to some text")
         rows = _first_rows(examples)
         texts = [llm.tokenizer.encode(examples[row].context)[: self.max_tokens] for row in rows]
-        ends = [[*text, llm.tokenizer.eos] for text in texts]
-        said = llm.read(prefix.rows(rows), [ask] * len(rows), ends)
-        return {"reconstruction": self.weight * k_token_ce_from_prefix(said.logits, said.targets, said.mask)}
+        targets = [[*text, llm.tokenizer.eos] for text in texts]
+        reading = llm.read(prefix.rows(rows), [ask] * len(rows), targets)
+        return {"reconstruction": self.weight * k_token_ce_from_prefix(reading.logits, reading.targets, reading.mask)}
 
 
 class TextAlignment(Feature):
-    """A warm-up from text: each soft token begins as the mean of the embeddings of its share of the text.
+    """Warm up by aligning soft tokens with the text: each is drawn to the mean embedding of its share of the text.
 
     Args:
-        weight: of the loss, which is relative to the embeddings' mean square.
-        until: the step at which it ends.
+        weight: the weight of the loss, which is relative to the embeddings' mean square.
+        until: the step from which the loss is left out.
     """
 
     def __init__(self, weight: float = 1.0, until: int = 500) -> None:
@@ -150,12 +174,12 @@ class TextAlignment(Feature):
         rows = _first_rows(examples)
         ids, mask = padded_right([llm.tokenizer.encode(examples[row].context) for row in rows], llm.device)
         embeddings = llm.embed(ids).float()
-        wanted = segments(mask, prefix.soft.shape[1]).to(embeddings) @ embeddings
-        return {"alignment": self.weight * hidden_mse([prefix.soft[rows]], [wanted])}
+        targets = segments(mask, prefix.soft.shape[1]).to(embeddings) @ embeddings  # (contexts, soft tokens, width)
+        return {"alignment": self.weight * hidden_mse([prefix.soft[rows]], [targets])}
 
 
 def _first_rows(examples: Sequence[Example]) -> list[int]:
-    """The first example of each different context."""
+    """Return the row of the first example of each different context."""
     first: dict[str, int] = {}
     for row, example in enumerate(examples):
         first.setdefault(example.context, row)

@@ -1,9 +1,10 @@
-"""Encoder and adapters together: from examples to what each model reads."""
+"""Connect encoder and adapters: from examples to the prefix that each language model reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,14 @@ from hawada.interlingua.llms.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
-class Source:
-    """What the encoder is shown of an example.
+class SourceText:
+    """Choose what the encoder sees of an example.
 
     Attributes:
-        tokenizer: its text to ids.
-        limit: most tokens; a context that is longer is cut at its end, a question never.
-        query_aware: whether it is shown the question too; without it, latents must carry whatever may be asked.
-        separator: between context and question.
+        tokenizer: the tokenizer of the encoder.
+        limit: the most tokens that the encoder sees; a longer context is cut at its end, a question never.
+        query_aware: whether the encoder sees the question too; without it, latents must carry whatever may be asked.
+        separator: the text between context and question.
     """
 
     tokenizer: Tokenizer
@@ -33,21 +34,21 @@ class Source:
     separator: str = "\n"
 
     def ids(self, example: Example) -> tuple[int, ...]:
-        """Ids of one example.
+        """Return the ids that the encoder sees of one example.
 
         Raises:
-            ValueError: when the question alone is too long.
+            ValueError: when the question leaves no room for the context.
         """
         context, question = self._parts(example)
         return (*context, *question)
 
     def holds_answer(self, example: Example) -> bool:
-        """Whether an answer can be read in what is left of the context; of a question that has none, yes."""
+        """Tell whether an answer is in the part of the context that is kept; True for a question without answers."""
         kept = self.tokenizer.decode(self._parts(example)[0])
         return not example.answers or any(answer in kept for answer in example.answers)
 
     def _parts(self, example: Example) -> tuple[list[int], list[int]]:
-        """Ids of the context, cut, and of the question, where it is shown."""
+        """Return the ids of the context, cut to fit, and of the question, empty where it is not shown."""
         question = self.tokenizer.encode(self.separator + example.question) if self.query_aware else []
         if len(question) >= self.limit:
             raise ValueError(
@@ -58,20 +59,20 @@ class Source:
 
 
 class Messenger(nn.Module):
-    """Encoder and one adapter for each model; the models themselves are no part of it.
+    """Hold the encoder, and an adapter for each language model; the models themselves are no part of it.
 
     Args:
-        encoder: texts to latents.
-        adapters: latents to a prefix, by the model's name.
-        source: what the encoder is shown.
-        features: by name, see `hawada.interlingua.features`; they are attached to the models before they are used.
+        encoder: the module that turns texts into latents.
+        adapters: the modules that turn latents into a prefix, by the name of the model.
+        source: the choice of what the encoder sees of an example.
+        features: features by name, see `hawada.interlingua.features`; whoever builds this attaches them to the models.
     """
 
     def __init__(
         self,
         encoder: InterlinguaEncoder | LearnedPrompt,
         adapters: Mapping[str, nn.Module],
-        source: Source,
+        source: SourceText,
         features: Mapping[str, Feature] | None = None,
     ) -> None:
         super().__init__()
@@ -80,35 +81,40 @@ class Messenger(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device that the parameters are on."""
         return next(self.parameters()).device
 
     def latents(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], Tensor]:
-        """Latents of every different source text, (texts, latent_len, d_z) for each model, and each example's row."""
+        """Encode every different source text once.
+
+        Returns:
+            The latents for each model by name, of shape (texts, latent_len, d_z), and for each example the row of its
+            text.
+        """
         ids, mask, index = self.sources(examples)
         return self.encoder(ids, mask), index
 
     def sources(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-        """Every different source text's ids and mask, (texts, tokens), and each example's row."""
+        """Return ids and mask of every different source text, (texts, tokens), and the row of each example's text."""
         rows = [self.source.ids(example) for example in examples]
         different = {ids: place for place, ids in enumerate(dict.fromkeys(rows))}
         ids, mask = padded_right(list(different), self.device)
         return ids, mask, torch.tensor([different[row] for row in rows], device=self.device)
 
     def prefix(self, name: str, z: Tensor) -> Prefix:
-        """What a model reads of its latents, (batch, latent_len, d_z); a row for each of them."""
+        """Turn the latents for one model, (batch, latent_len, d_z), into the prefix that it reads, row by row."""
         prefix: Prefix = self.adapters[name](z)
-        for feature in self.every_feature().values():
+        for feature in self.features_by_name().values():
             prefix = feature.prefix(name, z, prefix)
         return prefix
 
-    def every_feature(self) -> dict[str, Feature]:
-        """Its features by name, in the order of the configuration."""
-        return dict(self.features.items())  # type: ignore[arg-type]
+    def features_by_name(self) -> dict[str, Feature]:
+        """Return the features by name, in the order of the configuration."""
+        return cast(dict[str, Feature], dict(self.features.items()))
 
     @torch.no_grad()
     def cosine(self, examples: Sequence[Example]) -> float:
-        """Mean cosine between the latents of different texts; near 1, latents say the same of all."""
+        """Compute the mean cosine between the latents of different texts; near 1, they have collapsed into one."""
         latents, _ = self.latents(examples)
         means = []
         for z in latents.values():
@@ -119,5 +125,5 @@ class Messenger(nn.Module):
 
 
 def context_ids(llm: LMWrapper, examples: Sequence[Example]) -> list[list[int]]:
-    """Ids of each context as a model reads it as text."""
+    """Return the ids of each context in the tokens of a language model."""
     return [llm.tokenizer.encode(example.context) for example in examples]

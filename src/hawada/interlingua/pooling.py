@@ -1,4 +1,4 @@
-"""From the features of a text of any length to a fixed number of latents."""
+"""Pool the features of a text of any length into a fixed number of latents."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 
 class MeanPooling(nn.Module):
-    """The text in `latents` equal parts, each the mean of its tokens; a token on a border counts in both by its share.
+    """Cut the text into equal parts, one for each latent, and average the tokens of each part.
+
+    A token on a border counts in both parts, in each by the share of it that lies there.
 
     Args:
-        latents: how many.
-        width: of the features.
+        latents: the number of latents.
+        width: the width of the features.
     """
 
     def __init__(self, latents: int, width: int) -> None:
@@ -19,12 +21,17 @@ class MeanPooling(nn.Module):
         self.latents = latents
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """(batch, tokens, width), mask (batch, tokens) True at the beginning of each row -> (batch, latents, width)."""
+        """Pool features (batch, tokens, width) into (batch, latents, width).
+
+        Args:
+            features: the features of the tokens.
+            mask: a mask of shape (batch, tokens), True for the text at the beginning of each row.
+        """
         return torch.einsum("bmt,btd->bmd", segments(mask, self.latents).to(features), features)
 
 
 def segments(mask: Tensor, latents: int) -> Tensor:
-    """Share of each token in each part, (batch, latents, tokens); a part's shares sum to 1."""
+    """Compute the share of each token in each part, (batch, latents, tokens); the shares of a part sum to 1."""
     length = mask.sum(1).clamp_min(1).view(-1, 1, 1).float()
     token = torch.arange(mask.shape[1], device=mask.device).view(1, 1, -1)
     part = torch.arange(latents, device=mask.device).view(1, -1, 1)
@@ -35,13 +42,14 @@ def segments(mask: Tensor, latents: int) -> Tensor:
 
 
 class LearnedQueries(nn.Module):
-    """Latents that ask the text for what they hold: Jaegle et al., Perceiver, 2021.
+    """Attend from learned queries, one for each latent, to the text: Jaegle et al., Perceiver, 2021.
 
     Args:
-        latents: how many.
-        width: of the features.
-        layers: of attention among the latents, attention to the text and a feed-forward network.
-        heads: of each attention.
+        latents: the number of latents.
+        width: the width of the features.
+        layers: the number of layers; each has attention among the latents, attention to the text and a feed-forward
+            network.
+        heads: the number of heads of each attention.
     """
 
     def __init__(self, latents: int, width: int, layers: int = 2, heads: int = 4) -> None:
@@ -53,6 +61,12 @@ class LearnedQueries(nn.Module):
         self.layers = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """(batch, tokens, width), mask (batch, tokens) True where there is text -> (batch, latents, width)."""
+        """Pool features (batch, tokens, width) into (batch, latents, width).
+
+        Args:
+            features: the features of the tokens.
+            mask: a mask of shape (batch, tokens), True where there is text.
+        """
         queries = self.queries.expand(len(features), -1, -1)
-        return self.layers(queries, features, memory_key_padding_mask=~mask)
+        pooled: Tensor = self.layers(queries, features, memory_key_padding_mask=~mask)
+        return pooled

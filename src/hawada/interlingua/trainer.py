@@ -1,4 +1,4 @@
-"""Trains encoder and adapters on what frozen models answer."""
+"""Train encoder and adapters through frozen language models, which answer questions from latents."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hawada.interlingua.objective import Objective
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """How long encoder and adapters are trained, with which learning rates and lengths of contexts.
 
     Attributes:
-        steps: in all.
-        contexts: different ones in a step.
-        lr: peak learning rate of AdamW; it rises over the first `warm_up` of the steps and falls to 0 as a cosine.
-        weight_decay: of AdamW.
-        warm_up: share of the steps.
-        clip: most that the gradient's norm may be.
-        curriculum: share of the steps over which contexts grow to their full length; 0: they are always full.
-        shortest: share of the full length at which they begin.
+        steps: the number of training steps.
+        contexts: the number of different contexts in a step.
+        lr: the peak learning rate of AdamW; it rises linearly while warming up and then falls to 0 as a cosine.
+        weight_decay: the weight decay of AdamW.
+        warm_up: the fraction of the steps over which the learning rate rises.
+        clip: the norm that gradients are clipped to.
+        curriculum: the fraction of the steps over which contexts grow to their full length; 0 gives it at once.
+        shortest: the fraction of the full length at which contexts begin.
     """
 
     steps: int
@@ -40,29 +40,29 @@ class Schedule:
     shortest: float = 0.5
 
     def factor(self, step: int) -> float:
-        """Of the learning rate at a step."""
-        rise = max(1, round(self.warm_up * self.steps))
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+        """Return the learning rate at a step, counted from 0, as a fraction of the peak."""
+        rising_steps = max(1, round(self.warm_up * self.steps))
+        if step < rising_steps:
+            return (step + 1) / rising_steps
+        return 0.5 * (1 + math.cos(math.pi * (step - rising_steps) / max(1, self.steps - rising_steps)))
 
     def share(self, step: int) -> float:
-        """Of the contexts' full length at a step."""
-        growing = self.curriculum * self.steps
-        return 1.0 if step >= growing else self.shortest + (1 - self.shortest) * step / growing
+        """Return the length of contexts at a step, counted from 0, as a fraction of their full length."""
+        growing_steps = self.curriculum * self.steps
+        return 1.0 if step >= growing_steps else self.shortest + (1 - self.shortest) * step / growing_steps
 
 
 class InterlinguaTrainer:
-    """One optimizer over encoder and adapters; every step reads a batch with each model.
+    """Train encoder and adapters with one optimizer; in every step each language model reads the same batch.
 
     Args:
-        messenger: what is trained.
-        llms: the frozen models, by name.
-        task: where examples come from.
-        objective: losses.
-        schedule: how long.
-        sequential: one model at a time is read and back-propagated, so that no two models' activations are held at
-            once; gradients are the same.
+        messenger: the encoder, adapters and features that are trained.
+        llms: the frozen language models, by name.
+        task: the source of examples.
+        objective: the losses.
+        schedule: the number of steps, learning rates and lengths of contexts.
+        sequential: whether the models run forward and backward one after the other, so that the activations of only
+            one of them are in memory at a time; gradients are the same.
     """
 
     def __init__(
@@ -84,17 +84,19 @@ class InterlinguaTrainer:
         self.step = 0
 
     def train_step(self) -> dict[str, float]:
-        """One step; returns its losses, named by model and term.
+        """Take one training step; return its losses, named by model and term.
 
         Raises:
-            FloatingPointError: when a loss is not finite; nothing is changed then.
+            FloatingPointError: when a loss is not finite; parameters and optimizer are unchanged then.
         """
         examples = self.task.train_batch(self.step, self.schedule.contexts, self.schedule.share(self.step))
         self.messenger.train()
         self.optimizer.zero_grad()
         losses = self.backward(examples)
         if not all(math.isfinite(value) for value in losses.values()):
-            raise FloatingPointError(f"step {self.step}: a loss is not finite")
+            raise FloatingPointError(
+                f"step {self.step}: a loss is not finite; set interlingua.schedule.lr or .clip lower"
+            )
         nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr * self.schedule.factor(self.step)
@@ -103,35 +105,36 @@ class InterlinguaTrainer:
         return losses
 
     def metrics(self) -> dict[str, float]:
-        """What features tell about themselves, named by feature and figure."""
-        features = self.messenger.every_feature().items()
+        """Return the figures that features report, named by feature and figure."""
+        features = self.messenger.features_by_name().items()
         return {f"{name}.{key}": value for name, own in features for key, value in own.metrics().items()}
 
     def backward(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Add the gradients of a batch to the parameters; returns the losses."""
+        """Add the gradients of a batch to those of the parameters; return the losses, named by model and term."""
         latents, index = self.messenger.latents(examples)
-        read = {name: z.detach().requires_grad_() for name, z in latents.items()} if self.sequential else latents
-        found: dict[str, float] = {}
-        total: list[Tensor] = []
+        # Detached latents collect the gradients of one model after the other; the encoder's pass back comes at the end.
+        inputs = {name: z.detach().requires_grad_() for name, z in latents.items()} if self.sequential else latents
+        values: dict[str, float] = {}
+        joint_losses: list[Tensor] = []
         for name, llm in self.llms.items():
-            prefix = self.messenger.prefix(name, read[name]).rows(index)
+            prefix = self.messenger.prefix(name, inputs[name]).rows(index)
             terms = self.objective.losses(llm, prefix, examples)
-            for own, feature in self.messenger.every_feature().items():
+            for own, feature in self.messenger.features_by_name().items():
                 further = feature.losses(llm, prefix, examples, self.step)
                 terms |= {f"{own}.{term}": value for term, value in further.items()}
             loss = torch.stack(list(terms.values())).sum()
-            found |= {f"{name}.{term}": float(value.detach()) for term, value in terms.items()}
-            if not loss.requires_grad:  # no latents, no features: nothing to learn
+            values |= {f"{name}.{term}": float(value.detach()) for term, value in terms.items()}
+            if not loss.requires_grad:  # without latents and features there is nothing to learn
                 continue
             if self.sequential:
-                loss.backward()
+                torch.autograd.backward(loss)
                 del prefix, terms, loss
             else:
-                total.append(loss)
+                joint_losses.append(loss)
         if self.sequential:
-            pairs = [(z, read[name].grad) for name, z in latents.items() if read[name].grad is not None]
+            pairs = [(z, inputs[name].grad) for name, z in latents.items() if inputs[name].grad is not None]
             if pairs:
                 torch.autograd.backward([z for z, _ in pairs], [grad for _, grad in pairs])
-        elif total:
-            torch.stack(total).sum().backward()
-        return found
+        elif joint_losses:
+            torch.autograd.backward(torch.stack(joint_losses).sum())
+        return values

@@ -12,7 +12,7 @@ from hawada.experiment.results import FrontPoint
 from hawada.report.figures import format_interval
 from hawada.report.progress import console
 
-OBJECTIVE = "importance kept, or minus output divergence"  # what the export search maximises; `worth` in its results
+OBJECTIVE = "importance kept, or minus output divergence"  # what the export search maximises; `value` in its results
 
 
 def print_front(points: Sequence[FrontPoint], title: str) -> None:
@@ -23,7 +23,7 @@ def print_front(points: Sequence[FrontPoint], title: str) -> None:
         title: the title of the table.
     """
     table = Table(title=escape(title), title_justify="left")
-    for name in ("target", "measured ratio", "slim ms", "objective", "models measured", "status"):
+    for name in ("target", "measured ratio", "slim ms", "value", "models measured", "status"):
         table.add_column(name, justify="left" if name == "status" else "right")
     for point in points:
         ratio, slim = point.measured.ratio, point.measured.candidate
@@ -31,7 +31,7 @@ def print_front(points: Sequence[FrontPoint], title: str) -> None:
             f"{point.target_ratio:g}",
             format_interval(ratio, ".3f"),
             f"{slim.median:.3g}",
-            f"{point.worth:.3f}",
+            f"{point.value:.3f}",
             str(len(point.candidates)),
             point.status,
         )
@@ -54,14 +54,14 @@ def plot_front(points: Sequence[FrontPoint], path: Path, title: str) -> None:
     axes = figure.subplots()
     teacher_ms = points[0].measured.baseline.median
     tried = [candidate for point in points for candidate in point.candidates]
-    axes.scatter([c.ratio.median * teacher_ms for c in tried], [c.worth for c in tried], s=12, color="0.7")
+    axes.scatter([c.ratio.median * teacher_ms for c in tried], [c.value for c in tried], s=12, color="0.7")
     chosen = sorted(points, key=lambda point: point.measured.ratio.median)
     ms = [point.measured.ratio.median * teacher_ms for point in chosen]
     spread = [
         [(r.median - r.low) * teacher_ms for r in (p.measured.ratio for p in chosen)],
         [(r.high - r.median) * teacher_ms for r in (p.measured.ratio for p in chosen)],
     ]
-    axes.errorbar(ms, [point.worth for point in chosen], xerr=spread, marker="o", capsize=3)
+    axes.errorbar(ms, [point.value for point in chosen], xerr=spread, marker="o", capsize=3)
     for point in chosen:
         axes.axvline(point.target_ratio * teacher_ms, color="0.8", linestyle=":", zorder=0)
     axes.set(xlabel="milliseconds, measured", ylabel=OBJECTIVE, title=title)

@@ -184,7 +184,14 @@ def _staircase(watch: ModelStopwatch, teacher: nn.Module, axis: Any) -> Staircas
     rounds = _rounds(watch)
     rounds = replace(rounds, min_rounds=min(rounds.min_rounds, 6), max_rounds=min(rounds.max_rounds, 24))
     return measure_staircase(
-        teacher, subject.groups, axis, arguments, watch.clock, points=subject.cfg.doctor.points, rounds=rounds
+        teacher,
+        subject.groups,
+        axis,
+        arguments,
+        watch.clock,
+        points=subject.cfg.doctor.points,
+        rounds=rounds,
+        slice_site=subject.adapter.slice_site,
     )
 
 

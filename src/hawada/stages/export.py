@@ -145,10 +145,8 @@ def make_search(
     from_gates = completed(keep_from_gates(student.own_gates(), student.groups, subject.policy), subject.groups)
     return BudgetSearch(
         groups=subject.groups,
-        saliency=quality.saliency,
-        worths=quality.worths,
-        loss=quality.loss,
-        gates=quality.gates,
+        objective=quality.objectives[0],
+        alternatives=quality.objectives[1:],
         proxy=proxy,
         policies=subject.policies,
         measure=measure,
@@ -221,6 +219,6 @@ def _described(candidate: Candidate, groups: Sequence[Group]) -> CandidateModel:
         level=candidate.level,
         predicted_ratio=candidate.predicted_ratio,
         ratio=candidate.comparison.ratio,
-        worth=candidate.worth,
+        value=candidate.value,
         widths=widths_of(candidate.keep, groups),
     )

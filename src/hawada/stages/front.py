@@ -1,4 +1,4 @@
-"""Many targets from one training: the Pareto front of saliency and measured latency, without a training step."""
+"""Many targets from one training: the Pareto front of value and measured latency, without a training step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(cfg: DictConfig, run: Run) -> FrontResult:
                 measured=outcome.measured,
                 candidates=outcome.candidates,
                 target_ratio=target,
-                worth=found.chosen.worth,
+                value=found.chosen.value,
             )
             if found.status != "infeasible":
                 slim = subject.slim(student.model, keep)

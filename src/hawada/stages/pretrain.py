@@ -33,7 +33,7 @@ def run(cfg: DictConfig, run: Run) -> PretrainResult:
             trainer.fit(
                 model,
                 loader,
-                distillation=Distillation(reader=subject.adapter.outputs, chunk=cfg.distill.chunk),
+                distillation=Distillation(outputs=subject.adapter.outputs, chunk=cfg.distill.chunk),
                 accelerator=subject.accelerator,
                 on_step=lambda losses: progress.step(loss=losses["label"]),
                 on_epoch=lambda epoch, losses: log.write({"epoch": epoch, **losses}),

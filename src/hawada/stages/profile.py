@@ -97,6 +97,7 @@ def time_sites(watch: ModelStopwatch, teacher: nn.Module, clock: Clock, progress
         rounds=watch.quick_rounds,
         monitor=watch.monitor if clock is watch.clock else None,
         on_site=lambda site: progress.step(f"timed {site}"),
+        slice_site=subject.adapter.slice_site,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hawada.adapters import Adapter
 from hawada.config import build
-from hawada.core.distill import AnswerCache, Distillation, OtherTeacher, Outputs, Reader
+from hawada.core.distill import Distillation, OtherTeacher, Outputs, OutputsFunction, TeacherCache
 from hawada.core.structure import Keep
 from hawada.workspace.subject import Subject
 
@@ -23,12 +23,12 @@ def make_distillation(subject: Subject, keep: Keep | None = None) -> Distillatio
     count = len(subject.data.train) if getattr(subject.data, "repeats", False) else 0  # type: ignore[arg-type]
     return Distillation(
         build(subject.cfg.kd),
-        reader=subject.adapter.outputs,
+        outputs=subject.adapter.outputs,
         chunk=node.chunk,
         hidden_weight=node.hidden_weight,
         alignment=alignment,
         other=_other_teacher(subject),
-        cache=AnswerCache(count) if count else None,
+        cache=TeacherCache(count) if count else None,
     )
 
 
@@ -93,17 +93,17 @@ def _other_teacher(subject: Subject) -> OtherTeacher | None:
     with _named(), torch.random.fork_rng(devices=[]):  # an architecture is drawn before it is filled
         model, theirs = adapter.teacher(), adapter.normalisation()
     ours = getattr(subject.data, "normalisation", None)
-    reader: Reader = adapter.outputs
+    outputs: OutputsFunction = adapter.outputs
     if ours is not None and theirs is not None and [*map(list, ours)] != [*map(list, theirs)]:
-        reader = _Renormalised(reader, ours, theirs)
-    return OtherTeacher(model.to(subject.accelerator.device).eval().requires_grad_(False), reader)
+        outputs = _Renormalised(outputs, ours, theirs)
+    return OtherTeacher(model.to(subject.accelerator.device).eval().requires_grad_(False), outputs)
 
 
 @dataclass(frozen=True)
 class _Renormalised:
     """Shows images to a model that was trained on others: (mean, deviation) per channel of ours and of its own."""
 
-    reader: Reader
+    outputs: OutputsFunction
     ours: tuple[Sequence[float], Sequence[float]]
     theirs: tuple[Sequence[float], Sequence[float]]
 
@@ -113,4 +113,4 @@ class _Renormalised:
             for pair in (self.ours, self.theirs)
         )
         images = (inputs * std + mean - own_mean) / own_std
-        return self.reader(model, images.to(inputs.dtype), features=features, hidden=hidden)
+        return self.outputs(model, images.to(inputs.dtype), features=features, hidden=hidden)

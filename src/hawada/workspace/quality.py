@@ -1,4 +1,4 @@
-"""What the export does about quality: importance of units, sensitivity to widths, and reconstruction."""
+"""What the export knows of quality: importance of units, sensitivity to widths, and reconstruction."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from hawada.config import build
 from hawada.core.distill import Distillation, KDConfig
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.core.gates import Student
-from hawada.core.importance import AnswerLoss, CalibrationData, Importance, Sensitivity, measure_sensitivity, rank_units
-from hawada.core.reconstruction import compensate
-from hawada.core.search import Worths, saliency_from_gates
+from hawada.core.importance import (
+    CalibrationData,
+    Importance,
+    OutputDivergence,
+    Sensitivity,
+    importance_from_gates,
+    measure_sensitivity,
+    rank_units,
+)
+from hawada.core.reconstruction import reconstruct
+from hawada.core.search import ImportanceObjective, Objective, SensitivityObjective
 from hawada.core.structure import Keep
 from hawada.experiment.results import Divergences, Sensitivities
 from hawada.report import Progress
@@ -37,7 +45,7 @@ class Reconstruction:
 class Quality:
     """As configured under `export` and `calibration`, from the gates and training data, which are read when it is made.
 
-    Half of the data is for reconstructing layers while sensitivity is measured, the other half for comparing outputs.
+    Half of the data is for refitting layers while the sensitivity is measured, the other half for comparing outputs.
 
     Args:
         subject: what is exported.
@@ -47,10 +55,10 @@ class Quality:
         has_target: whether widths are chosen for a latency.
 
     Attributes:
-        gates: importance by gated group, (units,), as the gates have it.
-        saliency: the same, or the importance that was asked for.
-        sensitivity: output divergence of each width; None where importance decides.
-        loss: output divergence of a whole choice of units; None likewise.
+        importance: by gated group, (units,), larger is kept longer.
+        sensitivity: the output divergence of each width; None where importance decides.
+        divergence: of a whole choice of units, in nats per sample or token; None likewise.
+        objectives: what the search goes by, and others that propose widths to it.
     """
 
     def __init__(
@@ -58,10 +66,11 @@ class Quality:
     ) -> None:
         self.subject, self.node, samples = subject, subject.cfg.export, subject.cfg.calibration.samples
         self.student, self.teacher = student, teacher
-        self.gates = saliency_from_gates(student.effective_gates())
-        self.saliency: dict[str, Tensor] = dict(self.gates)
+        gates = importance_from_gates(student.effective_gates())
+        self.importance: dict[str, Tensor] = dict(gates)
         self.sensitivity: Sensitivity | None = None
-        self.loss: AnswerLoss | None = None
+        self.divergence: OutputDivergence | None = None
+        self.objectives: list[Objective] = [ImportanceObjective(subject.groups, gates)]
         self.batches: list[Any] = []
         measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and has_target
         if not samples or not (measured or self.node.reconstruct):
@@ -72,13 +81,8 @@ class Quality:
         if measured:
             self._measure(progress)
 
-    @property
-    def worths(self) -> Worths | None:
-        """The value of a width; None where importance decides."""
-        return None if self.sensitivity is None else self.sensitivity.worth
-
     def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
-        """The slim model with reconstructed layers and BatchNorm statistics of its own, if that is better.
+        """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
 
         Args:
             slim: what slicing alone made.
@@ -90,50 +94,53 @@ class Quality:
         if not self.node.reconstruct or not self.batches:
             return slim, Reconstruction(0)
         nats = None
-        if self.loss is not None:
-            nats = Divergences(sliced=self.loss.without_refit(keep), refitted=self.loss(keep))
+        if self.divergence is not None:
+            alone = self.divergence.without_reconstruction(keep)
+            nats = Divergences(sliced=alone, refitted=self.divergence(keep))
             if nats.refitted > nats.sliced:
                 return slim, Reconstruction(0, nats)
         student = self._placed(self.student)
-        layers = compensate(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
+        layers = reconstruct(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
         refitted = self.subject.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
         return refitted.cpu(), Reconstruction(len(layers), nats)
 
     @property
     def sensitivities(self) -> Sensitivities | None:
-        """What each width of each group costs, as results hold it; None where that was not measured."""
+        """The output divergence of each width, as results hold it; None where that was not measured."""
         return None if self.sensitivity is None else self.sensitivity.as_dict()
 
     def _measure(self, progress: Progress) -> None:
-        """Measure importance and sensitivity."""
+        """Importance, and sensitivity."""
         subject, half = self.subject, max(1, len(self.batches) // 2)
-        fitted, judged = self.batches[:half], self.batches[half:] or self.batches
+        refit_on, compare_on = self.batches[:half], self.batches[half:] or self.batches
         model = self._ungated()
         importance: Importance = build(self.node.importance)
         progress.say("ranking the units")
-        calibration = CalibrationData(fitted, subject.adapter.outputs, subject.cfg.distill.chunk)
-        self.saliency |= rank_units(
+        calibration = CalibrationData(refit_on, subject.adapter.outputs, subject.cfg.distill.chunk)
+        self.importance |= rank_units(
             importance, self._placed(self.student), model, groups=subject.gated_groups, calibration=calibration
         )
-        self.loss = AnswerLoss(
+        self.divergence = OutputDivergence(
             self._placed(self.student),
             self._placed(self.teacher),
             model=model,
-            fitted=fitted if self.node.reconstruct else [],
-            judged=judged,
+            refit_on=refit_on if self.node.reconstruct else [],
+            compare_on=compare_on,
             distillation=Distillation(
-                KDConfig(temperature=1.0), reader=subject.adapter.outputs, chunk=subject.cfg.distill.chunk
+                KDConfig(temperature=1.0), outputs=subject.adapter.outputs, chunk=subject.cfg.distill.chunk
             ),
         )
         self.sensitivity = measure_sensitivity(
-            self.loss,
+            self.divergence,
             subject.groups,
             subject.policy,
-            self.saliency,
+            self.importance,
             points=self.node.points,
-            on_group=lambda name: progress.say(f"measured the sensitivity to {name}"),
+            on_group=lambda name: progress.say(f"measured the sensitivity of {name}"),
         )
+        by_sensitivity = SensitivityObjective(self.importance, self.sensitivity, self.divergence)
+        self.objectives = [by_sensitivity, *self.objectives]
 
     def _ungated(self) -> nn.Module:
         """The student's model, whose weights may have been trained along, without its gates."""

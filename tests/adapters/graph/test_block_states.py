@@ -1,4 +1,4 @@
-"""What residual blocks put out, as hidden states to distill from."""
+"""The outputs of residual blocks are hidden states that a student is distilled from."""
 
 import pytest
 import torch
@@ -19,23 +19,25 @@ ADAPTERS = {
 
 @pytest.fixture(params=ADAPTERS)
 def family(request):
-    """An adapter, its model and inputs."""
+    """Return an adapter, its model and inputs."""
     torch.manual_seed(0)
     adapter = ADAPTERS[request.param]
     images = adapter.example_inputs(Shape(8))[0]
-    model = recalibrate_batchnorm(adapter.skeleton(), [(images,)])  # or untrained blocks would put out next to nothing
+    model = recalibrate_batchnorm(
+        adapter.skeleton(), [(images,)]
+    )  # otherwise the outputs of untrained blocks are almost zero
     return adapter, model, images
 
 
 def test_states_are_the_blocks_outputs(family):
     adapter, model, images = family
-    said = adapter.outputs(model, images, hidden=True)
-    assert torch.equal(said.logits, model(images)) and len(said.hidden) == len(adapter.blocks) >= 5
+    found = adapter.outputs(model, images, hidden=True)
+    assert torch.equal(found.logits, model(images)) and len(found.hidden) == len(adapter.blocks) >= 5
     seen = []
     handle = model.get_submodule(adapter.blocks[1]).register_forward_hook(lambda *call: seen.append(call[2]))
     model(images)
     handle.remove()
-    assert torch.equal(said.hidden[1], seen[0])
+    assert torch.equal(found.hidden[1], seen[0])
     assert adapter.outputs(model, images).hidden == ()
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -74,7 +76,7 @@ def test_finetuning_on_states_draws_them_to_the_teachers(family):
         return float(hidden_mse(own, theirs))
 
     before = distance()
-    distillation = Distillation(KDConfig(), reader=adapter.outputs, hidden_weight=10.0)
+    distillation = Distillation(KDConfig(), outputs=adapter.outputs, hidden_weight=10.0)
     losses = []
     Finetuner(20, lr=3e-3, warm_up=0.0).fit(
         slim, [(images,)], teacher=teacher, distillation=distillation, on_step=losses.append

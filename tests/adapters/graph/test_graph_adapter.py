@@ -1,4 +1,4 @@
-"""Groups found by following the forward pass: exact on many families, equal to those declared by hand on ResNets."""
+"""The graph adapter finds groups that are exact on many families and equal to those declared by hand on ResNets."""
 
 import json
 import random
@@ -25,7 +25,7 @@ from hawada.core.structure import ExportPolicy, check_groups, keep_all, keep_fir
 
 
 class Shortcut(nn.Module):
-    """Option A of He et al., 2015: subsampled, and padded with channels whose number is written into code."""
+    """Option A of He et al., 2015: it subsamples, and pads with channels whose number is written into code."""
 
     def __init__(self, function):
         super().__init__()
@@ -80,7 +80,7 @@ def body(*layers):
 
 @pytest.fixture(autouse=True)
 def own_package(monkeypatch):
-    """A user's package with models."""
+    """Install a user's package with models."""
     nets = types.ModuleType("mynets")
     for cls in (CifarResNet, *WRITTEN_HERE):
         monkeypatch.setattr(cls, "__module__", "mynets")
@@ -90,10 +90,10 @@ def own_package(monkeypatch):
 
 
 def randomised(model):
-    """Every number random, from zero-cost skeletons; fresh norms would hide a gate on the wrong side."""
+    """Fill a skeleton with random values; fresh norms would hide a gate on the wrong side."""
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1 << 20, generator=generator)  # repeated where a tensor is larger: drawing takes long
+    noise = torch.randn(1 << 20, generator=generator)  # repeated where a tensor is larger, because drawing takes long
 
     def fill(tensor, scale):
         repeats = -(-tensor.numel() // len(noise))
@@ -123,7 +123,7 @@ def build(arch=None, size=32, **options):
 
 
 def hard_gated_equals_sliced(adapter, model, random_units, seeds=2):
-    """With random units kept; returns the groups and the branches that were removed at least once."""
+    """Compare both for random kept units; return the groups and the branches that were removed at least once."""
     groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     check_groups(groups, model)
     student, removed = Student(model, groups), set()
@@ -139,7 +139,7 @@ def hard_gated_equals_sliced(adapter, model, random_units, seeds=2):
     return groups, removed
 
 
-# By architecture: image size, options, and how many groups there are of each kind.
+# Each architecture has an image size, options, and the number of groups of each kind.
 NETS = {
     "resnet18": (32, {}, {"branch": 8, "channel": 8, "stream": 4}),
     "resnext50_32x4d": (32, {}, {"branch": 16, "grouped": 32, "stream": 4}),
@@ -168,7 +168,7 @@ def test_hard_gated_equals_sliced(arch, random_units):
     assert {kind: found.count(kind) for kind in sorted(set(found))} == kinds
     assert not kinds.get("branch") or removed
     touched = {name for site in adapter.sites(model) for name in site.groups}
-    assert touched == {group.name for group in groups}  # or the proxy could not see what it buys
+    assert touched == {group.name for group in groups}  # otherwise the proxy would not see the time that a group saves
     plain = GraphAdapter(arch, image_size=size, num_classes=5, **options).groups(model)
     assert plain == [group for group in groups if group.kind != "stream"]
 
@@ -184,7 +184,7 @@ def test_an_option_a_network_keeps_its_streams(random_units):
 
 
 def normalised(groups):
-    """What is declared, whatever the order of cuts."""
+    """Return the groups with their cuts and gate points in one order."""
     return [replace(g, cuts=sorted(g.cuts, key=str), gated_at=sorted(g.gated_at, key=str)) for g in groups]
 
 
@@ -221,12 +221,14 @@ def test_a_slim_network_can_be_pruned_again(arch, random_units):
 
 @pytest.mark.parametrize("arch", ["mobilenet_v2", "vgg11_bn"])
 def test_the_sites_add_up(arch):
-    """On a device whose operators add up: what the sites do not hold does not change with the widths."""
+    """On a device whose operators add up, the time outside the sites does not change with the widths."""
     adapter = GraphAdapter(arch, image_size=32, num_classes=5)
     with torch.device("meta"):
         model = adapter.skeleton()
     groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
-    groups = [group for group in groups if not group.name.startswith("features.18")]  # what functions take has no site
+    groups = [
+        group for group in groups if not group.name.startswith("features.18")
+    ]  # a function consumes these channels, and functions are no sites
     sites = [
         replace(s, groups=tuple(n for n in s.groups if n in {g.name for g in groups})) for s in adapter.sites(model)
     ]
@@ -264,7 +266,7 @@ def test_a_dense_block_shares_its_units_among_its_layers():
 
 
 class Shared(nn.Module):
-    """One convolution called twice, and one whose weight is taken by name."""
+    """A network that calls one convolution twice and uses the weight of another directly."""
 
     def __init__(self):
         super().__init__()
@@ -278,7 +280,7 @@ class Shared(nn.Module):
 
 
 class Squeezed(nn.Module):
-    """A gate on channels that sees a sigmoid twice, an addition without activation, and a stem that is flattened."""
+    """A network with two sigmoids, a squeeze-and-excite branch, a grouped convolution and a flattened output."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +297,7 @@ class Squeezed(nn.Module):
 
 
 class Reparametrised(nn.Module):
-    """A weight that is computed, and a block that is called with more than its input."""
+    """A network with a computed weight and a block that is called with more than its input."""
 
     def __init__(self):
         super().__init__()
@@ -416,7 +418,7 @@ def test_a_factory_that_is_none_is_refused(factory, message):
 
 @pytest.fixture
 def saved(random_units, tmp_path):
-    """A slim model of one's own on disk."""
+    """Save a slim model of the user's package."""
     spec = {"factory": "mynets.CifarResNet", "arguments": {"blocks": 1}, "image_size": 32}
     adapter = GraphAdapter(**spec)
     model = randomised(adapter.skeleton())
@@ -532,5 +534,5 @@ def test_weights_of_nets_with_auxiliary_classifiers_are_read_without_these(arch,
     adapter = GraphAdapter(arch, image_size=size, weights="IMAGENET1K_V1")
     teacher, (image,) = adapter.teacher(), adapter.example_inputs(Shape(1))
     assert not any("aux" in name.lower() for name, _ in teacher.named_parameters())
-    assert torch.equal(teacher(image), theirs.eval()(image))  # its channels transformed as they were in training
+    assert torch.equal(teacher(image), theirs.eval()(image))  # the model transforms its channels as in training
     assert len(adapter.groups(teacher)) > 50

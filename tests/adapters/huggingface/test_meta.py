@@ -1,4 +1,4 @@
-"""The real architectures on the meta device: counts, widths and slices, without weights and in seconds."""
+"""Counts, widths and slices of the real architectures on the meta device, without weights."""
 
 import math
 
@@ -50,7 +50,7 @@ POLICY = ExportPolicy(rounding={"ffn": Rounding(256), "stream": Rounding(128)})
 
 
 def on_meta(adapter):
-    """The adapter, its skeleton without weights, and the groups."""
+    """Return the adapter, its skeleton without weights, and the groups."""
     with torch.device("meta"):
         model = adapter.skeleton()
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
@@ -70,12 +70,12 @@ def vit():
 
 
 def slices(loaded, widths, dropped=()):
-    """The slim model of widths by kind, without some layers."""
+    """Make the slim model that has these widths by kind, without some layers."""
     adapter, model, groups = loaded
-    wanted = full_widths(groups) | {group.name: widths[group.kind] for group in groups if group.kind in widths}
-    wanted |= dict.fromkeys(dropped, 0)
+    target_widths = full_widths(groups) | {group.name: widths[group.kind] for group in groups if group.kind in widths}
+    target_widths |= dict.fromkeys(dropped, 0)
     last_first = {group.name: range(group.units)[::-1] for group in groups}
-    return adapter.slim(model, groups, keep_first(groups, wanted, last_first))
+    return adapter.slim(model, groups, keep_first(groups, target_widths, last_first))
 
 
 def shapes(model, *names):
@@ -186,7 +186,7 @@ def test_slices_of_vit_base(vit):
 
 
 class CountingClock:
-    """Every call takes a millisecond; remembers what it was asked to time."""
+    """A clock by which every call takes a millisecond; it records what it was asked to time."""
 
     simulated = True
 

@@ -20,7 +20,7 @@ def shape_of(phase, batch=2):
 
 @pytest.fixture(params=["gqa4", "mistral", "qwen2 without its first attention"])
 def ready(request, build_model):
-    """An adapter and its model: full and sliding windows, and a slim model with a cache entry that nothing fills."""
+    """Return an adapter and a model: full or sliding windows, or a slim one with a cache entry that stays empty."""
     family = request.param.partition(" ")[0]
     if family != "qwen2":
         return build_model(family)
@@ -64,12 +64,12 @@ def test_decode_goes_on_from_the_token_that_it_chose(ready):
     adapter, model = ready
     workload, (token,) = adapter.workload(model, shape_of("decode")), adapter.example_inputs(shape_of("decode"))
     logits = [workload(token).clone() for _ in range(3)]
-    for said, follows in itertools.pairwise(logits):
+    for chosen, follows in itertools.pairwise(logits):
         fresh = adapter.workload(model, shape_of("decode"))
-        assert torch.equal(fresh(said.argmax(-1)), follows)
+        assert torch.equal(fresh(chosen.argmax(-1)), follows)
 
 
-def test_generate_says_what_transformers_generates_every_time(ready):
+def test_generate_returns_the_tokens_of_transformers_every_time(ready):
     adapter, model = ready
     (inputs,) = adapter.example_inputs(shape_of("generate"))
     workload, expected = adapter.workload(model, shape_of("generate")), adapter.greedy_tokens(model, (inputs,), NEW)

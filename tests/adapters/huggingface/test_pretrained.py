@@ -67,7 +67,7 @@ def change_config(folder, **values):
 
 
 def touch(folder, *names):
-    """A folder of files that only their names matter of."""
+    """Make a folder of files of which only the names matter."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text("{}")
@@ -76,7 +76,7 @@ def touch(folder, *names):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty Hugging Face cache, a token, and a hub that no test may reach unless it says so."""
+    """Set up an empty Hugging Face cache, a token, and a hub that no test may reach unless it replaces the address."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -103,7 +103,7 @@ def snapshots(cache):
 
 @pytest.fixture
 def hub(cache, monkeypatch):
-    """A hub on this machine that answers every request with the given status, and the requests that it got."""
+    """Serve a hub on this machine that replies to every request with the given status and records the requests."""
     answer = SimpleNamespace(status=200, headers={}, requests=[])
 
     class Handler(BaseHTTPRequestHandler):
@@ -123,9 +123,6 @@ def hub(cache, monkeypatch):
     yield answer
     server.shutdown()
     server.server_close()
-
-
-# Finding
 
 
 def test_folder_is_found_before_the_cache(tmp_path, snapshots):
@@ -184,9 +181,6 @@ def test_sharded_snapshot_needs_every_shard(snapshots, shards, index, complete):
     folder = snapshots("a", "config.json", *shards)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert find_local("owner/name") == (folder if complete else None)
-
-
-# Checking
 
 
 def test_local_checkpoint_needs_no_network(tmp_path, snapshots, monkeypatch):
@@ -282,12 +276,12 @@ def test_no_network(cache):
 
 def test_slow_network_is_given_up_on(cache, monkeypatch):
     done = threading.Event()
-    monkeypatch.setattr(hub_module, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(hub_module, "HUB_TIMEOUT_S", 0.1)
     monkeypatch.setattr(hub_module, "_head", lambda repo: done.wait(20))
     with pytest.raises(ValueError, match=rf"cannot be downloaded \(no answer within 0\.1 s\); {BOTH_WAYS}"):
         check_source("owner/name")
     done.set()
-    assert hub_module.CONNECT_SECONDS <= 5
+    assert hub_module.CONNECT_TIMEOUT_S <= 5
 
 
 def test_offline_mode_asks_nothing(hub, monkeypatch):
@@ -310,9 +304,6 @@ def test_import_uses_no_network_and_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Fetching
-
-
 def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monkeypatch):
     calls = []
     there = ["config.json", "tokenizer.json", "merges.txt", "README.md", "gates.safetensors", "model.safetensors"]
@@ -322,11 +313,11 @@ def test_download_brings_the_weights_last_and_no_pickles(cache, snapshots, monke
         if local_files_only:
             raise LocalEntryNotFoundError("nothing is cached under this branch")
         calls.append(repo)
-        wanted = huggingface_hub.utils.filter_repo_objects(
+        chosen = huggingface_hub.utils.filter_repo_objects(
             there + shunned, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         )
         assert revision == ("main" if len(calls) == 1 else "abc")
-        return str(snapshots("abc", *wanted))
+        return str(snapshots("abc", *chosen))
 
     monkeypatch.setattr(hub_module, "_head", lambda repo: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -351,9 +342,6 @@ def test_broken_download(cache, snapshots, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: folder)
     with pytest.raises(ValueError, match=r"model\.path: owner/name has no complete model\.safetensors"):
         fetch("owner/name")
-
-
-# Loading
 
 
 @pytest.mark.parametrize("model_class", [LlamaForCausalLM, AutoModelForCausalLM])
@@ -513,9 +501,6 @@ def test_unreadable_config(tmp_path, text):
         load_checked(LlamaForCausalLM, tmp_path)
 
 
-# Copying and pushing
-
-
 def test_companions_are_copied_and_nothing_else(tmp_path):
     named = ["chat_template.jinja", "generation_config.json", "preprocessor_config.json", "tokenizer.json"]
     source = touch(tmp_path / "source", *named, "config.json", "model.safetensors", "optimizer.bin")
@@ -528,7 +513,7 @@ def test_companions_are_copied_and_nothing_else(tmp_path):
 
 
 class FakeApi:
-    """Records what is asked of the hub."""
+    """A stand-in for the hub's client that records its calls."""
 
     asked: list[tuple[str, object]]
     error: Exception | None = None

@@ -10,7 +10,7 @@ from torch import nn
 import hawada
 from hawada.adapters import Shape, load_model, save_model
 from hawada.adapters.huggingface import LlamaAdapter
-from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, sliced_tensors
+from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, slim_name, slim_state
 from hawada.adapters.saved import MANIFEST
 from hawada.core.distill import IGNORED, Distillation, KDConfig, hidden_mse
 from hawada.core.gates import Student
@@ -240,18 +240,42 @@ def test_layers_that_stay_are_counted_anew(build_model):
     groups = adapter.groups(teacher)
     edits = plan_edits(teacher, groups, completed({"model.layers.1": ()}, groups))
     layers = [f"model.layers.{index}" for index in range(3)]
-    state = sliced_tensors(teacher, edits, layers)
+    state = slim_state(teacher, edits, layers)
     assert {name.split(".")[2] for name in state if "layers" in name} == {"0", "1"}
     assert torch.equal(state[DOWN], teacher.model.layers[2].mlp.down_proj.weight)
     slim = adapter.slim(teacher, groups, completed({"model.layers.1": ()}, groups))
     assert [layer.self_attn.layer_idx for layer in slim.model.layers] == [0, 1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_timed_site_is_the_module_of_the_exported_model(family, branches, build_model, random_units):
+    adapter, teacher = build_model(family, branches=branches)
+    groups, layers = adapter.groups(teacher), [f"{adapter.layers}.{index}" for index in range(3)]
+    branch_names = {group.name for group in groups if group.removes}
+    gone = {f"{layers[0]}.mlp": ()} if branches else {layers[0]: ()}
+    for keep in (random_units(groups, 4), completed(gone, groups), keep_all(groups)):
+        slim = adapter.slim(teacher, groups, keep)
+        edits = plan_edits(teacher, groups, keep)
+        for site in adapter.sites(teacher):
+            alone = adapter.slice_site(teacher, groups, keep, site.module)
+            path = slim_name(site.module, edits, layers)
+            if path is None:
+                assert type(alone) is nn.Identity
+                assert any(not keep[name] for name in site.groups if name in branch_names)
+                continue
+            whole = slim.get_submodule(path)
+            assert repr(alone) == repr(whole) and not alone.training
+            assert list(alone.state_dict()) == list(whole.state_dict())
+            assert all(torch.equal(alone.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+            assert getattr(alone, "layer_idx", None) == getattr(whole, "layer_idx", None)
+
+
 def test_a_configuration_that_does_not_describe_the_tensors_is_an_error(build_model):
     adapter, teacher = build_model("gqa4")
     groups = adapter.groups(teacher)
     layers = [f"model.layers.{index}" for index in range(3)]
-    state = sliced_tensors(teacher, plan_edits(teacher, groups, two_thirds(groups)), layers)
+    state = slim_state(teacher, plan_edits(teacher, groups, two_thirds(groups)), layers)
     with pytest.raises(
         RuntimeError, match=r"the slim configuration does not describe model\.embed_tokens\.weight: the"
     ):
@@ -280,9 +304,9 @@ def test_a_slim_model_trains(choose, build_model):
 
 def losses_and_gradients(distillation, student, teacher, inputs, labels):
     with torch.no_grad():
-        taught = distillation.read(teacher, inputs)
+        taught = distillation.outputs_of(teacher, inputs)
     student.zero_grad()
-    losses = distillation.losses(distillation.read(student, inputs), taught, labels)
+    losses = distillation.losses(distillation.outputs_of(student, inputs), taught, labels)
     sum(losses.values()).backward()
     gradients = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
     return {name: loss.detach() for name, loss in losses.items()}, gradients
@@ -303,7 +327,7 @@ def test_losses_in_chunks_are_the_plain_losses(kind, chunk, build_model, random_
             for gate in student.gates:
                 gate.theta.normal_(1.0, 1.0)
     options = {
-        "reader": adapter.outputs,
+        "outputs": adapter.outputs,
         "hidden_weight": 0.5,
         "label_weight": 0.25,
         "alignment": adapter.alignment(groups, keep if kind == "slim" else keep_all(groups)),

@@ -1,4 +1,4 @@
-"""Exported folders, loaded by one fresh process that has transformers and cannot import hawada."""
+"""One fresh process that has transformers and cannot import hawada loads exported folders."""
 
 import itertools
 import json
@@ -24,7 +24,8 @@ CASES = [
 ]
 WIDTHS = {"kv_head": 1, "query_head": 3, "head": 3, "ffn": 18, "stream": 35}
 
-# Each job: the adapter's own program and its arguments, the class of its family, and where to write what was refused.
+# Each job lists the adapter's own program and its arguments, the classes that load its family, and the file that the
+# refused loads are written to.
 PROCESS = """
 import json, pathlib, sys
 sys.modules["hawada"] = None
@@ -49,7 +50,7 @@ assert sys.modules["hawada"] is None
 
 
 def slim_of(case, layout, build_model):
-    """An adapter, its teacher, groups and kept units: the last ones, in fewer layers, and not alike where allowed."""
+    """Return an adapter, its teacher, groups and kept indices: last units, fewer layers, mixed widths if allowed."""
     family, _, option = case.partition(" ")
     adapter, teacher = build_model(family, branches=layout == "heterogeneous", stream=option != "branches")
     groups = adapter.groups(teacher)
@@ -70,7 +71,7 @@ def slim_of(case, layout, build_model):
 
 @pytest.fixture(scope="module")
 def exported(build_model, tmp_path_factory):
-    """By case and layout: the folder, what the model in memory says, what the process says, and what it refused."""
+    """By case and layout, the folder, the outputs here and in the process, and the loads that the process refused."""
     root = tmp_path_factory.mktemp("stock")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -84,10 +85,10 @@ def exported(build_model, tmp_path_factory):
         save_model(folder, slim, adapter=adapter, adapter_spec=spec, teacher=teacher, groups=groups, keep=keep)
         save_file({"000": inputs[0]}, given)
         with torch.no_grad():
-            said = {"logits": slim(*inputs).logits, "tokens": adapter.greedy_tokens(slim, inputs, 32)}
+            expected = {"logits": slim(*inputs).logits, "tokens": adapter.greedy_tokens(slim, inputs, 32)}
         arguments = [str(path) for path in (folder, given, output)] + ["1"]
         jobs.append([adapter.stock_reload, arguments, adapter.auto, type(teacher).__name__, str(refusals)])
-        found[case, layout] = [folder, said, output, refusals]
+        found[case, layout] = [folder, expected, output, refusals]
     torch.set_num_threads(threads)
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {
@@ -104,8 +105,8 @@ def exported(build_model, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        key: (folder, said, load_file(output), json.loads(refusals.read_text()))
-        for key, (folder, said, output, refusals) in found.items()
+        key: (folder, expected, load_file(output), json.loads(refusals.read_text()))
+        for key, (folder, expected, output, refusals) in found.items()
     }
 
 
@@ -138,7 +139,7 @@ def test_a_uniform_folder_is_of_the_familys_own_type_and_needs_no_foreign_code(c
 
 @pytest.mark.parametrize("case", [case for case, layout in CASES if layout == "heterogeneous"])
 def test_a_heterogeneous_folder_is_refused_unless_its_code_is_trusted(case, exported):
-    """Ignoring what is in config.slim, transformers would build something else."""
+    """A loader that ignored config.slim would build another model."""
     folder, _, _, refused = exported[case, "heterogeneous"]
     record = json.loads((folder / "config.json").read_text())
     assert record["model_type"].startswith("slim_") and set(record["auto_map"]) >= {"AutoConfig"}

@@ -104,7 +104,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_each_stage_has_a_stream_that_is_gated_once_per_writer(name, build_network):
+def test_each_stage_has_a_stream_that_is_gated_once_per_producer(name, build_network):
     adapter, model = build_network(name, stream=True)
     streams = [group for group in adapter.groups(model) if group.kind == "stream"]
     check_groups(streams, model)
@@ -131,7 +131,7 @@ def test_without_the_option_nothing_is_declared_of_streams(build_network):
     assert {site.reads for site in plain.sites(model)} == {None}
 
 
-def test_a_narrow_stream_is_cut_where_it_is_written_and_read(build_network):
+def test_a_narrow_stream_is_cut_at_its_producers_and_consumers(build_network):
     adapter, model = build_network("tiny", stream=True)
     groups = adapter.groups(model)
     keep = {"layer1.stream": (3, 5, 63), "layer2.stream": (0, 7), "layer4.stream": (1, 2, 3, 4)}
@@ -174,7 +174,7 @@ def test_a_network_with_narrow_streams_can_be_pruned_again(build_network, random
         fewer = adapter.groups(slim)
         check_groups(fewer, slim)
         assert {group.units for group in fewer if group.kind == "stream"} == {39}
-        assert len(adapter.sites(slim)) == 12 - gone.startswith("layer1.")  # what is left of a projection is timed
+        assert len(adapter.sites(slim)) == 12 - gone.startswith("layer1.")  # the projection that stays is timed
         keep = random_units(fewer, 0)
         slimmer = materialize(slim, fewer, keep)
         with torch.no_grad(), Student(slim, fewer).hard_gated(keep) as student:
@@ -183,7 +183,7 @@ def test_a_network_with_narrow_streams_can_be_pruned_again(build_network, random
 
 
 def test_the_sites_of_a_network_with_narrow_streams_add_up(build_network):
-    """On a device whose operators add up: each site gets the channels that it still reads, and none is missing."""
+    """On a device whose operators add up, each site gets the channels that it still consumes, and none is missing."""
     adapter, model = build_network("tiny", stream=True)
     groups, inputs, clock = adapter.groups(model), adapter.example_inputs(Shape(2)), SimulatedClock(tile=1)
     table = build_table(
@@ -246,7 +246,7 @@ def test_impossible_architectures_are_refused(options, message):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """An empty cache and no way out."""
+    """Set up an empty cache and no network."""
 
     def unreachable(*args, **options):
         raise URLError("Name or service not known")
@@ -324,7 +324,7 @@ def test_a_local_file_of_another_shape_is_refused(tiny, tmp_path):
 
 
 def test_a_local_file_that_is_no_safetensors_is_refused(tiny, tmp_path):
-    """The likeliest mistake: torchvision's own .pth."""
+    """The likeliest mistake is to name torchvision's own .pth."""
     path = tmp_path / "tiny.pth"
     torch.save(tiny[1].state_dict(), path)
     with pytest.raises(ValueError, match=r"model\.adapter\.path: .*tiny\.pth"):

@@ -8,11 +8,11 @@ from torch import nn
 from hawada.core.distill import (
     IGNORED,
     Alignment,
-    AnswerCache,
     Distillation,
     KDConfig,
     OtherTeacher,
     Outputs,
+    TeacherCache,
     hidden_mse,
     kd_loss,
     mse_reg,
@@ -72,8 +72,8 @@ def test_mse_weight_must_not_be_negative(weight):
 CLASSES = 11
 
 
-class Speaker(nn.Module):
-    """Tokens -> features -> logits, in float64; shows all of it."""
+class Toy(nn.Module):
+    """Tokens -> features -> logits, in float64, with hidden states."""
 
     def __init__(self, width, seed):
         super().__init__()
@@ -83,7 +83,7 @@ class Speaker(nn.Module):
         self.head.weight.data = torch.randn(CLASSES, width, generator=generator, dtype=torch.float64)
 
 
-def read(model, inputs, *, features=False, hidden=False):
+def toy_outputs(model, inputs, *, features=False, hidden=False):
     found = model.body[inputs]  # (batch, tokens, width)
     states = (found, found**2) if hidden else ()
     if features:
@@ -92,22 +92,22 @@ def read(model, inputs, *, features=False, hidden=False):
 
 
 @pytest.fixture
-def speakers():
+def models():
     """A student and a wider teacher, (3, 4) tokens, and labels of which some are ignored."""
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(5, (3, 4), generator=generator)
     labels = torch.randint(CLASSES, (3, 4), generator=generator)
     some = labels.masked_fill(torch.tensor([[0, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool), IGNORED)
-    return Speaker(6, 0), Speaker(9, 1), tokens, {"none": None, "all": labels, "some": some}
+    return Toy(6, 0), Toy(9, 1), tokens, {"none": None, "all": labels, "some": some}
 
 
-def losses_and_gradients(speakers, labels, **options):
-    student, teacher, tokens, all_labels = speakers
+def losses_and_gradients(models, labels, **options):
+    student, teacher, tokens, all_labels = models
     student.zero_grad()
-    distillation = Distillation(reader=read, **options)
+    distillation = Distillation(outputs=toy_outputs, **options)
     with torch.no_grad():
-        wanted = distillation.read(teacher, tokens) if distillation.loss is not None else None
-    losses = distillation.losses(distillation.read(student, tokens), wanted, all_labels[labels])
+        targets = distillation.outputs_of(teacher, tokens) if distillation.loss is not None else None
+    losses = distillation.losses(distillation.outputs_of(student, tokens), targets, all_labels[labels])
     sum(losses.values()).backward()
     values = {name: float(value.detach()) for name, value in losses.items()}
     return values, [parameter.grad.clone() for parameter in student.parameters()]
@@ -118,11 +118,11 @@ LABELS_AND_LOSS = [(labels, KDConfig(2.0, 0.3)) for labels in ("none", "all", "s
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 12, 100])
 @pytest.mark.parametrize(("labels", "loss"), LABELS_AND_LOSS)
-def test_losses_in_chunks_are_the_plain_losses(speakers, labels, chunk, loss):
+def test_losses_in_chunks_are_the_plain_losses(models, labels, chunk, loss):
     """Five divides neither the twelve tokens nor the five that count when some labels are ignored."""
     options = {"loss": loss, "label_weight": 0.7}
-    plain, gradients = losses_and_gradients(speakers, labels, **options)
-    chunked, chunked_gradients = losses_and_gradients(speakers, labels, chunk=chunk, **options)
+    plain, gradients = losses_and_gradients(models, labels, **options)
+    chunked, chunked_gradients = losses_and_gradients(models, labels, chunk=chunk, **options)
     assert set(plain) == ({"kd"} if loss else set()) | ({"label"} if labels != "none" else set())
     assert chunked == pytest.approx(plain, rel=1e-5)
     for gradient, expected in zip(chunked_gradients, gradients, strict=True):
@@ -130,30 +130,30 @@ def test_losses_in_chunks_are_the_plain_losses(speakers, labels, chunk, loss):
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
-def test_tokens_whose_label_is_ignored_do_not_count(speakers, chunk):
-    student, teacher, tokens, labels = speakers
+def test_tokens_whose_label_is_ignored_do_not_count(models, chunk):
+    student, teacher, tokens, labels = models
     valid = labels["some"] != IGNORED
-    values, _ = losses_and_gradients(speakers, "some", loss=KDConfig(2.0), label_weight=0.7, chunk=chunk)
-    said, wanted = (read(model, tokens).logits[valid] for model in (student, teacher))
-    assert values["kd"] == pytest.approx(float(kd_loss(said, wanted, 2.0).detach()), rel=1e-5)
-    label = 0.7 * F.cross_entropy(said.float(), labels["some"][valid])
+    values, _ = losses_and_gradients(models, "some", loss=KDConfig(2.0), label_weight=0.7, chunk=chunk)
+    outputs, targets = (toy_outputs(model, tokens).logits[valid] for model in (student, teacher))
+    assert values["kd"] == pytest.approx(float(kd_loss(outputs, targets, 2.0).detach()), rel=1e-5)
+    label = 0.7 * F.cross_entropy(outputs.float(), labels["some"][valid])
     assert values["label"] == pytest.approx(float(label.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize("hidden_weight", [0.0, 0.5])
-def test_what_is_said_at_ignored_tokens_has_no_gradient(speakers, chunk, hidden_weight):
-    student, _, tokens, labels = speakers
-    teacher = Speaker(6, 1)
+def test_the_outputs_at_ignored_tokens_have_no_gradient(models, chunk, hidden_weight):
+    student, _, tokens, labels = models
+    teacher = Toy(6, 1)
     distillation = Distillation(
-        KDConfig(2.0, 0.1), reader=read, label_weight=1.0, chunk=chunk, hidden_weight=hidden_weight
+        KDConfig(2.0, 0.1), outputs=toy_outputs, label_weight=1.0, chunk=chunk, hidden_weight=hidden_weight
     )
     features = student.body[tokens].detach().requires_grad_()
     states = (features, features**2)
-    said = Outputs(None, features, student.head, states) if chunk else Outputs(student.head(features), hidden=states)
+    outputs = Outputs(None, features, student.head, states) if chunk else Outputs(student.head(features), hidden=states)
     with torch.no_grad():
-        wanted = distillation.read(teacher, tokens)
-    sum(distillation.losses(said, wanted, labels["some"]).values()).backward()
+        targets = distillation.outputs_of(teacher, tokens)
+    sum(distillation.losses(outputs, targets, labels["some"]).values()).backward()
     ignored = labels["some"] == IGNORED
     assert bool((features.grad[ignored] == 0).all()) and bool((features.grad[~ignored] != 0).any(-1).all())
 
@@ -166,8 +166,8 @@ def test_labels_of_images_are_compared_whole():
     assert float(found["label"]) == pytest.approx(2 * float(F.cross_entropy(logits[kept], labels[kept])), rel=1e-6)
 
 
-def test_a_chunked_loss_runs_heads_on_chunks_alone(speakers):
-    student, teacher, tokens, labels = speakers
+def test_a_chunked_loss_runs_heads_on_chunks_alone(models):
+    student, teacher, tokens, labels = models
     rows = []
     for model in (student, teacher):
         model.head.register_forward_hook(lambda _, args, output: rows.append(len(args[0])))
@@ -176,11 +176,13 @@ def test_a_chunked_loss_runs_heads_on_chunks_alone(speakers):
     assert sum(rows) == 2 * 2 * 12  # both heads, forward and made again backward
 
 
-def test_without_teacher_and_labels_there_are_no_losses(speakers):
-    student, teacher, tokens, _ = speakers
-    said = read(student, tokens)
-    assert Distillation(KDConfig(1.0), label_weight=1.0).losses(said, None, None) == {}
-    assert set(Distillation(KDConfig(1.0)).losses(said, read(teacher, tokens), torch.zeros(3, 4).long())) == {"kd"}
+def test_without_teacher_and_labels_there_are_no_losses(models):
+    student, teacher, tokens, _ = models
+    outputs = toy_outputs(student, tokens)
+    assert Distillation(KDConfig(1.0), label_weight=1.0).losses(outputs, None, None) == {}
+    assert set(Distillation(KDConfig(1.0)).losses(outputs, toy_outputs(teacher, tokens), torch.zeros(3, 4).long())) == {
+        "kd"
+    }
 
 
 def test_hidden_mse_by_hand():
@@ -220,69 +222,71 @@ def test_hidden_states_count_only_where_tokens_do():
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_hidden_states_join_the_losses_with_their_weight(speakers, chunk):
+def test_hidden_states_join_the_losses_with_their_weight(models, chunk):
     alignment = Alignment((0, 1), (0, 1, 2, 5, 7, 8))
-    student, teacher, tokens, labels = speakers
+    student, teacher, tokens, labels = models
     values, _ = losses_and_gradients(
-        speakers, "some", loss=KDConfig(1.0), chunk=chunk, hidden_weight=0.5, alignment=alignment
+        models, "some", loss=KDConfig(1.0), chunk=chunk, hidden_weight=0.5, alignment=alignment
     )
-    states = [read(model, tokens, hidden=True).hidden for model in (student, teacher)]
+    states = [toy_outputs(model, tokens, hidden=True).hidden for model in (student, teacher)]
     expected = 0.5 * hidden_mse(*states, alignment, labels["some"] != IGNORED)
     assert set(values) == {"kd", "hidden"}
     assert values["hidden"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_a_model_without_hidden_states_is_named_with_the_remedy(speakers):
-    student, teacher, tokens, _ = speakers
+def test_a_model_without_hidden_states_is_named_with_the_remedy(models):
+    student, teacher, tokens, _ = models
     distillation = Distillation(KDConfig(1.0), hidden_weight=0.5)
-    said, wanted = (Outputs(model.head(model.body[tokens])) for model in (student, teacher))
-    with pytest.raises(ValueError, match=r"hidden_weight: this model shows no hidden states; set it to 0"):
-        distillation.losses(said, wanted, None)
+    outputs, targets = (Outputs(model.head(model.body[tokens])) for model in (student, teacher))
+    with pytest.raises(
+        ValueError, match=r"hidden_weight: 0\.5 compares .* this model shows no hidden states; set it to 0"
+    ):
+        distillation.losses(outputs, targets, None)
 
 
 class Counting(nn.Module):
-    """Logits from its own layer; counts the samples that it was shown."""
+    """Logits from its own layer; counts the samples that it ran on."""
 
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
-        self.layer, self.shown = nn.Linear(4, 3), 0
+        self.layer, self.samples = nn.Linear(4, 3), 0
 
     def forward(self, x):
-        self.shown += len(x)
+        self.samples += len(x)
         return self.layer(x)
 
 
-def shows_states(model, inputs, *, features=False, hidden=False):
+def with_states(model, inputs, *, features=False, hidden=False):
     return Outputs(model(inputs), hidden=(inputs * 2,) if hidden else ())
 
 
-def test_another_teacher_gives_the_answers_and_the_teacher_the_states():
+def test_another_teacher_gives_the_logits_and_the_teacher_the_hidden_states():
     teacher, other, x = Counting(0), Counting(1), torch.randn(5, 4)
-    alone = Distillation(KDConfig(), reader=shows_states, other=OtherTeacher(other))
-    wanted = alone.wanted(teacher, x)
-    assert torch.equal(wanted.logits, other(x)) and wanted.hidden == () and teacher.shown == 0
-    both = Distillation(KDConfig(), reader=shows_states, hidden_weight=1.0, other=OtherTeacher(other))
-    wanted = both.wanted(teacher, x)
-    assert torch.equal(wanted.logits, other(x)) and torch.equal(wanted.hidden[0], x * 2) and teacher.shown == 5
-    assert not wanted.logits.requires_grad
+    alone = Distillation(KDConfig(), outputs=with_states, other=OtherTeacher(other))
+    targets = alone.targets(teacher, x)
+    assert torch.equal(targets.logits, other(x)) and targets.hidden == () and teacher.samples == 0
+    both = Distillation(KDConfig(), outputs=with_states, hidden_weight=1.0, other=OtherTeacher(other))
+    targets = both.targets(teacher, x)
+    assert torch.equal(targets.logits, other(x)) and torch.equal(targets.hidden[0], x * 2) and teacher.samples == 5
+    assert not targets.logits.requires_grad
 
 
-def test_answers_are_remembered_by_number_alone():
+def test_logits_are_cached_only_where_the_samples_have_numbers():
     teacher, x, numbers = Counting(0), torch.randn(5, 4), torch.arange(5)
-    distillation = Distillation(KDConfig(), cache=AnswerCache(5))
+    distillation = Distillation(KDConfig(), cache=TeacherCache(5))
     for _ in range(3):
-        assert torch.equal(distillation.wanted(teacher, x, numbers).logits, teacher.layer(x))
-    assert teacher.shown == 5
-    distillation.wanted(teacher, x)
-    assert teacher.shown == 10
+        assert torch.equal(distillation.targets(teacher, x, numbers).logits, teacher.layer(x))
+    assert teacher.samples == 5
+    distillation.targets(teacher, x)
+    assert teacher.samples == 10
 
 
-def test_states_are_not_remembered_but_another_teachers_answers_are():
+def test_hidden_states_are_not_cached_but_another_teachers_logits_are():
     teacher, other, x, numbers = Counting(0), Counting(1), torch.randn(5, 4), torch.arange(5)
     distillation = Distillation(
-        KDConfig(), reader=shows_states, hidden_weight=1.0, other=OtherTeacher(other), cache=AnswerCache(5)
+        KDConfig(), outputs=with_states, hidden_weight=1.0, other=OtherTeacher(other), cache=TeacherCache(5)
     )
     for _ in range(3):
-        assert torch.equal(distillation.wanted(teacher, x, numbers).hidden[0], x * 2)
-    assert (teacher.shown, other.shown) == (15, 5)
+        assert torch.equal(distillation.targets(teacher, x, numbers).hidden[0], x * 2)
+    assert (teacher.samples, other.samples) == (15, 5)

@@ -1,4 +1,4 @@
-"""Why losses are taken in chunks: at a large vocabulary the logits of a batch are most of what training holds."""
+"""Losses are taken in chunks because with a large vocabulary a batch's logits take most of the memory in training."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# A process of its own, in which glibc is told to keep nothing large for later: what is freed is gone.
+# This runs in a process of its own, in which glibc returns every large block to the system as soon as it is freed.
 SCRIPT = """
 import json, resource, sys, threading, time
 import torch
@@ -31,15 +31,15 @@ def held():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def say(features, head, chunk):
+def outputs_of(features, head, chunk):
     return Outputs(head(features)) if chunk is None else Outputs(None, features, head)
 
 
 def train(chunk, features, heads):
     student = features[0].clone().requires_grad_()
     with torch.no_grad():
-        wanted = say(features[1], heads[1], chunk)
-    loss = Distillation(KDConfig(2.0), chunk=chunk).losses(say(student, heads[0], chunk), wanted, None)["kd"]
+        targets = outputs_of(features[1], heads[1], chunk)
+    loss = Distillation(KDConfig(2.0), chunk=chunk).losses(outputs_of(student, heads[0], chunk), targets, None)["kd"]
     loss.backward()
     return {"loss": loss.detach(), "gradient": student.grad}
 
@@ -62,7 +62,7 @@ def watched(chunk):
     return peak - before
 
 
-for chunk in (None, 2):  # libraries load something when they are first called
+for chunk in (None, 2):  # the first call of a library allocates memory that stays
     train(chunk, [part[:, :4] for part in features], [nn.Linear(WIDTH, 8)] * 2)
 print(json.dumps({"chunked": watched(12), "plain": watched(None)}))
 """
@@ -78,7 +78,7 @@ def test_losses_in_chunks_hold_a_quarter_of_the_memory_at_most(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     held = json.loads(done.stdout)
-    assert held["plain"] > 2 * 96 * 128256 * 4  # at least the logits of both were there at once
+    assert held["plain"] > 2 * 96 * 128256 * 4  # the logits of both models existed at once
     assert held["chunked"] <= 0.25 * held["plain"]
     plain, chunked = (load_file(tmp_path / f"{chunk}.safetensors") for chunk in (None, 12))
     assert torch.allclose(chunked["loss"], plain["loss"], rtol=1e-5)

@@ -43,7 +43,7 @@ def test_temperature_sharpens_the_sigmoid():
 
 def test_a_temperature_comes_down_by_the_same_factor_in_equal_parts_of_training():
     gate = SigmoidGate(1, init=1.0, temperature=0.25, start_temperature=4.0)
-    assert torch.allclose(gate.gate, torch.sigmoid(torch.tensor([4.0])))  # not trained: as it ends
+    assert torch.allclose(gate.gate, torch.sigmoid(torch.tensor([4.0])))  # before training it is as at the end
     found = []
     for progress in (0.0, 0.5, 1.0):
         gate.anneal(progress)
@@ -90,7 +90,7 @@ def test_projection_leaves_gates_within_the_bounds_alone():
 
 
 def test_projection_refuses_crossed_bounds():
-    with pytest.raises(ValueError, match=r"minimum 3 kept units exceeds maximum 2"):
+    with pytest.raises(ValueError, match=r"minimum 3 kept units exceeds maximum 2; choose a minimum up to"):
         project_gates_into_constraints([SigmoidGate(4)], minimum=3, maximum=2)
 
 
@@ -131,7 +131,7 @@ def test_a_hard_concrete_gate_is_the_probability_that_its_draws_are_not_zero():
         draws.append(gate.factor.detach())
     drawn = torch.stack(draws)
     torch.testing.assert_close((drawn > 0).float().mean(0), gate.gate.detach(), atol=0.012, rtol=0)
-    assert (drawn == 0).any(0).all() and (drawn == 1).any(0).all()  # both ends are reached
+    assert (drawn == 0).any(0).all() and (drawn == 1).any(0).all()  # draws reach both ends
     assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
 
 

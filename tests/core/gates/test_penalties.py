@@ -55,7 +55,7 @@ def test_crossed_floor_and_ceiling_are_refused(floor, ceiling):
 
 
 def test_polarization_is_least_where_gates_are_0_or_1(family):
-    # mean |g| = 3.2 / 9; the distances to it are worked out by hand below
+    # mean |g| is 3.2 / 9; the distances to it are added up below
     values = torch.cat(list(GATES.values()))
     expected = 2.0 * (0.5 * 3.2 / 9 - sum(abs(float(g) - 3.2 / 9) for g in values) / 9)
     assert float(Polarization(2.0, pull=0.5)(GATES, family)) == pytest.approx(expected)

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from hawada.core.gates import Student
-from hawada.core.importance import CalibrationData, rank_units
+from hawada.core.importance import CalibrationData, importance_from_gates, rank_units
 from hawada.core.importance.fisher import FisherImportance
 from hawada.core.importance.gates import Gates
 from hawada.core.importance.magnitude import Magnitude
 from hawada.core.importance.obs import ObsImportance
-from hawada.core.search import saliency_from_gates
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def ranked(importance, student, toy, groups, inputs):
 
 def test_gates_are_the_effective_ones_each_by_the_size_of_its_group(student, toy, groups, inputs):
     found = ranked(Gates(), student, toy, groups, inputs)
-    expected = saliency_from_gates(student.effective_gates())
+    expected = importance_from_gates(student.effective_gates())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

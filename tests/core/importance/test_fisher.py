@@ -15,17 +15,17 @@ def student(toy, groups):
 
 
 def exact(student, inputs):
-    """Half the expected square, answer by answer: no draw."""
+    """Half the expected squared gradient, summed over all classes instead of drawn."""
     totals = {group.name: torch.zeros(group.units) for group in student.groups}
     masks = [torch.ones(group.units, requires_grad=True) for group in student.groups]
     for gate, mask in zip(student.gates, masks, strict=True):
         gate.hard = mask
     for row in inputs:
-        said = F.log_softmax(student(row[None]), dim=-1)[0]
-        for answer in said:
-            found = torch.autograd.grad(answer, masks, retain_graph=True)
+        logs = F.log_softmax(student(row[None]), dim=-1)[0]
+        for log in logs:
+            found = torch.autograd.grad(log, masks, retain_graph=True)
             for group, gradient in zip(student.groups, found, strict=True):
-                totals[group.name] += answer.exp().detach() * gradient.square() / (2 * len(inputs))
+                totals[group.name] += log.exp().detach() * gradient.square() / (2 * len(inputs))
     for gate in student.gates:
         gate.hard = None
     return totals
@@ -33,16 +33,16 @@ def exact(student, inputs):
 
 def test_the_fisher_information_is_the_expected_square_whatever_the_batches(student, inputs):
     torch.manual_seed(0)
-    wanted = exact(student, inputs)
+    expected = exact(student, inputs)
     found = fisher_importance(student, [(inputs[:8],), (inputs[8:],)] * 1500)
-    for name, values in wanted.items():
+    for name, values in expected.items():
         assert torch.allclose(found[name], values, rtol=0.15, atol=0.02 * float(values.max())), name
     assert all(gate.hard is None for gate in student.gates)
 
 
-def test_tokens_that_do_not_count_have_no_part_in_it(student, inputs):
+def test_tokens_whose_label_is_ignored_do_not_count(student, inputs):
     def by_token(model, inputs, *, features, hidden):
-        return Outputs(model(inputs).unflatten(0, (-1, 2)))  # two tokens a text
+        return Outputs(model(inputs).unflatten(0, (-1, 2)))  # two tokens per text
 
     labels = torch.tensor([[0, IGNORED]] * 8)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_tokens_that_do_not_count_have_no_part_in_it(student, inputs):
     assert all(torch.allclose(one[k], v) for k, v in fisher_importance(student, [(others, labels)], by_token).items())
 
 
-def test_logits_may_be_made_a_few_at_a_time(student, inputs):
+def test_logits_may_be_made_in_chunks(student, inputs):
     def by_features(model, inputs, *, features, hidden):
         head, model.model.head = model.model.head, torch.nn.Identity()
         try:
@@ -66,11 +66,11 @@ def test_logits_may_be_made_a_few_at_a_time(student, inputs):
         torch.manual_seed(0)
         found.append(fisher_importance(student, [(inputs,)], by_features, chunk))
     for name, values in found[0].items():
-        assert torch.allclose(found[1][name], values)  # in one piece
-        assert (found[2][name] > 0).any() and found[2][name].shape == values.shape  # other draws
+        assert torch.allclose(found[1][name], values)  # one chunk
+        assert (found[2][name] > 0).any() and found[2][name].shape == values.shape  # the draws differ
 
 
-def test_units_that_matter_begin_further_open_ranked_within_their_kind(student):
+def test_gates_of_important_units_start_higher_ranked_within_their_kind(student):
     importance = {
         "first.branch": torch.tensor([3.0]),
         "second.branch": torch.tensor([1.0]),
@@ -89,7 +89,7 @@ def test_units_that_matter_begin_further_open_ranked_within_their_kind(student):
     assert (together[order].diff() > 0).all()
 
 
-def test_units_that_matter_alike_begin_alike(student):
+def test_gates_of_equal_importance_start_equal(student):
     importance = {group.name: torch.zeros(group.units) for group in student.groups}
     importance["second.hidden"][5] = 1.0
     before = student.gate_of("first.hidden").theta.detach().clone()

@@ -153,6 +153,24 @@ def test_a_site_that_is_gone_takes_no_time(toy, groups, sites, inputs):
     assert float(proxy.predict(dict.fromkeys(full_widths(groups), 0))) == 0.0
 
 
+def test_the_sites_that_are_timed_are_those_that_the_caller_slices(toy, groups, sites, inputs):
+    asked = []
+
+    def slice_site(model, groups, keep, path):
+        asked.append((path, keep["first.hidden"]))
+        return nn.Identity() if len(keep["first.hidden"]) < 8 else materialize(model, groups, keep, path)
+
+    table = build_table(
+        *(toy, groups, sites[:1], [(1, toy, (inputs,))], SimulatedClock()),
+        policy=ExportPolicy(),
+        points=2,
+        rounds=QUICK,
+        slice_site=slice_site,
+    )
+    assert list(dict.fromkeys(asked)) == [("first", tuple(range(8))), ("first", (0,)), ("first", ())]
+    assert table.sites[0].ms[1].tolist() == [0.0, table.sites[0].ms[1, 1]] and table.sites[0].ms[1, 1] > 0
+
+
 def test_calls_count_as_often_as_they_happen(toy, groups, sites, inputs):
     one, many = (toy_table(toy, groups, sites, (1, toy, (x,))) for x in (inputs[:2], inputs.repeat(500, 1)))
     both = toy_table(toy, groups, sites, (1, toy, (inputs[:2],)), (2.5, toy, (inputs.repeat(500, 1),)))

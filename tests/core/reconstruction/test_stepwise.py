@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from hawada.core.reconstruction.stepwise import Stepwise, stops
+from hawada.core.reconstruction.stepwise import StepwisePass, pausing_at
 
 
 class Chain(nn.Module):
-    """Three layers; remembers which ran, and in which order."""
+    """Three layers; records which of them ran, in order, with their outputs."""
 
     def __init__(self):
         super().__init__()
@@ -30,53 +30,64 @@ def closing(*passes):
         assert not one.is_alive()
 
 
-def test_what_is_changed_while_a_pass_stands_still_is_what_it_goes_on_with():
+def test_a_paused_pass_goes_on_with_changed_weights():
     model = Chain()
-    one, other = Stepwise(model, torch.ones(2)), Stepwise(model, 2 * torch.ones(2))
-    with stops([model.layers[2], model.layers[1]], before=True):
-        assert one.step(model.layers[1]).tolist() == [1, 1] and other.step(model.layers[1]).tolist() == [2, 2]
+    one, other = StepwisePass(model, torch.ones(2)), StepwisePass(model, 2 * torch.ones(2))
+    with pausing_at([model.layers[2], model.layers[1]], before=True):
+        assert one.advance_to(model.layers[1]).tolist() == [1, 1] and other.advance_to(model.layers[1]).tolist() == [
+            2,
+            2,
+        ]
         assert [index for index, _ in model.ran] == [0, 0]
         model.layers[1].weight.data *= 3
-        assert one.step(model.layers[2]).tolist() == [3, 3] and other.step(model.layers[2]).tolist() == [6, 6]
+        assert one.advance_to(model.layers[2]).tolist() == [3, 3] and other.advance_to(model.layers[2]).tolist() == [
+            6,
+            6,
+        ]
         closing(one, other)
-    assert [index for index, _ in model.ran] == [0, 0, 1, 1]  # the last layer ran for none
+    assert [index for index, _ in model.ran] == [0, 0, 1, 1]  # the last layer ran in neither pass
 
 
-def test_behind_a_module_its_output_is_shown():
+def test_a_pause_after_a_module_hands_over_its_output():
     model = Chain()
     model.layers[0].weight.data *= 5
-    one = Stepwise(model, torch.ones(2))
-    with stops([model.layers[0]], before=False):
-        assert one.step(model.layers[0]).tolist() == [5, 5]
-        assert model(torch.ones(2)).tolist() == [5, 5]  # a pass like any other runs through
+    one = StepwisePass(model, torch.ones(2))
+    with pausing_at([model.layers[0]], before=False):
+        assert one.advance_to(model.layers[0]).tolist() == [5, 5]
+        assert model(torch.ones(2)).tolist() == [5, 5]  # an ordinary pass does not pause
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="came to its end"):
-                one.step(model.layers[0])
+            with pytest.raises(
+                RuntimeError,
+                match=r"export\.reconstruct: the forward pass reached its end before .*; set export\.reconstruct=false",
+            ):
+                one.advance_to(model.layers[0])
     closing(one)
 
 
-def test_layers_that_come_in_another_order_are_noticed():
+def test_layers_called_in_another_order_are_refused():
     model = Chain()
-    one = Stepwise(model, torch.ones(2))
-    with stops(list(model.layers), before=False):
-        one.step(model.layers[0])
-        with pytest.raises(RuntimeError, match="came to another layer"):
-            one.step(model.layers[2])
+    one = StepwisePass(model, torch.ones(2))
+    with pausing_at(list(model.layers), before=False):
+        one.advance_to(model.layers[0])
+        with pytest.raises(
+            RuntimeError, match=r"the forward pass reached another layer before the layer that was expected"
+        ):
+            one.advance_to(model.layers[2])
         closing(one)
 
 
 def test_gradients_are_not_recorded():
     model = Chain()
-    one = Stepwise(model, torch.ones(2))
-    with stops([model.layers[1]], before=True):
-        assert not one.step(model.layers[1]).requires_grad
+    one = StepwisePass(model, torch.ones(2))
+    with pausing_at([model.layers[1]], before=True):
+        assert not one.advance_to(model.layers[1]).requires_grad
         closing(one)
 
 
-def test_what_the_model_raises_reaches_who_waits():
+def test_errors_of_the_model_reach_the_caller():
     model, before = Chain(), threading.active_count()
-    one, never = Stepwise(model, torch.ones(3)), Stepwise(model, torch.ones(2))
-    with stops([model.layers[0]], before=False), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        one.step(model.layers[0])
+    one, never = StepwisePass(model, torch.ones(3)), StepwisePass(model, torch.ones(2))
+    with pausing_at([model.layers[0]], before=False), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        one.advance_to(model.layers[0])
     closing(one, never)
     assert threading.active_count() == before

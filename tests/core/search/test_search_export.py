@@ -5,7 +5,7 @@ import torch
 
 from hawada.core.latency import Budget, LatencyProxy, LatencyTable
 from hawada.core.latency.site_table import SiteTable
-from hawada.core.search import BudgetSearch, grid_search_latency, search_export
+from hawada.core.search import BudgetSearch, ImportanceObjective, grid_search_latency, search_export
 from hawada.core.structure import ExportPolicy, Group, Removal, Rounding, Site, full_widths, keep_all, widths_of
 from hawada.core.verdict import Comparison, Interval, Latency
 
@@ -51,11 +51,17 @@ def make_search(groups, linear_proxy, calls, budget, *, offset=0.0, scale=1.0, p
         ]
     )
     torch.manual_seed(0)
-    saliency = {group.name: torch.rand(group.units) / group.units for group in groups}
-    saliency |= {"first.branch": torch.ones(1), "second.branch": torch.ones(1)}
+    importance = {group.name: torch.rand(group.units) / group.units for group in groups}
+    importance |= {"first.branch": torch.ones(1), "second.branch": torch.ones(1)}
     measure, teacher_ms = fake_measure(groups, linear_proxy, calls, offset=offset, scale=scale, noise=noise)
     return BudgetSearch(
-        groups, saliency, LatencyProxy(table), policies or [ExportPolicy()], measure, budget, teacher_ms
+        groups,
+        ImportanceObjective(groups, importance),
+        LatencyProxy(table),
+        policies or [ExportPolicy()],
+        measure,
+        budget,
+        teacher_ms,
     )
 
 
@@ -89,7 +95,7 @@ def test_wide_intervals_lead_below_the_target_and_not_to_the_smallest_model(line
     assert reached.median >= 0.7 * (1 - noise - 0.05)
 
 
-def test_before_it_gives_up_it_tries_less_than_it_wanted(linear_proxy):
+def test_before_it_gives_up_it_tries_less_than_its_aim(linear_proxy):
     """A device that is far slower than believed, and only one model to find it out with."""
     groups, calls = wide_groups(), []
     search = make_search(groups, linear_proxy, calls, Budget(None, 0.7, 0.05), offset=12.0)
@@ -98,7 +104,7 @@ def test_before_it_gives_up_it_tries_less_than_it_wanted(linear_proxy):
     assert 0.5 < result.chosen.comparison.ratio.median <= 0.7
 
 
-def test_an_infeasible_budget_gives_the_fastest_and_says_so(linear_proxy):
+def test_an_infeasible_budget_gives_the_fastest_and_the_status(linear_proxy):
     groups, calls = wide_groups(), []
     search = make_search(groups, linear_proxy, calls, Budget(None, 0.3, 0.05), offset=60.0)
     result = search_export(search, max_measurements=10)
@@ -134,8 +140,8 @@ def test_the_grid_measures_every_multiple_and_ranks_by_what_is_retained(linear_p
     assert sorted(candidate.level for candidate in candidates) == [0, 1, 2] and len(calls) == 3
     holds = [search.budget.holds(candidate.comparison) for candidate in candidates]
     assert holds == sorted(holds, reverse=True) and holds[0]
-    worth = [candidate.worth for candidate, held in zip(candidates, holds, strict=True) if held]
-    assert worth == sorted(worth, reverse=True)
+    values = [candidate.value for candidate, held in zip(candidates, holds, strict=True) if held]
+    assert values == sorted(values, reverse=True)
     for candidate in candidates:
         widths = widths_of(candidate.keep, search.groups)
         assert all(widths[f"{path}.hidden"] % (1, 4, 32)[candidate.level] == 0 for path in ("first", "second"))
@@ -148,7 +154,7 @@ def test_when_nothing_holds_the_fastest_comes_first(linear_proxy):
     assert ratios == sorted(ratios)
 
 
-def test_the_grid_wants_a_multiple(linear_proxy):
+def test_the_grid_needs_a_multiple(linear_proxy):
     search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.5, 0.05))
     with pytest.raises(ValueError, match=r"gpu\.multiple: no rounding multiple is given; \[1\] allows every width"):
         replace(search, policies=[])
@@ -171,21 +177,64 @@ def test_a_measurement_of_the_search_outweighs_one_of_the_calibration(linear_pro
     assert 1.007 < search.predicted_ratio(keep_all(groups)) < 1.015
 
 
+class Fixed:
+    """An objective with a value for each group's share that stays, and a total that a function gives."""
+
+    def __init__(self, importance, weights, total):
+        self.importance, self.weights, self.total = importance, weights, total
+
+    def value(self, group, widths):
+        return self.weights.get(group.name, 0.0) * widths[group.name] / group.full_width
+
+
+@pytest.mark.parametrize("preferred", ["first", "second"])
+def test_proposals_of_other_objectives_are_ranked_by_the_total_of_the_search(linear_proxy, preferred):
+    """The sum of values keeps the first branch, another objective proposes the second; the total decides."""
+    groups, calls = wide_groups(), []
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.55, 0.05))
+    importance, asked = search.objective.importance, []
+
+    def total(keep):
+        asked.append(keep)
+        return float(len(keep[f"{preferred}.hidden"]))
+
+    objective = Fixed(importance, {"first.hidden": 9.0, "first.branch": 9.0}, total)
+    other = Fixed(importance, {"second.hidden": 9.0, "second.branch": 9.0}, lambda keep: 0.0)
+    both = replace(search, objective=objective, alternatives=[other])
+    widths = widths_of(both.choose(0.55, 0), groups)
+    assert widths[f"{preferred}.hidden"] == max(widths[f"{path}.hidden"] for path in ("first", "second")) > 32
+    assert len(asked) == 2
+    alone = widths_of(replace(search, objective=objective).choose(0.55, 0), groups)
+    assert alone["first.hidden"] > alone["second.hidden"]
+    near = widths_of(both.choose(0.55, 0, full_widths(groups)), groups)  # a neighbour is the objective's alone
+    assert near["first.hidden"] > near["second.hidden"] and len(asked) == 2
+    assert both.try_keep(keep_all(groups), 0).value == 64.0
+
+
+def test_an_allocation_is_made_once_for_each_level(linear_proxy):
+    """What does not change while models are measured is computed once."""
+    search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.6, 0.05), policies=multiples(1, 4))
+    first = [search.allocation(level) for level in (0, 1)]
+    search_export(search, max_measurements=4)
+    assert [search.allocation(level) for level in (0, 1)] == first and first[0] is not first[1]
+
+
 def test_what_looks_right_once_is_measured_again(linear_proxy):
     groups, calls = wide_groups(), []
     search = make_search(groups, linear_proxy, calls, Budget(None, 0.75, 0.05))
     measure, lucky = search.measure, []
 
-    def moody(keep):
-        """The first model on target was measured in a mood that made it 8 % too fast."""
-        said = measure(keep)
-        if search.budget.on_target(said) and not lucky:
+    def unstable(keep):
+        """The first model on target was measured in a phase in which it was 8 % too fast."""
+        comparison = measure(keep)
+        if search.budget.on_target(comparison) and not lucky:
             lucky.append(keep)
         share = 1.08 if keep in lucky and calls.count(keep) > 1 else 1.0
-        ratio = Interval(*(share * value for value in (said.ratio.median, said.ratio.low, said.ratio.high)))
-        return replace(said, ratio=ratio)
+        known = comparison.ratio
+        ratio = Interval(*(share * value for value in (known.median, known.low, known.high)))
+        return replace(comparison, ratio=ratio)
 
-    search.measure, search.confirmations = moody, 1
+    search.measure, search.confirmations = unstable, 1
     result = search_export(search)
     assert calls.count(lucky[0]) == 2 and result.chosen.keep != lucky[0]
     assert result.status == "on_target" and result.chosen.times == 2

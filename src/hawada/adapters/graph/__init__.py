@@ -1,4 +1,4 @@
-"""Any network whose forward pass can be followed: what may be removed is read from its graph."""
+"""Any network whose forward pass torch.fx can follow: the groups are read from the graph of that pass."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Any convolutional network: channels, residual branches and streams found by following its forward pass."""
+"""The adapter for any convolutional network: it finds channels, branches and streams by following the forward pass."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from hawada.adapters.base import Shape
 from hawada.adapters.graph.block_states import BlockStates
 from hawada.adapters.graph.declaration import Declaration
 from hawada.adapters.graph.sites import find_sites
-from hawada.adapters.graph.trace import trace
-from hawada.adapters.weights import Source
+from hawada.adapters.graph.trace import Trace, trace
+from hawada.adapters.weights import WeightsSource
 from hawada.core.structure import Group, Site
 
-WITH_AUXILIARIES = ("googlenet", "inception_v3")  # classifiers on the way that only training runs
+ARCHS_WITH_AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # only training runs these classifiers
 
 
 class GraphAdapter(BlockStates):
-    """Convolutional networks from torchvision or from code of one's own.
+    """Convolutional networks from torchvision or from the user's own code.
 
-    What may be removed is read from the graph that torch.fx makes of the forward pass, never from names. Channels
-    that meet an operator which is not understood, or a number of channels written into code, all stay.
+    The groups are read from the graph that torch.fx makes of the forward pass, never from names. Channels that meet an
+    operator which is not understood, or a number of channels that is written into code, all stay.
 
     Args:
-        arch: name of a torchvision model (`mobilenet_v2`), or None with `factory`.
-        factory: path of a function or class that returns the model (`mypackage.nets.resnet20`). It is imported and
+        arch: The name of a torchvision model (`mobilenet_v2`), or None with `factory`.
+        factory: The path of a function or class that returns the model (`mypackage.nets.resnet20`). It is imported and
             called; a saved model that names one loads only with `trust=["mypackage."]`.
-        arguments: keyword arguments of the factory, or of torchvision's builder; plain values. GoogLeNet and Inception
-            come without their auxiliary classifiers unless these ask for them.
-        num_classes: size of the classifier, handed on under this name; None leaves it to the builder.
-        image_size: side of the square input whose latency is optimised, in pixels.
-        channels: of the input image.
-        weights: name of torchvision weights (`IMAGENET1K_V1`), or None; for `arch` only.
-        path: local weights instead: a `.safetensors` state dict, or a folder that this program saved.
-        stream: channels that residual blocks add into may become fewer too.
+        arguments: Plain keyword arguments of the factory or of torchvision's builder. GoogLeNet and Inception are built
+            without their auxiliary classifiers unless these arguments ask for them.
+        num_classes: The number of classes, which the builder gets under this name; None leaves it to the builder.
+        image_size: The side of the square input whose latency is optimised, in pixels.
+        channels: The number of channels that the input image has.
+        weights: The name of torchvision weights (`IMAGENET1K_V1`), or None; they go with `arch` only.
+        path: Local weights to use instead, a `.safetensors` state dict or a folder that this program saved.
+        stream: Whether the channels that residual blocks add into may become fewer too.
+
+    Raises:
+        ValueError: Neither or both of `arch` and `factory` are given, `arch` is unknown, or the weights do not go with
+            the model.
     """
 
     imports = ("factory",)
@@ -73,20 +77,20 @@ class GraphAdapter(BlockStates):
     def skeleton(self) -> nn.Module:
         device = torch.get_default_device()
         try:
-            return self._build().eval()
+            return self._build_model().eval()
         except (NotImplementedError, RuntimeError):
             if device.type != "meta":
                 raise
-        with torch.device("cpu"):  # a builder that computes with tensors
-            model = self._build()
+        with torch.device("cpu"):  # some builders compute with the values of tensors
+            model = self._build_model()
         return model.to(device).eval()
 
     def check_teacher(self) -> None:
-        self._source().check()
+        self._weights_source().check()
 
     def teacher(self) -> nn.Module:
         trust = () if self.factory is None else (self.factory,)
-        return self._source().fill(self.skeleton, str(self.num_classes or "its"), trust)
+        return self._weights_source().fill(self.skeleton, str(self.num_classes or "its"), trust)
 
     def loads_with(self, path: str, model: nn.Module) -> str:
         if self.factory is None:
@@ -94,10 +98,10 @@ class GraphAdapter(BlockStates):
         return f"import hawada\n\nmodel = hawada.load({path!r}, trust=[{self.factory.partition('.')[0] + '.'!r}])"
 
     def groups(self, model: nn.Module) -> list[Group]:
-        return self._declared(model)[1].groups
+        return self._declaration_of(model)[1].groups
 
     def sites(self, model: nn.Module) -> list[Site]:
-        return find_sites(*self._declared(model))
+        return find_sites(*self._declaration_of(model))
 
     def example_inputs(self, shape: Shape) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
@@ -110,20 +114,23 @@ class GraphAdapter(BlockStates):
         transforms: Any = torchvision.models.get_model_weights(self.arch)[self.weights].transforms()
         return transforms.mean, transforms.std
 
-    def _declared(self, model: nn.Module) -> Any:
+    def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
+        """Follow the forward pass of a model and declare its groups."""
         found = trace(model, self.example_inputs(Shape(2)))
         return found, Declaration(found, stream=self.with_stream)
 
-    def _source(self) -> Source:
-        return Source(self.arch or str(self.factory), self.weights, self.path, named=self.arch is not None)
+    def _weights_source(self) -> WeightsSource:
+        return WeightsSource(self.arch or str(self.factory), self.weights, self.path, named=self.arch is not None)
 
-    def _build(self) -> nn.Module:
+    def _build_model(self) -> nn.Module:
         arguments = self.arguments | ({} if self.num_classes is None else {"num_classes": self.num_classes})
-        if self.arch in WITH_AUXILIARIES:  # torchvision's weights were trained on inputs that the model transforms
+        if self.arch in ARCHS_WITH_AUXILIARY_CLASSIFIERS:
+            # torchvision's weights were trained on inputs that the model itself transforms
             plain = {"aux_logits": False, "init_weights": False, "transform_input": self.weights is not None}
             arguments = plain | arguments
         if self.arch is not None:
-            return torchvision.models.get_model(self.arch, weights=None, **arguments)
+            named: nn.Module = torchvision.models.get_model(self.arch, weights=None, **arguments)
+            return named
         assert self.factory is not None
         try:
             build = resolve_name(self.factory)
@@ -132,7 +139,9 @@ class GraphAdapter(BlockStates):
                 f"model.adapter.factory: {self.factory} cannot be imported ({error}); is its package installed?"
             ) from error
         package = self.factory.partition(".")[0]
-        if (getattr(build, "__module__", None) or "").partition(".")[0] != package:  # what a module imports is not its
+        if (getattr(build, "__module__", None) or "").partition(".")[
+            0
+        ] != package:  # an imported name belongs to another package
             raise ValueError(
                 f"model.adapter.factory: {self.factory} is not defined in {package}; name a function or class where it "
                 "is defined"

@@ -1,4 +1,4 @@
-"""Where the channels of an activation lie, and where operators that change shapes put them."""
+"""The axis of an activation that holds channels, and where operators that change shapes move it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import fx
+from torch import Tensor, fx
 
-from hawada.adapters.graph.trace import VALUE
+from hawada.adapters.graph.trace import VALUE_META_KEY
 
 Labels = NDArray[np.int64]
 
@@ -20,8 +20,8 @@ class Axis:
     """The axis of an activation that holds channels.
 
     Attributes:
-        dim: which, counted from the front.
-        labels: for each element, the number of its channel.
+        dim: The index of the axis, counted from the front.
+        labels: For each element of the axis, the number of its channel.
     """
 
     dim: int
@@ -29,22 +29,22 @@ class Axis:
 
 
 def value(node: fx.Node) -> Any:
-    """What a node evaluates to."""
-    return node.meta[VALUE]
+    """Return the value that a node evaluates to."""
+    return node.meta[VALUE_META_KEY]
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call by its position, or else its name."""
+    """Return an argument of a call, by its position or else by its name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def flattened(node: fx.Node, axis: Axis) -> Axis | str:
-    """`torch.flatten`."""
+    """Follow the channels through `torch.flatten`."""
     return flatten(axis, _given(node).shape, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
 
 
 def flatten(axis: Axis, shape: Any, start: int, end: int) -> Axis | str:
-    """The axes from `start` to `end` in one; a string says why that cannot be followed."""
+    """Merge the axes from `start` to `end`; a string is returned as the reason where channels cannot be followed."""
     start, end = start % len(shape), end % len(shape)
     if start >= end or axis.dim < start:
         return axis
@@ -56,7 +56,7 @@ def flatten(axis: Axis, shape: Any, start: int, end: int) -> Axis | str:
 
 
 def viewed(node: fx.Node, axis: Axis) -> Axis | str:
-    """Only `(batch, -1)` is known to leave the size of the channel axis to what comes."""
+    """Follow `view` and `reshape`; of their targets only `(batch, -1)` leaves the number of channels open."""
     sizes: Any = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
     shape = _given(node).shape
     if axis.dim == 1 and len(sizes) == 2 and sizes[1] == -1 and value(node).shape[0] == shape[0]:
@@ -65,7 +65,7 @@ def viewed(node: fx.Node, axis: Axis) -> Axis | str:
 
 
 def reduced(node: fx.Node, axis: Axis) -> Axis | str:
-    """Means and the like over other axes."""
+    """Follow means, sums and maxima over other axes."""
     rank, dims = _given(node).dim(), argument(node, 1, "dim")
     listed = [dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))]
     if axis.dim in listed:
@@ -75,30 +75,31 @@ def reduced(node: fx.Node, axis: Axis) -> Axis | str:
 
 
 def permuted(node: fx.Node, axis: Axis) -> Axis | str:
-    """`permute`."""
+    """Follow the channels through `permute`."""
     dims: Any = argument(node, 1, "dims")
-    order = [dim % _given(node).dim() for dim in (dims if isinstance(dims, list | tuple) else node.args[1:])]
+    listed: Any = dims if isinstance(dims, list | tuple) else node.args[1:]
+    order = [dim % _given(node).dim() for dim in listed]
     return Axis(order.index(axis.dim), axis.labels)
 
 
 def transposed(node: fx.Node, axis: Axis) -> Axis | str:
-    """`transpose`."""
+    """Follow the channels through `transpose`."""
     first, second = (argument(node, 1 + side, f"dim{side}") % _given(node).dim() for side in (0, 1))
     return Axis({first: second, second: first}.get(axis.dim, axis.dim), axis.labels)
 
 
 def unsqueezed(node: fx.Node, axis: Axis) -> Axis | str:
-    """`unsqueeze`."""
+    """Follow the channels through `unsqueeze`."""
     dim = argument(node, 1, "dim") % value(node).dim()
     return Axis(axis.dim + (dim <= axis.dim), axis.labels)
 
 
 def selected(node: fx.Node, axis: Axis) -> Axis | str:
-    """Slices of other axes, and new axes."""
+    """Follow slices of other axes, and new axes."""
     index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     slices = [part for part in index if part is not None]
     if not all(isinstance(part, slice) for part in slices):
-        return "selects by something else than slices"
+        return "selects elements by something other than slices"
     if len(slices) > axis.dim and slices[axis.dim] != slice(None):
         return "selects channels by number"
     new = sum(part is None and sum(p is not None for p in index[:at]) <= axis.dim for at, part in enumerate(index))
@@ -106,16 +107,17 @@ def selected(node: fx.Node, axis: Axis) -> Axis | str:
 
 
 def padded(node: fx.Node, axis: Axis) -> Axis | str:
-    """Padding of other axes."""
+    """Follow padding of other axes."""
     widths: Any = argument(node, 1, "pad", ())
-    own = 2 * (_given(node).dim() - 1 - axis.dim)  # pairs begin with the last axis
+    own = 2 * (_given(node).dim() - 1 - axis.dim)  # the pairs of widths begin with the last axis
     zero = argument(node, 3, "value") in (None, 0, 0.0)
     if zero and isinstance(widths, list | tuple) and not any(widths[own : own + 2]):
         return axis
     return "pads by a number of channels that is written into code, or with something else than 0"
 
 
-MOVES: dict[str, Callable[[fx.Node, Axis], Axis | str]] = {
+# For each operator that changes shapes, the function that follows the channel axis through it.
+AXIS_RULES: dict[str, Callable[[fx.Node, Axis], Axis | str]] = {
     "flatten": flattened,
     "view": viewed,
     "reshape": viewed,
@@ -131,12 +133,15 @@ MOVES: dict[str, Callable[[fx.Node, Axis], Axis | str]] = {
 
 
 def takes_size(node: fx.Node, axis: Axis) -> bool:
-    """Whether a `size`, `shape` or the like hands the number of channels on; the sizes of other axes do not change."""
+    """Return whether a `size`, `shape` or similar operator hands on the number of channels.
+
+    The sizes of other axes do not change when channels go.
+    """
     rank, asks = _given(node).dim(), argument(node, 1, "dim")
     if node.target == "dim" or (node.target is getattr and asks != "shape"):
         return False
     if isinstance(asks, int):
-        return asks % rank == axis.dim
+        return bool(asks % rank == axis.dim)
     users = [user for user in node.users if user.users]
     for user in users:
         index: Any = user.args[1] if len(user.args) > 1 else None
@@ -147,5 +152,9 @@ def takes_size(node: fx.Node, axis: Axis) -> bool:
     return False
 
 
-def _given(node: fx.Node) -> Any:
-    return value(node.args[0])  # type: ignore[arg-type]
+def _given(node: fx.Node) -> Tensor:
+    """Return the tensor that an operator is called with, on the meta device."""
+    given = node.args[0]
+    assert isinstance(given, fx.Node)
+    tensor: Tensor = value(given)
+    return tensor

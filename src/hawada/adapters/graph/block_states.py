@@ -1,4 +1,4 @@
-"""Residual networks of images: their hidden states are what the blocks put out."""
+"""Hidden states of residual networks for images: the outputs of their blocks."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hawada.core.gates import Student
 
 
 class BlockStates(Adapter):
-    """An adapter that shows the outputs of residual blocks as hidden states, (batch, channels, height, width).
+    """An adapter whose hidden states are the outputs of residual blocks, (batch, channels, height, width).
 
-    A block whose branch was removed puts out what is left of it: a slim model has as many states as its teacher.
+    A block whose branch was removed still returns its shortcut, so a slim model has as many states as its teacher.
 
     Attributes:
-        with_stream: whether the channels that blocks add into may become fewer; there are no states to compare then.
+        with_stream: Whether the channels that blocks add into may become fewer; no states can be compared then.
     """
 
     with_stream: bool
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """Paths of the blocks that have a branch to remove."""
+        """The paths of the blocks that have a branch to remove."""
         groups = self.groups(self.skeleton())
         return tuple(group.removes[0].module for group in groups if group.kind == "branch")
 
@@ -44,10 +44,10 @@ class BlockStates(Adapter):
         if not hidden:
             return super().outputs(model, inputs, features=features)
         self.check_outputs(features=features, hidden=hidden)
-        inner: Any = getattr(model, "module", model)  # under data-parallel training
+        inner: Any = getattr(model, "module", model)  # data-parallel training wraps the model
         inner = inner.model if isinstance(inner, Student) else inner
         states: dict[str, Tensor] = {}
-        handles = [inner.get_submodule(path).register_forward_hook(_Keep(states, path)) for path in self.blocks]
+        handles = [inner.get_submodule(path).register_forward_hook(_StateHook(states, path)) for path in self.blocks]
         try:
             logits = self.logits(model(inputs))
         finally:
@@ -56,8 +56,8 @@ class BlockStates(Adapter):
         return Outputs(logits, hidden=tuple(states[path] for path in self.blocks))
 
 
-class _Keep:
-    """A hook that puts a module's output aside."""
+class _StateHook:
+    """A forward hook that stores a module's output under its path."""
 
     def __init__(self, states: dict[str, Tensor], path: str) -> None:
         self.states, self.path = states, path

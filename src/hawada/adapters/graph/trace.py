@@ -1,4 +1,4 @@
-"""A model's forward pass as a graph: which modules are called with what, and the shapes that flow between them."""
+"""A model's forward pass as a graph: the calls of its modules, and the shapes that flow between them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torchvision.ops import StochasticDepth
 
 from hawada.core.structure import Inputs
 
-LEAVES = (
+LEAF_MODULES = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
     nn.Linear,
     _NormBase,
     StochasticDepth,
-)  # subclasses too: their code is ours to read
-VALUE = "value"  # of a node's meta: what it evaluates to, tensors on the meta device
+)  # and their subclasses: their calls stay single nodes, which the adapter understands by class
+VALUE_META_KEY = "value"  # under this key a node's meta holds its value, with tensors on the meta device
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Call:
     """One call of a module.
 
     Attributes:
-        path: of the module.
-        inputs: the tensors among its arguments.
-        output: the node of what it returns; None unless it is called with one tensor alone and returns one.
-        index: how many calls began before it.
-        start: how many nodes came before it.
-        end: how many came before whatever follows.
-        leaf: whether the graph knows nothing of its inside.
+        path: The path of the module.
+        inputs: The nodes of the tensors among its arguments.
+        output: The node of its result; None unless it is called with one tensor alone and returns one.
+        index: The number of calls that began before it.
+        start: The number of nodes before its first one.
+        end: The number of nodes up to and with its last one.
+        leaf: Whether the graph does not look inside the module.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Call:
     leaf: bool
 
     def holds(self, other: Call) -> bool:
-        """Whether the other call happens within this one."""
+        """Return whether the other call happens within this one."""
         return self.index < other.index and other.end <= self.end
 
     def __contains__(self, index: int) -> bool:
@@ -59,9 +59,9 @@ class Trace:
     """One forward pass in eval mode.
 
     Attributes:
-        model: what ran, without numbers: its parameters are on the meta device.
-        nodes: in order of execution; `node.meta["value"]` is what each evaluates to.
-        calls: of modules, in the order in which they begin, outer ones first.
+        model: A copy of the model whose parameters are on the meta device and so have no values.
+        nodes: The nodes in order of execution; `node.meta["value"]` is the value of each.
+        calls: The calls of modules, in the order in which they begin, outer ones first.
     """
 
     model: nn.Module
@@ -69,13 +69,13 @@ class Trace:
     calls: tuple[Call, ...]
 
     def once(self) -> list[Call]:
-        """Calls of the modules that are called exactly once, the whole model left out."""
+        """List the calls of modules that are called exactly once, without that of the whole model."""
         paths = [call.path for call in self.calls]
         return [call for call in self.calls if call.path and paths.count(call.path) == 1]
 
 
 class _Tracer(fx.Tracer):
-    """Notes where each module's call begins and ends."""
+    """A tracer that records where each module's call begins and ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Tracer(fx.Tracer):
         self.calls: list[Call] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LEAF_MODULES) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path, start, index = self.path_of_module(m), len(self.graph.nodes), self.begun
@@ -105,30 +105,30 @@ class _Tracer(fx.Tracer):
 
 
 class _Evaluator(fx.Interpreter):
-    """Notes what every node evaluates to."""
+    """An interpreter that stores the value of every node in its meta."""
 
     def run_node(self, n: fx.Node) -> Any:
-        n.meta[VALUE] = super().run_node(n)
-        return n.meta[VALUE]
+        n.meta[VALUE_META_KEY] = super().run_node(n)
+        return n.meta[VALUE_META_KEY]
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Follow a forward pass without computing it; the model may be on any device and is not changed.
 
     Raises:
-        ValueError: naming the place, when the pass depends on data, does not fit the inputs, skips a module with
-            parameters or returns something else than one tensor.
+        ValueError: The pass depends on data, does not fit the inputs, skips a module with parameters or returns
+            something other than one tensor; the message names the place.
     """
-    numberless: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    numberless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    model = copy.deepcopy(model, numberless).eval()  # shares nothing, copies no numbers
+    valueless: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    valueless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    model = copy.deepcopy(model, valueless).eval()  # the copy shares nothing and copies no values
     tracer = _Tracer()
     name = type(model).__name__
     try:
-        graph = tracer.trace(model, _defaults(model))
-    except Exception as error:  # whatever a forward pass does with a stand-in for a tensor
+        graph = tracer.trace(model, _optional_arguments(model))
+    except Exception as error:  # a forward pass may do anything with a stand-in for a tensor
         raise ValueError(
-            f"{name}: torch.fx cannot follow {_place(error)} ({_first_line(error)}); "
+            f"{name}: torch.fx cannot follow {_innermost_line(error)} ({_first_line_of(error)}); "
             "write forward without branches or loops that depend on the values or shapes of tensors"
         ) from error
     try:
@@ -136,11 +136,11 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ValueError(
-            f"{name}: the forward pass fails on an input of shape {shapes} ({_first_line(error)}); "
+            f"{name}: the forward pass fails on an input of shape {shapes} ({_first_line_of(error)}); "
             "set model.adapter.image_size and model.adapter.channels to what the model takes"
         ) from error
     nodes = tuple(graph.nodes)
-    returned = nodes[-1].meta[VALUE]
+    returned = nodes[-1].meta[VALUE_META_KEY]
     if not isinstance(returned, Tensor):
         raise ValueError(
             f"{name}: output returns {nodes[-1].args[0]} and not one tensor, the logits; wrap the model in a module "
@@ -151,14 +151,14 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     return found
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Values of the optional arguments, so that branches on a flag can be followed."""
+def _optional_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the default values of the optional arguments, so that branches on a flag can be followed."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
 
 
 def _check_complete(found: Trace) -> None:
-    """A module that eval mode skips would keep its old width and fail when the slim model trains."""
+    """Refuse a module that eval mode skips: it would keep its old width and fail when the slim model trains."""
     called = {call.path for call in found.calls}
     read = {str(node.target).rpartition(".")[0] for node in found.nodes if node.op == "get_attr"}
     aliases: dict[int, list[str]] = {}
@@ -175,12 +175,13 @@ def _check_complete(found: Trace) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of(error: Exception) -> str:
+    """Return the first line of an exception's text, or its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;:")
 
 
-def _place(error: BaseException) -> str:
-    """The innermost line of a forward pass that an error went through."""
+def _innermost_line(error: BaseException) -> str:
+    """Name the innermost line of a forward pass that an error went through."""
     place, step = "forward", error.__traceback__
     while step is not None:
         code = step.tb_frame.f_code

@@ -98,8 +98,8 @@ class LlamaAdapter(TransformerAdapter):
 
     def check_shape(self, shape: Shape) -> None:
         super().check_shape(shape)
-        longest, wanted = self.pretrained_config().max_position_embeddings, shape.prompt + shape.new_tokens
-        if wanted > longest:
+        longest = self.pretrained_config().max_position_embeddings
+        if shape.prompt + shape.new_tokens > longest:
             raise ValueError(
                 f"budget.prompt: {shape.prompt} tokens and budget.new_tokens {shape.new_tokens} exceed the {longest} "
                 "positions of the model; lower them"
@@ -128,7 +128,7 @@ class LlamaAdapter(TransformerAdapter):
         return [(times, self.workload(model, part), part) for times, part in shapes if times]
 
     def greedy_tokens(self, model: nn.Module, inputs: Inputs, count: int) -> Tensor:
-        tokens = model.generate(  # type: ignore[operator]
+        tokens: Tensor = model.generate(  # type: ignore[operator]
             inputs[0],
             max_new_tokens=count,
             min_new_tokens=count,

@@ -1,4 +1,4 @@
-"""The phases of a causal language model as things that can be timed: prefill, decode, generate."""
+"""The phases of a causal language model as modules that can be timed: prefill, decode and generate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-# What a model's forward pass and its output call the cache: the library renamed it, and older versions know one name.
+# The argument of a model's forward pass that takes the cache; the library renamed it, and older versions know one name.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class PinnedLayer(StaticLayer):
-    """A layer of a static cache that always writes at one position: every call finds the same fixed-length cache."""
+class PinnedLayer(StaticLayer):  # type: ignore[no-untyped-call, unused-ignore]  # a base has no type hints
+    """A layer of a static cache that always writes at one position, so that every call finds the same fixed length."""
 
     def __init__(self, max_cache_len: int, position: int) -> None:
         super().__init__(max_cache_len)
@@ -34,7 +34,9 @@ class PinnedLayer(StaticLayer):
 
 
 class PinnedCache(Cache):
-    """A static cache whose calls all begin at `position`: 0 is a reset cache, `prompt` one that holds the prompt.
+    """A static cache in which every call begins at `position`.
+
+    Position 0 stands for a reset cache, and the length of the prompt for a cache that holds the prompt.
 
     The keys and values before the position are zeros, which take the same time as any others. A copy starts empty,
     so that a sliced attention allocates its own width.
@@ -48,8 +50,17 @@ class PinnedCache(Cache):
         return PinnedCache(*self.shape)
 
 
+def _last_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Run the model on ids, (batch, tokens), with a cache; the logits of the last position, (batch, 1, vocabulary)."""
+    logits: Tensor = model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits
+    return logits
+
+
 class Prefill(nn.Module):
-    """One forward pass over the prompt, (batch, prompt) ids, into a reset static cache; logits of the last position."""
+    """One forward pass over the prompt's ids, (batch, prompt), into a reset static cache.
+
+    It returns the logits of the last position, (batch, 1, vocabulary).
+    """
 
     def __init__(self, model: PreTrainedModel, max_cache_len: int) -> None:
         super().__init__()
@@ -57,13 +68,15 @@ class Prefill(nn.Module):
         self.cache = PinnedCache(model.config.num_hidden_layers, max_cache_len, 0)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
+        return _last_logits(self.model, input_ids, self.cache)
 
 
 class Decode(nn.Module):
-    """One further token, (batch, 1) ids, behind a prompt that is in the cache; each call goes on from the last's token.
+    """One further token after a prompt that is in the cache; the first call takes its ids, (batch, 1).
 
-    Calls in a row are chained single-token steps at a fixed cache length, so their mean time is the time per output
+    Each later call goes on from the token that the call before chose, and all return logits, (batch, 1, vocabulary).
+
+    Consecutive calls are chained single-token steps at a fixed cache length, so their mean time is the time per output
     token, (t_last - t_first) / (n - 1).
     """
 
@@ -74,17 +87,17 @@ class Decode(nn.Module):
         self.token: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "token": None}  # a copy starts anew, perhaps on another device
+        return {**self.__dict__, "token": None}  # a copy begins with the ids it is given, perhaps on another device
 
     def forward(self, input_ids: Tensor) -> Tensor:
         token = input_ids if self.token is None else self.token
-        logits = self.model(token, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
+        logits = _last_logits(self.model, token, self.cache)
         self.token = logits[:, -1:].argmax(-1)  # (batch, 1)
         return logits
 
 
 class Generate(nn.Module):
-    """The prompt, (batch, prompt) ids, and then greedily all new tokens; returns them, (batch, new_tokens)."""
+    """A forward pass over the prompt's ids, (batch, prompt), then greedy steps; returns the (batch, new_tokens) ids."""
 
     def __init__(self, model: PreTrainedModel, new_tokens: int, max_cache_len: int) -> None:
         super().__init__()
@@ -98,10 +111,10 @@ class Generate(nn.Module):
         if self.cache is None:
             self.cache = StaticCache(config=self.model.config, max_cache_len=self.max_cache_len)
         else:
-            self.cache.reset()
+            self.cache.reset()  # type: ignore[no-untyped-call, unused-ignore]  # the library gives it no type hints
         tokens, token = [], input_ids
         for _ in range(self.new_tokens):
-            logits = self.model(token, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
+            logits = _last_logits(self.model, token, self.cache)
             token = logits[:, -1:].argmax(-1)  # (batch, 1)
             tokens.append(token)
         return torch.cat(tokens, dim=1)

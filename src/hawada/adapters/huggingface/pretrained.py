@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from hawada.adapters.huggingface.hub import WANTED, brief, check_weights
+from hawada.adapters.huggingface.hub import CHECKPOINT_FORM, brief, check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPANIONS = (
+COMPANION_PATTERNS = (  # files that lie beside a checkpoint's weights and go along with a slim model
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.*"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json"),
@@ -27,7 +27,7 @@ COMPANIONS = (
 
 
 def load_checked(model_class: Any, folder: Path, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses what transformers only warns about; the model is in eval mode.
+    """Load as `from_pretrained` does, and refuse what transformers only warns about; the model is in eval mode.
 
     Args:
         model_class: a model class of transformers, or one of its Auto classes.
@@ -40,7 +40,7 @@ def load_checked(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no readable config.json ({brief(error)}); give {WANTED}") from None
+        raise ValueError(f"{folder} has no readable config.json ({brief(error)}); give {CHECKPOINT_FORM}") from None
     check_weights(folder, str(folder))
     _check_family(config, model_class, folder)
     try:
@@ -57,12 +57,13 @@ def load_checked(model_class: Any, folder: Path, **options: Any) -> PreTrainedMo
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{folder} cannot be loaded ({brief(error)}); copy it again, or choose another") from None
     _check_loaded(model, info, folder)
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer, image-processor and generation files that lie beside a checkpoint; returns their names."""
-    found = sorted(path for pattern in COMPANIONS for path in source.glob(pattern))
+    found = sorted(path for pattern in COMPANION_PATTERNS for path in source.glob(pattern))
     target.mkdir(parents=True, exist_ok=True)
     if not source.samefile(target):
         for path in found:
@@ -79,19 +80,20 @@ def _check_family(config: dict[str, Any], model_class: Any, folder: Path) -> Non
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     if family and "model_type" in config and all(part.get("model_type") != family for part in parts):
         raise ValueError(
-            f"{folder} is a {config['model_type']}, {model_class.__name__} wants a {family}; choose another model="
+            f"{folder} is a {config['model_type']}, {model_class.__name__} expects a {family}; choose another model="
         )
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep transformers' progress bars, and its table of misfits (they are raised, in a sentence), off the screen."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
 
-    logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logging: Any = logging  # its functions have no types
+    logger = getLogger("transformers.modeling_utils")
     bars = transformers_logging.is_progress_bar_enabled()
 
-    def keep(record: logging.LogRecord) -> bool:
+    def keep(record: LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
 
     logger.addFilter(keep)
@@ -104,10 +106,10 @@ def quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: Path) -> None:
+def _check_loaded(model: Any, info: dict[str, Any], folder: Path) -> None:
     again = "copy or download the checkpoint again"
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        raise ValueError(f"{folder}: {name} is {tuple(found)} in the file, {tuple(wanted)} by config.json; {again}")
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{folder}: {name} is {tuple(found)} in the file, {tuple(expected)} by config.json; {again}")
     for problem, names in (("lacks", info["missing_keys"]), ("has unexpected", info["unexpected_keys"])):
         if names:
             listed = ", ".join(sorted(names)[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)

@@ -17,48 +17,57 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hawada.adapters.huggingface import slim_layers
 from hawada.adapters.huggingface.pretrained import quietly
-from hawada.core.structure import Edits, without_elements
+from hawada.core.structure import Edits, all_tensors, fill, sliced_tensors
 
 _SLIM_CLASSES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {}
 
 
-def all_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, tied ones under each of their names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-
-
-def sliced_tensors(model: nn.Module, edits: Edits, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of the slim model, by their names in it: layers that stay are counted anew.
+def slim_name(name: str, edits: Edits, layers: Sequence[str]) -> str | None:
+    """What a module or tensor is called in the slim model, where the layers that stay are counted anew.
 
     Args:
-        model: not changed.
+        name: in the unpruned model.
+        edits: what goes.
+        layers: paths of the unpruned model's layers, in order.
+
+    Returns:
+        None where it goes.
+    """
+    if edits.removes(name):
+        return None
+    for index, path in enumerate(path for path in layers if not edits.removes(path)):
+        if f"{name}.".startswith(f"{path}."):
+            return f"{path.rpartition('.')[0]}.{index}{name[len(path) :]}"
+    return name
+
+
+def slim_state(model: nn.Module, edits: Edits, layers: Sequence[str], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of the slim model by their names in it, or those of what its module at `prefix` becomes.
+
+    Args:
+        model: the unpruned model; not changed.
         edits: what goes.
         layers: paths of the model's layers, in order.
+        prefix: path of a module of `model`.
     """
-    tensors = all_tensors(model)
-    removed: dict[int, dict[int, Tensor]] = {}  # by identity: tied tensors are cut once
-    for name, cuts in edits.removed.items():
-        removed.setdefault(id(tensors[name]), {}).update(cuts)
-    kept = [path for path in layers if path not in edits.replaced]
-    numbered = {path: f"{path.rpartition('.')[0]}.{index}" for index, path in enumerate(kept)}
-    sliced: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if any(name.startswith(f"{gone}.") for gone in edits.replaced):
-            continue
-        if id(tensor) not in sliced:
-            sliced[id(tensor)] = without_elements(tensor.detach().clone(), removed.get(id(tensor), {}))
-        path = next((path for path in kept if name.startswith(f"{path}.")), None)
-        state[name if path is None else numbered[path] + name[len(path) :]] = sliced[id(tensor)]
-    return state
+    sliced = sliced_tensors(model, edits, prefix)
+    return {slim: sliced[name] for name in sliced if (slim := slim_name(name, edits, layers)) is not None}
+
+
+def slim_shapes(model: nn.Module, edits: Edits, layers: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of `slim_state`; nothing is cut."""
+    named = {name: (slim_name(name, edits, layers), tensor) for name, tensor in all_tensors(model).items()}
+    return {slim: edits.shape(name, tensor) for name, (slim, tensor) in named.items() if slim is not None}
 
 
 def build_empty(config: PreTrainedConfig, auto: str) -> PreTrainedModel:
     """An untrained model in float32 and eval mode, on torch's current default device."""
     if hasattr(type(config), "slim_model"):
         slim: Any = type(config)
-        return slim.slim_model(config).float().eval()
-    return getattr(transformers, auto).from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = slim.slim_model(config).float().eval()
+    else:
+        model = getattr(transformers, auto).from_config(config, dtype=torch.float32).eval()
+    return model
 
 
 def build_filled(
@@ -71,28 +80,41 @@ def build_filled(
     """
     with torch.device("meta"):
         model = build_empty(config, auto)
-    empty = all_tensors(model)
+    _fill_described(model, state)
+    model.tie_weights()
+    generation = getattr(original, "generation_config", None)
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    return model
+
+
+def build_module(config: PreTrainedConfig, auto: str, state: Mapping[str, Tensor], path: str) -> nn.Module:
+    """The module at a path of the model of a configuration; only its own tensors are filled, from the model's `state`.
+
+    Raises:
+        RuntimeError: as `build_filled`.
+    """
+    with torch.device("meta"):
+        module = build_empty(config, auto).get_submodule(path)
+    _fill_described(module, {name.removeprefix(f"{path}."): tensor for name, tensor in state.items()})
+    return module
+
+
+def _fill_described(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill a module that a configuration describes, and check that it has these tensors in these shapes."""
+    empty = all_tensors(module)
     for name in sorted(set(state) - set(empty)):
         raise RuntimeError(f"the slim configuration has no place for {name}: the adapter's widths are wrong")
     for name, tensor in empty.items():
         if name not in state or tensor.shape != state[name].shape:
             raise RuntimeError(f"the slim configuration does not describe {name}: the adapter's widths are wrong")
-        owner, _, attribute = name.rpartition(".")
-        holder = model.get_submodule(owner)
-        if attribute in holder._parameters:
-            holder._parameters[attribute] = nn.Parameter(state[name])
-        else:
-            holder._buffers[attribute] = state[name]
-    model.tie_weights()
-    generation = getattr(original, "generation_config", None)
-    if generation is not None:
-        model.generation_config = copy.deepcopy(generation)
-    return model.eval()
+    fill(module, state)
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
     """The configuration class of transformers itself that a configuration is or extends."""
-    return getattr(type(config), "stock_config", type(config))
+    stock: type[PreTrainedConfig] = getattr(type(config), "stock_config", type(config))
+    return stock
 
 
 def slim_classes(
@@ -119,7 +141,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         record = json.loads((folder / "config.json").read_text())
         if "slim" not in record:
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return config
         stock = type(AutoConfig.for_model(record["model_type"].removeprefix("slim_")))
         return slim_classes(stock, record["slim"]["auto"])[0].from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:

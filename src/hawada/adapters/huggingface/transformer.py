@@ -18,10 +18,13 @@ from hawada.adapters.huggingface import hub, pretrained
 from hawada.adapters.huggingface.slim_model import (
     build_empty,
     build_filled,
+    build_module,
     read_config,
     save_folder,
-    sliced_tensors,
     slim_classes,
+    slim_name,
+    slim_shapes,
+    slim_state,
     stock_class,
 )
 from hawada.core.distill import Alignment, Outputs
@@ -41,12 +44,12 @@ model = transformers.{auto}.from_pretrained(
 ).eval()
 given = load_file(inputs)["000"]
 with torch.no_grad():
-    said = {{"logits": model(given).logits.contiguous()}}
+    outputs = {{"logits": model(given).logits.contiguous()}}
     if {generates}:
         tokens = model.generate(given, max_new_tokens=32, min_new_tokens=32, do_sample=False, num_beams=1,
                                 attention_mask=torch.ones_like(given), pad_token_id=0)
-        said["tokens"] = tokens[:, given.shape[1]:].contiguous()
-save_file(said, output)
+        outputs["tokens"] = tokens[:, given.shape[1]:].contiguous()
+save_file(outputs, output)
 """
 
 
@@ -238,15 +241,24 @@ class TransformerAdapter(Adapter):
         """Build the slim architecture from its configuration, then give it the kept elements of every tensor."""
         assert isinstance(model, PreTrainedModel)
         edits = plan_edits(model, groups, keep)
-        paths = self._layer_paths(model)
-        state = sliced_tensors(model, edits, paths)
-        kept = [index for index, path in enumerate(paths) if path not in edits.replaced]
-        return build_filled(self._slim_config(model, state, kept), self.auto, state, model)
+        state = slim_state(model, edits, self._layer_paths(model))
+        return build_filled(self._slim_config(model, edits), self.auto, state, model)
 
-    def _slim_config(
-        self, model: PreTrainedModel, state: Mapping[str, Tensor], kept: Sequence[int]
-    ) -> PreTrainedConfig:
+    def slice_site(self, model: nn.Module, groups: Sequence[Group], keep: Keep, path: str) -> nn.Module:
+        """The site of the model that `slim` builds; of that model, only the site's tensors are cut and filled."""
+        assert isinstance(model, PreTrainedModel)
+        edits, layers = plan_edits(model, groups, keep), self._layer_paths(model)
+        slim_path = slim_name(path, edits, layers)
+        if slim_path is None:
+            return nn.Identity()
+        state = slim_state(model, edits, layers, path)
+        return build_module(self._slim_config(model, edits), self.auto, state, slim_path)
+
+    def _slim_config(self, model: PreTrainedModel, edits: Edits) -> PreTrainedConfig:
         """The configuration that the shapes of the slim tensors ask for: a stock one where all layers are alike."""
+        paths = self._layer_paths(model)
+        shapes = slim_shapes(model, edits, paths)
+        kept = [index for index, path in enumerate(paths) if not edits.removes(path)]
         settings, head_dim = model.config.to_dict(), self.head_dim(model)
         for key, value in settings.items():
             if isinstance(value, list) and "layer" in key and len(value) >= model.config.num_hidden_layers:
@@ -254,8 +266,8 @@ class TransformerAdapter(Adapter):
         for key in ("architectures", "transformers_version", "auto_map", "slim"):
             settings.pop(key, None)
         shows, dim = next(iter(self.stream_tensors.items()))
-        settings |= {"num_hidden_layers": len(kept), "head_dim": head_dim, "hidden_size": state[shows].shape[dim]}
-        layers = [self._layer_settings(f"{self.layers}.{index}", state, head_dim) for index in range(len(kept))]
+        settings |= {"num_hidden_layers": len(kept), "head_dim": head_dim, "hidden_size": shapes[shows][dim]}
+        layers = [self._layer_settings(f"{self.layers}.{index}", shapes, head_dim) for index in range(len(kept))]
         attending = [index for index, layer in enumerate(layers) if layer.get("attention", True)]
         if settings.get("layer_types") and attending:  # the cache entry of a layer that does not attend stays unused
             first = settings["layer_types"][attending[0]]
@@ -281,24 +293,26 @@ class TransformerAdapter(Adapter):
     def head_dim(self, model: nn.Module) -> int:
         """Elements per head, which pruning never changes."""
         config: Any = model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return size
 
-    def _layer_settings(self, path: str, state: Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
+    def _layer_settings(self, path: str, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Any]:
         """A layer's own config attributes, and False by the name of a branch that is gone."""
         settings: dict[str, Any] = {}
         for key, (name, dim, heads) in self.layer_widths.items():
-            tensor = state.get(f"{path}.{name}")
-            if tensor is not None:
-                settings[key] = tensor.shape[dim] // (head_dim if heads else 1)
+            shape = shapes.get(f"{path}.{name}")
+            if shape is not None:
+                settings[key] = shape[dim] // (head_dim if heads else 1)
         for kind, (module, _, _) in self.branches.items():
-            if not any(name.startswith(f"{path}.{module}.") for name in state):
+            if not any(name.startswith(f"{path}.{module}.") for name in shapes):
                 settings[kind] = False
         return settings
 
     # Running
 
     def logits(self, output: Any) -> Tensor:
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
     def outputs(self, model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
         if not features:
@@ -344,7 +358,8 @@ class TransformerAdapter(Adapter):
     def _saved_dtype(self) -> torch.dtype:
         """The dtype of the unpruned checkpoint; float32 for a model that is trained here."""
         named = None if self.path is None else self.pretrained_config().dtype
-        return getattr(torch, str(named or torch.float32).removeprefix("torch."))
+        dtype: torch.dtype = getattr(torch, str(named or torch.float32).removeprefix("torch."))
+        return dtype
 
     def write_companions(self, path: Path) -> None:
         """Put tokenizer, image processor and the like beside a saved model."""

@@ -54,7 +54,7 @@ class ViTAdapter(TransformerAdapter):
         ]
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
-        """What the checkpoint's image processor says; 0.5 where it says nothing, as transformers has it for ViT."""
+        """Mean and deviation in the checkpoint's image processor; 0.5 where it has none, the default of ViT's own."""
         if self.path is None:
             return None
         file = hub.fetch(self.path) / "preprocessor_config.json"

@@ -1,4 +1,4 @@
-"""Models of torchvision."""
+"""Adapters for models of torchvision that need more than the graph adapter knows."""
 
 import lazy_loader
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hawada.adapters.graph import GraphAdapter
-from hawada.adapters.weights import Source
+from hawada.adapters.graph import Declaration, GraphAdapter, Trace
+from hawada.adapters.weights import WeightsSource
 
-BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
+BLOCK_TYPES = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
 class ResNetAdapter(GraphAdapter):
     """He et al., Deep Residual Learning for Image Recognition, 2015, as torchvision builds it.
 
     Args:
-        arch: a torchvision ResNet (`resnet18` … `wide_resnet101_2`), or `basic` / `bottleneck` for torchvision's
-            ResNet class with the given `layers`.
-        layers: blocks per stage, four numbers; only for `basic` and `bottleneck`.
-        num_classes: size of the classifier.
-        image_size: side of the square input whose latency is optimised, in pixels.
-        weights: name of torchvision weights (`IMAGENET1K_V1`), or None.
-        path: local weights instead: a `.safetensors` state dict, or a folder that this program saved.
-        stream: the residual stream of each stage may become narrower.
+        arch: The name of a torchvision ResNet (`resnet18` … `wide_resnet101_2`), or `basic` / `bottleneck` for
+            torchvision's ResNet class with the given `layers`.
+        layers: The number of blocks in each of the four stages; only `basic` and `bottleneck` take it.
+        num_classes: The number of classes.
+        image_size: The side of the square input whose latency is optimised, in pixels.
+        weights: The name of torchvision weights (`IMAGENET1K_V1`), or None.
+        path: Local weights to use instead, a `.safetensors` state dict or a folder that this program saved.
+        stream: Whether the residual stream of each stage may become narrower.
+
+    Raises:
+        ValueError: `arch` is unknown, or does not go with `layers`.
     """
 
     def __init__(
@@ -39,14 +41,14 @@ class ResNetAdapter(GraphAdapter):
         path: str | None = None,
         stream: bool = False,
     ) -> None:
-        if (arch in BLOCKS) != (layers is not None):
+        if (arch in BLOCK_TYPES) != (layers is not None):
             raise ValueError(
                 f"model.adapter: arch={arch} with layers={layers}; layers go with basic or bottleneck only"
             )
-        if arch not in BLOCKS and arch not in torchvision.models.list_models(torchvision.models):
+        if arch not in BLOCK_TYPES and arch not in torchvision.models.list_models(torchvision.models):
             raise ValueError(f"model.adapter.arch: torchvision has no model {arch!r}; resnet18 is one")
         super().__init__(
-            "resnet18" if arch in BLOCKS else arch,
+            "resnet18" if arch in BLOCK_TYPES else arch,
             num_classes=num_classes,
             image_size=image_size,
             weights=weights,
@@ -55,18 +57,19 @@ class ResNetAdapter(GraphAdapter):
         )
         self.arch, self.layers = arch, layers
 
-    def _declared(self, model: nn.Module) -> Any:
+    def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
         if not isinstance(model, ResNet):
             raise ValueError(f"{type(model).__name__} is no ResNet of torchvision's; is model.adapter the right one?")
-        return super()._declared(model)
+        return super()._declaration_of(model)
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
         return super().normalisation() if self.layers is None else None
 
-    def _source(self) -> Source:
-        return Source(str(self.arch), self.weights, self.path, named=self.layers is None)
+    def _weights_source(self) -> WeightsSource:
+        return WeightsSource(str(self.arch), self.weights, self.path, named=self.layers is None)
 
-    def _build(self) -> nn.Module:
+    def _build_model(self) -> nn.Module:
         if self.layers is None:
-            return super()._build()
-        return ResNet(BLOCKS[str(self.arch)], list(self.layers), num_classes=self.num_classes or 1000)
+            return super()._build_model()
+        model: nn.Module = ResNet(BLOCK_TYPES[str(self.arch)], list(self.layers), num_classes=self.num_classes or 1000)
+        return model

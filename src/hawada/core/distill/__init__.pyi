@@ -5,7 +5,7 @@ from .outputs import (
     Alignment as Alignment,
     OtherTeacher as OtherTeacher,
     Outputs as Outputs,
-    Reader as Reader,
-    plain_reader as plain_reader,
+    OutputsFunction as OutputsFunction,
+    plain_outputs as plain_outputs,
 )
-from .teacher_cache import AnswerCache as AnswerCache
+from .teacher_cache import TeacherCache as TeacherCache

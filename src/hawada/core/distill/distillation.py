@@ -1,4 +1,4 @@
-"""Knowledge distillation: the losses of a student on a batch, whole or in chunks of tokens."""
+"""Knowledge distillation: the losses of a student on a batch, over whole logits or chunks of tokens."""
 
 from __future__ import annotations
 
@@ -11,83 +11,89 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hawada.core.distill.losses import Loss, hidden_mse
-from hawada.core.distill.outputs import IGNORED, Alignment, OtherTeacher, Outputs, Reader, plain_reader
-from hawada.core.distill.teacher_cache import AnswerCache
+from hawada.core.distill.outputs import IGNORED, Alignment, OtherTeacher, Outputs, OutputsFunction, plain_outputs
+from hawada.core.distill.teacher_cache import TeacherCache
 
 
 class Distillation:
     """The losses of a student (or of a model that learns from labels alone) on a batch.
 
-    Token by token for sequences: positions whose label is `IGNORED` do not count. Labels are already shifted: the label
-    of a position is the next token.
+    For sequences the losses are taken token by token, and positions whose label is `IGNORED` do not count. Labels are
+    already shifted: the label of a position is the next token.
 
     Args:
-        loss: (student logits, teacher logits) -> mean over samples or tokens; None learns from labels alone.
-        reader: runs a model; an adapter's `outputs`.
-        chunk: compute losses from features for so many tokens at a time, so that the logits of a long batch never
-            exist at once; None works on whole logits. The result is the same.
-        hidden_weight: factor of `hidden_mse`; 0 leaves hidden states alone.
-        alignment: of the student's hidden states with the teacher's.
-        label_weight: factor of the cross-entropy with the labels.
-        other: gives the answers in the teacher's place; hidden states are compared with the teacher's all the same.
-        cache: of the answers, for data whose inputs are the same in every epoch; of one teacher, so not to be shared.
+        loss: the distillation loss: (student logits, teacher logits) -> mean over samples or tokens; None learns from
+            labels alone.
+        outputs: runs a model; usually an adapter's `outputs`.
+        chunk: the number of tokens whose logits are made from features at a time, so that the logits of a long batch
+            never exist at once; None works on whole logits. The losses are the same.
+        hidden_weight: the factor of `hidden_mse`; 0 leaves hidden states out.
+        alignment: tells which of the teacher's hidden states and units the student's correspond to.
+        label_weight: the factor of the cross-entropy with the labels.
+        other: a teacher whose logits replace the original's; hidden states are still compared with the original's.
+        cache: keeps the teacher's logits, for data whose inputs are the same in every epoch. It belongs to one teacher
+            and must not be shared.
     """
 
     def __init__(
         self,
         loss: Loss | None = None,
         *,
-        reader: Reader = plain_reader,
+        outputs: OutputsFunction = plain_outputs,
         chunk: int | None = None,
         hidden_weight: float = 0.0,
         alignment: Alignment | None = None,
         label_weight: float = 0.0,
         other: OtherTeacher | None = None,
-        cache: AnswerCache | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
-        self.loss, self.reader, self.chunk = loss, reader, chunk
+        self.loss, self.outputs, self.chunk = loss, outputs, chunk
         self.hidden_weight, self.alignment, self.label_weight = hidden_weight, alignment, label_weight
         self.other, self.cache = other, cache
 
-    def read(self, model: nn.Module, inputs: Tensor) -> Outputs:
-        """What a model says, in the form that the losses need."""
-        return self.reader(model, inputs, features=self.chunk is not None, hidden=self.hidden_weight > 0)
+    def outputs_of(self, model: nn.Module, inputs: Tensor) -> Outputs:
+        """A model's outputs for inputs of shape (batch, …), in the form that the losses need."""
+        return self.outputs(model, inputs, features=self.chunk is not None, hidden=self.hidden_weight > 0)
 
     @torch.no_grad()
-    def wanted(self, teacher: nn.Module, inputs: Tensor, numbers: Tensor | None = None) -> Outputs:
-        """What the student is to say about a batch, in the form that the losses need.
+    def targets(self, teacher: nn.Module, inputs: Tensor, numbers: Tensor | None = None) -> Outputs:
+        """The outputs that the student is to reproduce for a batch, in the form that the losses need.
 
         Args:
-            teacher: frozen, in eval mode.
-            inputs: (batch, …).
-            numbers: of the samples in the data set, (batch,), where it gives them; see `cache`.
+            teacher: the frozen original, in eval mode.
+            inputs: the batch, (batch, …).
+            numbers: the samples' indices in the data set, (batch,); None when the data does not give them, and then
+                the cache is not used.
         """
-        shown = self.read(teacher, inputs) if self.hidden_weight > 0 else None
-        if shown is not None and self.other is None:
-            return shown
-        model, reader = (teacher, self.reader) if self.other is None else (self.other.model, self.other.reader)
+        with_states = self.outputs_of(teacher, inputs) if self.hidden_weight > 0 else None
+        if with_states is not None and self.other is None:
+            return with_states
+        model, run = (teacher, self.outputs) if self.other is None else (self.other.model, self.other.outputs)
 
-        def ask(inputs: Tensor) -> Outputs:
-            return reader(model, inputs, features=self.chunk is not None, hidden=False)
+        def compute(inputs: Tensor) -> Outputs:
+            return run(model, inputs, features=self.chunk is not None, hidden=False)
 
-        def logits(inputs: Tensor) -> Tensor:
-            said = ask(inputs).logits
-            assert said is not None  # there is no chunk
-            return said
+        def compute_logits(inputs: Tensor) -> Tensor:
+            logits = compute(inputs).logits
+            assert logits is not None  # only a chunk makes models return features instead, and there is none
+            return logits
 
         if self.cache is None or numbers is None or self.chunk is not None:
-            answers = ask(inputs)
+            targets = compute(inputs)
         else:
-            answers = Outputs(self.cache.take(inputs, numbers, logits))
-        return answers if shown is None else replace(answers, hidden=shown.hidden)
+            targets = Outputs(self.cache.logits(inputs, numbers, compute_logits))
+        return targets if with_states is None else replace(targets, hidden=with_states.hidden)
 
     def losses(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms: `kd` and `hidden` with a teacher, `label` with labels; scalars whose sum is the loss.
 
         Args:
-            student: what the student said.
-            teacher: what the teacher said about the same inputs, or None.
+            student: the student's outputs.
+            teacher: the targets for the same inputs, or None.
             labels: (batch,), or (batch, tokens) of next tokens; None when there are none.
+
+        Raises:
+            ValueError: when hidden states are to be compared and the student's outputs have none.
         """
         scored = student.features if student.logits is None else student.logits
         assert scored is not None
@@ -95,20 +101,23 @@ class Distillation:
         if labels is not None and labels.shape == scored.shape[:-1] and bool((labels == IGNORED).any()):
             valid = labels != IGNORED
             if not bool(valid.any()):
-                return {"kd": scored.sum() * 0.0}  # nothing counts; the graph stays whole
+                return {"kd": scored.sum() * 0.0}  # no position counts: the loss is 0 and still has a gradient
         if student.logits is not None:
-            wanted = None if teacher is None else teacher.logits
-            terms = self._terms(*(_pick(x, valid) for x in (student.logits, wanted, labels)))
+            targets = None if teacher is None else teacher.logits
+            terms = self._terms(*(_valid(x, valid) for x in (student.logits, targets, labels)))
         else:
-            terms = self._chunked(student, teacher, labels, valid)
+            terms = self._chunked_terms(student, teacher, labels, valid)
         if teacher is not None and self.hidden_weight:
             if not student.hidden:
-                raise ValueError("distill.hidden_weight: this model shows no hidden states; set it to 0")
+                raise ValueError(
+                    f"distill.hidden_weight: {self.hidden_weight} compares hidden states, and this model shows no "
+                    "hidden states; set it to 0"
+                )
             terms["hidden"] = self.hidden_weight * hidden_mse(student.hidden, teacher.hidden, self.alignment, valid)
         return terms
 
     def _terms(self, student: Tensor | None, teacher: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
-        """Losses of logits whose every position counts, (..., classes)."""
+        """The losses of logits all of whose positions count, (..., classes)."""
         terms: dict[str, Tensor] = {}
         assert student is not None
         if teacher is not None and self.loss is not None:
@@ -117,39 +126,45 @@ class Distillation:
             terms["label"] = self.label_weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten())
         return terms
 
-    def _chunked(
+    def _chunked_terms(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor | None, valid: Tensor | None
     ) -> dict[str, Tensor]:
-        """The same from features: logits of one chunk at a time, made again in the backward pass."""
-        own = _rows(student.features, valid)  # (tokens, width)
-        wanted = None if teacher is None else _rows(teacher.features, valid)
-        targets = None if labels is None else (labels.flatten() if valid is None else labels[valid])
-        assert own is not None and student.head is not None
+        """The same losses from features: one chunk's logits exist at a time, and the backward pass makes them again."""
+        student_rows = _token_rows(student.features, valid)  # (tokens, width)
+        teacher_rows = None if teacher is None else _token_rows(teacher.features, valid)
+        label_rows = None if labels is None else (labels.flatten() if valid is None else labels[valid])
+        assert student_rows is not None and student.head is not None
         names: list[str] = []
 
-        def piece(*tensors: Any) -> Any:
-            features, said, target = tensors
+        def terms_of_chunk(*tensors: Any) -> Any:
+            features, teacher_features, chunk_labels = tensors
             assert student.head is not None
-            theirs = None if said is None or teacher is None or teacher.head is None else teacher.head(said)
-            terms = self._terms(student.head(features), theirs, target)
+            targets = (
+                None
+                if teacher_features is None or teacher is None or teacher.head is None
+                else teacher.head(teacher_features)
+            )
+            terms = self._terms(student.head(features), targets, chunk_labels)
             names[:] = list(terms)
             return tuple(terms.values())
 
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(own), self.chunk or len(own)):
-            part = slice(start, start + (self.chunk or len(own)))
-            tensors = [None if x is None else x[part] for x in (own, wanted, targets)]
-            values = checkpoint(piece, *tensors, use_reentrant=False)
+        size = self.chunk or len(student_rows)
+        for start in range(0, len(student_rows), size):
+            part = slice(start, start + size)
+            tensors = [None if x is None else x[part] for x in (student_rows, teacher_rows, label_rows)]
+            values = checkpoint(terms_of_chunk, *tensors, use_reentrant=False)
             for name, value in zip(names, values, strict=True):
-                sums[name] = sums.get(name, value.new_zeros(())) + value * (len(own[part]) / len(own))
+                share = len(student_rows[part]) / len(student_rows)
+                sums[name] = sums.get(name, value.new_zeros(())) + value * share
         return sums
 
 
-def _pick(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """The valid positions, (tokens, ...); everything when all are valid."""
+def _valid(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
+    """The valid positions of a tensor, (positions, ...); the tensor itself when all are valid."""
     return x if x is None or valid is None else x[valid]
 
 
-def _rows(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
+def _token_rows(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
     """(batch, tokens, width) -> (valid tokens, width)."""
     return None if x is None else (x.flatten(0, -2) if valid is None else x[valid])

@@ -1,4 +1,4 @@
-"""What a model returns for a batch, and how it is run."""
+"""What a model returns for a batch, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-IGNORED = -100  # a label that does not count: padding, or the end of a text
+IGNORED = -100  # the label of a position that no loss and no score counts: padding, or the end of a text
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says about a batch: logits, or the features from which a head makes them a few tokens at a time.
+    """A model's logits for a batch, or the features from which its head makes logits a few tokens at a time.
 
     Attributes:
         logits: (batch, classes) or (batch, tokens, classes); None when features and head are given.
-        features: what the head takes, (batch, tokens, width).
-        head: features -> logits.
-        hidden: states before the first layer and after each one, (batch, tokens, width); empty unless asked for.
+        features: the head's inputs, (batch, tokens, width).
+        head: the last layer: features -> logits.
+        hidden: the hidden states before the first layer and after each one, every one (batch, tokens, width); empty
+            unless the caller asked for them.
     """
 
     logits: Tensor | None
@@ -28,28 +29,31 @@ class Outputs:
     hidden: tuple[Tensor, ...] = ()
 
 
-class Reader(Protocol):
-    """Runs a model on a batch's inputs."""
+class OutputsFunction(Protocol):
+    """Runs a model on the inputs of a batch.
+
+    With `features` it returns features and the head instead of logits; with `hidden` it returns the hidden states too.
+    """
 
     def __call__(self, model: nn.Module, inputs: Tensor, *, features: bool, hidden: bool) -> Outputs: ...
 
 
-def plain_reader(model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
-    """For models that return logits and nothing else."""
+def plain_outputs(model: nn.Module, inputs: Tensor, *, features: bool = False, hidden: bool = False) -> Outputs:
+    """The `OutputsFunction` of models that return logits and nothing else; `features` and `hidden` have no effect."""
     return Outputs(model(inputs))
 
 
 @dataclass(frozen=True)
 class OtherTeacher:
-    """A frozen model of another architecture, whose answers the student is to give instead of the original's.
+    """A frozen model of another architecture whose logits the student learns instead of the original's.
 
     Attributes:
-        model: in eval mode, where the student trains; it takes the same inputs and knows the same classes.
-        reader: runs it; its adapter's `outputs`.
+        model: the model in eval mode, on the student's device; it takes the same inputs and has the same classes.
+        outputs: runs the model; usually its adapter's `outputs`.
     """
 
     model: nn.Module
-    reader: Reader = plain_reader
+    outputs: OutputsFunction = plain_outputs
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Alignment:
     """Which of the teacher's hidden states and units the student still has.
 
     Attributes:
-        states: for each of the student's hidden states, the index of the teacher's that it answers to.
-        units: the teacher's units of the hidden stream that the student kept, or None for all.
+        states: for each hidden state of the student, the index of the teacher's hidden state that it corresponds to.
+        units: the teacher's units of the hidden stream that the student kept; None means all of them.
     """
 
     states: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Bounds on how many units gates keep in expectation."""
+"""Bounds on the number of units that gates keep in expectation."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ def project_gates_into_constraints(
 ) -> None:
     """Shift each gate's theta so that the expected number of kept units lies in [minimum, maximum].
 
-    All of a gate's theta move by the same amount, so the order of its units never changes. A bound that a gate's own
-    unit count makes impossible is clipped to it.
+    The theta of all units of a gate move by the same amount, so their order never changes. A bound that a gate cannot
+    reach with its number of units is replaced by the nearest one that it can.
+
+    Args:
+        gates: the gates, whose theta change in place.
+        minimum: the fewest units that each gate keeps.
+        maximum: the most units that each gate keeps.
 
     Raises:
         ValueError: when minimum exceeds maximum.
     """
     if minimum > maximum:
-        raise ValueError(f"minimum {minimum} kept units exceeds maximum {maximum}")
+        raise ValueError(f"minimum {minimum} kept units exceeds maximum {maximum}; choose a minimum up to the maximum")
     for gate in gates:
         kept = float(gate.gate.sum())
-        # sigmoid never reaches 0 or 1: stay a little inside, or no finite shift exists
+        # a sigmoid never reaches 0 or 1, so bounds stay a little inside, or no finite shift would exist
         slack = 1e-4 * gate.theta.numel()
         lower = min(minimum, gate.theta.numel() - slack)
         upper = max(maximum, slack)
@@ -34,7 +39,7 @@ def project_gates_into_constraints(
         bound = lower if kept < lower else upper
         low, high = -100.0 * gate.temperature, 100.0 * gate.temperature
         theta = gate.theta.cpu().double()
-        for _ in range(60):  # bisection: the sum is monotone in the shift
+        for _ in range(60):  # bisection works because the sum rises with the shift
             shift = (low + high) / 2
             total = float(gate.expectation(theta + shift).sum())
             low, high = (shift, high) if total < bound else (low, shift)

@@ -1,4 +1,4 @@
-"""Trainable gates: one number in [0, 1] per unit."""
+"""Trainable gates: one number in [0, 1] for each unit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ def multiply_along(
     """Multiply `x` by one gate value per unit along `dim`.
 
     Args:
-        x: activation; without `offsets`, `x.shape[dim] == len(gate) * per_unit`, or anything when the gate has one
-            value.
-        gate: shape (units,).
-        dim: axis that holds the units.
-        per_unit: consecutive elements of that axis that share a gate value.
-        offsets: where each run of units begins, for an axis that holds other elements too: those stay as they are.
+        x: the activation. Without `offsets`, `x.shape[dim]` is `len(gate) * per_unit`; it may be any size when the gate
+            has a single value.
+        gate: the gate values, (units,).
+        dim: the axis that holds the units.
+        per_unit: how many consecutive elements of that axis share a gate value.
+        offsets: the positions at which runs of all the units begin, for an axis that holds other elements too; those
+            elements stay as they are.
 
     Raises:
         ValueError: when the axis does not hold that many units.
@@ -33,14 +34,17 @@ def multiply_along(
     if offsets is not None:
         gate = _spread(gate, x.shape[dim], offsets)
     if x.shape[dim] != gate.numel():
-        raise ValueError(f"axis {dim} of an activation of shape {tuple(x.shape)} does not hold {gate.numel()} elements")
+        raise ValueError(
+            f"axis {dim} of an activation of shape {tuple(x.shape)} does not hold {gate.numel()} elements; check the "
+            "axis, the units and the offsets of the group's gate points"
+        )
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * gate.view(shape)
 
 
 def _spread(gate: Tensor, size: int, offsets: Sequence[int]) -> Tensor:
-    """An axis of `size` ones with the gate's values in a row from each offset on."""
+    """An axis of `size` ones, (size,), in which the gate's values begin at each offset."""
     parts, end = [], 0
     for offset in sorted(offsets):
         parts += [gate.new_ones(offset - end), gate]
@@ -51,15 +55,19 @@ def _spread(gate: Tensor, size: int, offsets: Sequence[int]) -> Tensor:
 class SigmoidGate(nn.Module):
     """g = sigmoid(theta / temperature).
 
-    `theta` is the raw parameter and `gate` its expectation: the value that training multiplies with, that penalties
-    and the latency proxy see and that export reads. Calling the gate multiplies with broadcasting.
+    `theta` is the raw parameter and `gate` is its expectation: the value that activations are multiplied by, that
+    penalties and the latency proxy get and that export reads. Calling the gate multiplies an activation by it, with
+    broadcasting.
 
     Args:
-        shape: any shape; an int means (units,).
-        init: initial theta; 4.0 gives g = 0.982.
-        temperature: below 1 pushes gates towards 0 and 1.
-        start_temperature: what training begins with, to come down to `temperature` by the end; None: the same
-            throughout.
+        shape: the shape of theta; an int means (units,).
+        init: the initial theta; 4.0 gives g = 0.982.
+        temperature: a value below 1 pushes gates towards 0 and 1.
+        start_temperature: the temperature at the start of training, from which it falls to `temperature` by the end;
+            None keeps `temperature` throughout.
+
+    Raises:
+        ValueError: when a temperature is not above 0.
     """
 
     def __init__(
@@ -77,32 +85,32 @@ class SigmoidGate(nn.Module):
         self.theta = nn.Parameter(torch.full(shape, float(init)))
         self.temperature = self.final_temperature = float(temperature)
         self.start_temperature = float(temperature if start_temperature is None else start_temperature)
-        self.hard: Tensor | None = None  # a 0/1 mask that stands in for the gate while a choice is being checked
+        self.hard: Tensor | None = None  # a 0/1 mask that replaces the gate while kept units are tried
 
     @property
     def gate(self) -> Tensor:
-        """Values in [0, 1], the shape of theta, in float32 even under autocast."""
+        """The gate values in [0, 1], in the shape of theta and in float32 even under autocast."""
         if self.hard is not None:
             return self.hard
         return self.expectation(self.theta.float())
 
     @property
     def factor(self) -> Tensor:
-        """What activations are multiplied with: the gate itself, unless a gate draws."""
+        """What activations are multiplied by: the gate itself, or a random draw in gates that draw."""
         return self.gate
 
     def expectation(self, theta: Tensor) -> Tensor:
-        """The gate that this theta would give; rises with it."""
+        """The gate values that a theta would give, in its shape; they rise with theta."""
         return torch.sigmoid(theta / self.temperature)
 
     def redraw(self) -> None:
-        """Called before every forward pass of the model, for gates that draw."""
+        """Make a new draw, in gates that draw; the student calls this before every forward pass."""
 
     def anneal(self, progress: float) -> None:
-        """Set the temperature of this part of training; it comes down by the same factor in equal parts.
+        """Set the temperature for this part of training; equal parts lower it by equal factors.
 
         Args:
-            progress: 0 where training begins, 1 at its end, which is also where gates are that are not trained.
+            progress: 0 at the start of training and 1 at its end; a gate that is not trained is as at the end.
         """
         self.temperature = self.start_temperature ** (1 - progress) * self.final_temperature**progress
 
@@ -111,17 +119,21 @@ class SigmoidGate(nn.Module):
 
 
 class HardConcreteGate(SigmoidGate):
-    """A gate that is drawn anew in every training step and may come out as exactly 0 or exactly 1.
+    """A gate that is drawn at random in every training step, and whose draws may be exactly 0 or exactly 1.
 
-    Louizos et al., Learning sparse neural networks through L0 regularization, 2018: theta is their log alpha. `gate`,
-    what penalties, proxy and export see, is the probability that the unit is there at all, in closed form.
+    It is the hard concrete gate of Louizos et al., Learning sparse neural networks through L0 regularization, 2018, and
+    theta is their log alpha. `gate`, which penalties, proxy and export get, is the probability that a draw is not 0, in
+    closed form.
 
     Args:
-        shape: any shape; an int means (units,).
-        init: initial theta.
-        temperature: of the relaxed draw; 2/3 in the paper.
-        low: the draw is stretched to begin here, below 0.
-        high: and to end here, above 1.
+        shape: the shape of theta; an int means (units,).
+        init: the initial theta.
+        temperature: the temperature of the draw; the paper has 2/3.
+        low: the lower end of the range that a draw is stretched to before it is cut off at 0; it is below 0.
+        high: the upper end of that range, before draws are cut off at 1; it is above 1.
+
+    Raises:
+        ValueError: when `low` is not below 0 or `high` is not above 1.
     """
 
     def __init__(
@@ -140,7 +152,7 @@ class HardConcreteGate(SigmoidGate):
 
     @property
     def factor(self) -> Tensor:
-        """In training a draw; else the paper's estimate, its sigmoid stretched and cut off at 0 and 1."""
+        """A draw in training; otherwise the paper's estimate: sigmoid(theta), stretched and cut off at 0 and 1."""
         if self.hard is not None:
             return self.hard
         theta = self.theta.float()
@@ -152,17 +164,17 @@ class HardConcreteGate(SigmoidGate):
         return torch.sigmoid(theta - self.temperature * math.log(-self.low / self.high))
 
     def redraw(self) -> None:
-        """One draw for everything that the gate multiplies in a forward pass; none outside training."""
+        """Make one draw for everything that the gate multiplies in a forward pass; outside training there is none."""
         uniform = torch.rand_like(self.theta, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
         self.noise = torch.logit(uniform) if self.training else None
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort parameters for separate optimizers (or settings such as weight decay).
+    """Sort a model's parameters for separate optimizers, or for settings such as weight decay.
 
     Returns:
-        `gates`: theta of every gate; `weights`: other parameters with two or more axes;
-        `norms_and_biases`: the rest, which usually takes no weight decay.
+        `gates` holds the theta of every gate, `weights` the other parameters with two or more axes, and
+        `norms_and_biases` the rest, which usually gets no weight decay.
     """
     sorted_parameters: dict[str, list[nn.Parameter]] = {"gates": [], "weights": [], "norms_and_biases": []}
     thetas = {id(module.theta) for module in model.modules() if isinstance(module, SigmoidGate)}

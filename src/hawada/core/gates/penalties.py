@@ -1,4 +1,4 @@
-"""Penalties on gates. Each sees gate values and the group declaration, never weights or activations."""
+"""Penalties on gates: each is a function of gate values and groups, never of weights or activations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from torch import Tensor
 from hawada.core.structure import Group
 
 Gates = Mapping[str, Tensor]
+"""Each group's effective gate values, (units,)."""
+
 Penalty = Callable[[Gates, Sequence[Group]], Tensor]
+"""(gates, groups) -> a scalar, differentiable in the gates."""
 
 
 class L1:
-    """weight * mean over all units of |g|: fewer units, wherever they are."""
+    """weight * mean over all units of |g|: it asks for fewer units, no matter in which group.
+
+    Args:
+        weight: the factor of the penalty.
+    """
 
     def __init__(self, weight: float = 0.0) -> None:
         self.weight = weight
@@ -24,35 +31,41 @@ class L1:
 
 
 class StructuredConsistency:
-    """weight * mean squared distance between a group's mean gate and that of the structure it belongs to.
+    """weight * mean squared distance between a group's mean gate and the mean of the structure it belongs to.
 
-    Groups under one parent are coupled: they are of use only together. The structure's mean is taken over the parent
-    and its groups, so a branch tends to live or go as a whole. Groups without parent or children add nothing.
+    A structure is a parent group and its children, which are of use only together, and its mean is taken over their
+    mean gates; so a branch tends to be kept or removed as a whole. Groups without parent or children add nothing.
+
+    Args:
+        weight: the factor of the penalty.
     """
 
     def __init__(self, weight: float = 0.0) -> None:
         self.weight = weight
 
     def __call__(self, gates: Gates, groups: Sequence[Group]) -> Tensor:
-        families: dict[str, list[str]] = {}
+        structures: dict[str, list[str]] = {}
         for group in groups:
             if group.parent is not None and group.parent in gates and group.name in gates:
-                families.setdefault(group.parent, [group.parent]).append(group.name)
-        if not families:
+                structures.setdefault(group.parent, [group.parent]).append(group.name)
+        if not structures:
             return next(iter(gates.values())).new_zeros(())
-        spreads = [
-            torch.stack([gates[name].mean() for name in names]).var(unbiased=False) for names in families.values()
+        variances = [
+            torch.stack([gates[name].mean() for name in names]).var(unbiased=False) for names in structures.values()
         ]
-        return self.weight * torch.stack(spreads).mean()
+        return self.weight * torch.stack(variances).mean()
 
 
 class FloorCeiling:
-    """weight * squared excess of a group's mean gate below `floor` or above `ceiling`, averaged over groups.
+    """weight * squared distance of a group's mean gate from [floor, ceiling], averaged over groups.
 
     Args:
-        floor: smallest fraction of a group that should stay, in [0, 1].
-        ceiling: largest.
-        weight: factor.
+        floor: the smallest fraction of a group's units that should stay, in [0, 1].
+        ceiling: the largest fraction that should stay, in [floor, 1].
+        weight: the factor of the penalty.
+
+    Raises:
+        ValueError: when 0 <= floor <= ceiling <= 1 does not hold.
     """
 
     def __init__(self, floor: float = 0.0, ceiling: float = 1.0, weight: float = 1.0) -> None:
@@ -67,25 +80,26 @@ class FloorCeiling:
 
 
 class Polarization:
-    """weight * (pull * mean |g| - mean |g - mean g|): drives gates to 0 or 1 and away from what lies between.
+    """weight * (pull * mean |g| - mean |g - mean g|): it drives gates to 0 or 1 and away from values in between.
 
-    Zhuang et al., Neuron-level structured pruning using polarization regularizer, 2020. Means are over all units.
+    This is the regularizer of Zhuang et al., Neuron-level structured pruning using polarization regularizer, 2020; its
+    means are taken over all units.
 
     Args:
-        weight: factor.
-        pull: how strongly gates are also pulled to 0.
+        weight: the factor of the penalty.
+        pull: the factor of the term that draws gates to 0.
     """
 
     def __init__(self, weight: float = 0.0, pull: float = 1.0) -> None:
         self.weight, self.pull = weight, pull
 
     def __call__(self, gates: Gates, groups: Sequence[Group]) -> Tensor:
-        every = torch.cat([gate.reshape(-1) for gate in gates.values()])
-        return self.weight * (self.pull * every.abs().mean() - (every - every.mean()).abs().mean())
+        values = torch.cat([gate.reshape(-1) for gate in gates.values()])
+        return self.weight * (self.pull * values.abs().mean() - (values - values.mean()).abs().mean())
 
 
 def combined_penalty(gates: Gates, groups: Sequence[Group], penalties: Sequence[Penalty]) -> Tensor:
-    """Sum of the penalties, a scalar; zero when there are none."""
+    """The sum of the penalties, a scalar; it is zero when there are none."""
     total = next(iter(gates.values())).new_zeros(())
     for penalty in penalties:
         total = total + penalty(gates, groups)

@@ -1,11 +1,11 @@
-"""`Student`: a model and its gates as one module, joined by hooks that come off without a trace."""
+"""`Student`: a model and its gates as one module, joined by hooks that can be removed without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from hawada.core.gates.gates import SigmoidGate, multiply_along
 from hawada.core.structure import GatePoint, Group, ModelHook, Norm, check_groups, without_orphans
 
 GateFactory = Callable[[int], SigmoidGate]
+"""Makes a gate for a number of units."""
 
 
 class GateHook(ModelHook):
-    """Multiplies a module's input or output by a gate."""
+    """Multiplies a module's first input, or its first output, by a gate."""
 
     def __init__(self, gate: SigmoidGate, point: GatePoint) -> None:
         self.gate = gate
@@ -32,9 +33,9 @@ class GateHook(ModelHook):
 
 
 class NormHook(ModelHook):
-    """Computes a norm again with statistics over the kept units: gate 0 takes a unit out of mean and variance.
+    """Computes a norm again with statistics over the kept units: a gate of 0 takes a unit out of mean and variance.
 
-    With all gates equal it is the norm times that gate; removed units come out as exactly 0.
+    If all gates are equal the result is the norm times that gate. The output of a removed unit is exactly 0.
     """
 
     def __init__(self, gate: SigmoidGate, norm: Norm) -> None:
@@ -43,25 +44,27 @@ class NormHook(ModelHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gate = self.gate.factor
-        x = args[0].float()  # (..., units), already multiplied by the gate where it was written
+        x = args[0].float()  # (..., units); the producer's hook has already multiplied it by the gate
         if self.norm.kind == "layer":
             x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
         variance = x.square().sum(-1, keepdim=True) / gate.square().sum()
         normed = (x * torch.rsqrt(variance + self.norm.eps)).to(output.dtype)
-        scaled = module.weight * normed
-        return scaled if self.norm.kind == "rms" else scaled + module.bias * gate.to(output.dtype)
+        scaled: Tensor = module.weight * normed
+        if self.norm.kind == "layer":
+            scaled = scaled + module.bias * gate.to(output.dtype)
+        return scaled
 
 
 class Student(nn.Module):
     """The teacher's model with a trainable gate on each group.
 
-    Modules are not replaced, so the model's state-dict keys do not change, and `detach` restores it bit for bit.
-    Use it as a context manager to detach at the end of a block.
+    Modules are not replaced, so the model's state-dict keys do not change, and after `detach` the model is bit for bit
+    what it was. Use the student as a context manager to detach it at the end of a block.
 
     Args:
-        model: gated in place; hand in a copy to leave the original free.
-        groups: an adapter's declaration, or part of it; a parent that is left out counts as kept.
-        gate: makes a gate from a unit count.
+        model: the model, which gets hooks in place; pass a copy to leave the original without gates.
+        groups: all groups that an adapter declares, or some of them; a parent that is left out counts as kept.
+        gate: makes the gate of a group from its number of units.
 
     Raises:
         ValueError: when a group does not fit the model; nothing is attached then.
@@ -75,10 +78,14 @@ class Student(nn.Module):
         for group in groups:
             for point in group.gated_at:
                 if point.side not in ("input", "output"):
-                    raise ValueError(f"{group.name}: side {point.side!r} of {point.module} is not input or output")
+                    raise ValueError(
+                        f"{group.name}: side {point.side!r} of {point.module} is not input or output; choose one"
+                    )
             for norm in group.norms:
                 if norm.kind not in ("layer", "rms"):
-                    raise ValueError(f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms")
+                    raise ValueError(
+                        f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms; choose one"
+                    )
         self.groups = tuple(groups)
         self.model = model
         gates = [gate(group.units) for group in groups]  # a factory that fails leaves the model untouched
@@ -96,16 +103,21 @@ class Student(nn.Module):
         self.gates.to(device=device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for gate in self.gates:
-            gate.redraw()  # type: ignore[operator]
+        for _, gate in self.groups_and_gates():
+            gate.redraw()
         return self.model(*args, **kwargs)
 
+    def groups_and_gates(self) -> Iterator[tuple[Group, SigmoidGate]]:
+        """Each group with its gate."""
+        # a ModuleList does not know the type of its modules; `__init__` fills it with gates alone
+        return zip(self.groups, cast(Iterable[SigmoidGate], self.gates), strict=True)
+
     def gate_of(self, name: str) -> SigmoidGate:
-        """The gate of one group."""
+        """The gate of the group of this name."""
         return self._by_name()[name]
 
     def own_gates(self) -> dict[str, Tensor]:
-        """Each group's gate values, (units,), as if its parent stayed."""
+        """Each group's gate values, (units,), given that its parent stays."""
         return {name: gate.gate for name, gate in self._by_name().items()}
 
     def effective_gates(self) -> dict[str, Tensor]:
@@ -122,12 +134,12 @@ class Student(nn.Module):
         return {name: effective(name) for name in own}
 
     def soft_widths(self) -> dict[str, Tensor]:
-        """Expected width of each group given that its parent stays: differentiable scalars for a proxy."""
+        """Each group's expected width given that its parent stays: scalars for a proxy, differentiable in the gates."""
         own = self.own_gates()
         return {group.name: own[group.name].sum() * (group.full_width / group.units) for group in self.groups}
 
     def detach(self) -> nn.Module:
-        """Remove every hook and hand back the model."""
+        """Remove every hook and return the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -141,18 +153,22 @@ class Student(nn.Module):
 
     @contextmanager
     def hard_gated(self, keep: Mapping[str, Sequence[int]]) -> Iterator[Student]:
-        """Within the block every gate is exactly 1 for the units in `keep` and 0 for the others."""
+        """Within the block every gate is exactly 1 for the units in `keep` and exactly 0 for the others.
+
+        Args:
+            keep: the kept indices of every group; the units of a parent that is removed are removed with it.
+        """
         keep = without_orphans(keep, self.groups)
         device = next(self.gates.parameters()).device
         try:
-            for group, gate in zip(self.groups, self.gates, strict=True):
+            for group, gate in self.groups_and_gates():
                 mask = torch.zeros(group.units, device=device)
                 mask[list(keep[group.name])] = 1.0
                 gate.hard = mask
             yield self
         finally:
-            for gate in self.gates:
-                gate.hard = None  # type: ignore[assignment]
+            for _, gate in self.groups_and_gates():
+                gate.hard = None
 
     def _by_name(self) -> dict[str, SigmoidGate]:
-        return {group.name: gate for group, gate in zip(self.groups, self.gates, strict=True)}  # type: ignore[misc]
+        return {group.name: gate for group, gate in self.groups_and_gates()}

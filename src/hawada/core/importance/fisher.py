@@ -1,4 +1,4 @@
-"""Which units matter, told by gradients before any training: where gates may begin, instead of all alike."""
+"""The Fisher importance: how much units matter by their gradients before any training, and gates that start from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.stats import norm, rankdata
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hawada.core.distill import IGNORED, Outputs, Reader, plain_reader
+from hawada.core.distill import IGNORED, Outputs, OutputsFunction, plain_outputs
 from hawada.core.gates import Student
 from hawada.core.importance.gates import CalibrationData
 from hawada.core.structure import Group
@@ -28,19 +28,20 @@ class FisherImportance:
 
 
 def fisher_importance(
-    student: Student, batches: Iterable[Any], reader: Reader = plain_reader, chunk: int | None = None
+    student: Student, batches: Iterable[Any], outputs: OutputsFunction = plain_outputs, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """By gated group, (units,): nats that a sample's answers are expected to lose when one unit alone goes.
+    """By gated group, (units,): the expected output divergence per sample, in nats, when one unit alone is removed.
 
-    Half the Fisher information of each gate where all gates are 1: squares of the gradients of log-likelihoods (Theis
-    et al., Faster gaze prediction with dense networks and Fisher pruning, 2018). Answers are drawn from what the model
-    says, independently, so that the square of a batch's gradient is on average the sum of its samples' squares.
+    This is half the Fisher information of each gate where all gates are 1: the mean squared gradient of the
+    log-likelihood (Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018). Labels are drawn
+    independently from the model's own predictions, so that on average the square of a batch's gradient is the sum of
+    the squares of its samples' gradients.
 
     Args:
-        student: gated; as before after the call.
-        batches: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
-        reader: runs the model; an adapter's `outputs`.
-        chunk: make logits from features for so many tokens at a time; None makes them all at once.
+        student: the gated model; the call leaves it as it was.
+        batches: calibration data: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
+        outputs: runs the model; usually an adapter's `outputs`.
+        chunk: the number of tokens whose logits are made from features at a time; None makes them all at once.
     """
     device = next(student.gates.parameters()).device
     masks = [torch.ones(group.units, device=device, requires_grad=True) for group in student.groups]
@@ -50,8 +51,8 @@ def fisher_importance(
             student.gate_of(group.name).hard = mask
         for batch in batches:
             inputs, *rest = (tensor.to(device) for tensor in batch)
-            said = reader(student, inputs, features=chunk is not None, hidden=False)
-            loss = _surprise(said, rest[0] if rest else None, chunk)
+            found = outputs(student, inputs, features=chunk is not None, hidden=False)
+            loss = _sampled_nll(found, rest[0] if rest else None, chunk)
             for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
                 total += gradient.square()
             samples += len(inputs)
@@ -61,35 +62,43 @@ def fisher_importance(
     return {group.name: total / (2 * samples) for group, total in zip(student.groups, totals, strict=True)}
 
 
-def _surprise(said: Outputs, labels: Tensor | None, chunk: int | None) -> Tensor:
-    """Minus the log-likelihood of answers drawn from what was said, summed over those that count."""
-    rows = said.features if said.logits is None else said.logits
+def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> Tensor:
+    """The negative log-likelihood of labels drawn from the predictions, summed over the positions that count."""
+    rows = outputs.features if outputs.logits is None else outputs.logits
     assert rows is not None
     counts = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
     if labels is not None and labels.shape == counts.shape:
         counts = labels != IGNORED
     rows = rows[counts]
 
-    def piece(part: Tensor) -> Tensor:
-        logits = (part if said.head is None or said.logits is not None else said.head(part)).float()
-        drawn = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).sample()
+    def nll_of_chunk(part: Tensor) -> Tensor:
+        logits = (part if outputs.head is None or outputs.logits is not None else outputs.head(part)).float()
+        # `Any`, because torch gives `sample` no type hints
+        predictions: Any = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
+        drawn: Tensor = predictions.sample()
         return F.cross_entropy(logits, drawn, reduction="sum")
 
-    parts = rows.split(chunk or max(len(rows), 1))
-    return torch.stack([checkpoint(piece, part, use_reentrant=False) for part in parts]).sum()
+    parts = torch.split(rows, chunk or max(len(rows), 1))
+    return torch.stack([checkpoint(nll_of_chunk, part, use_reentrant=False) for part in parts]).sum()
 
 
 @torch.no_grad()
 def start_from_importance(student: Student, importance: Mapping[str, Tensor], spread: float) -> None:
-    """Move theta up for units that matter and down for others.
+    """Move theta up for units of high importance and down for units of low importance.
 
-    Units are ranked among all of their kind, equals alike, as figures of unlike structures do not compare; ranks are
-    spread like a normal distribution: theta moves by `spread` for a unit one standard deviation above the middle.
+    Units are ranked among all units of their kind, because the importances of different kinds cannot be compared; equal
+    importances get equal ranks. Ranks are mapped to the quantiles of a normal distribution.
+
+    Args:
+        student: the gated model, whose thetas change.
+        importance: each group's importance, (units,).
+        spread: how far theta moves for a unit one standard deviation above the median.
     """
     for kind in dict.fromkeys(group.kind for group in student.groups):
         names = [group.name for group in student.groups if group.kind == kind]
         values = torch.cat([importance[name] for name in names]).cpu()
         scores = torch.from_numpy(norm.ppf((rankdata(values.numpy()) - 0.5) / len(values)))
-        for name, moved in zip(names, scores.split([len(importance[name]) for name in names]), strict=True):
+        parts = torch.split(scores, [len(importance[name]) for name in names])
+        for name, part in zip(names, parts, strict=True):
             theta = student.gate_of(name).theta
-            theta.add_(spread * moved.to(theta))
+            theta.add_(spread * part.to(theta))

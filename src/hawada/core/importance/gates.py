@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hawada.core.distill import Reader, plain_reader
+from hawada.core.distill import OutputsFunction, plain_outputs
 from hawada.core.gates import Student
-from hawada.core.search import saliency_from_gates
 from hawada.core.structure import Group
 
 
@@ -25,7 +24,7 @@ class CalibrationData:
     """
 
     batches: Sequence[Any]
-    outputs: Reader = plain_reader
+    outputs: OutputsFunction = plain_outputs
     chunk: int | None = None
 
 
@@ -46,6 +45,11 @@ class Importance(Protocol):
         ...
 
 
+def importance_from_gates(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Effective gates, each divided by its group's unit count: a wide group does not matter more for being wide."""
+    return {name: gate.detach() / gate.numel() for name, gate in gates.items()}
+
+
 class Gates:
     """The trained gates, each times the gates of the units that it lies inside."""
 
@@ -53,7 +57,7 @@ class Gates:
         self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
     ) -> dict[str, Tensor]:
         """The scores by group, each (units,)."""
-        return saliency_from_gates(student.effective_gates())
+        return importance_from_gates(student.effective_gates())
 
 
 def rank_units(

@@ -1,4 +1,4 @@
-from .budget import MARGIN as MARGIN, Budget as Budget
+from .budget import SEARCH_MARGIN_OF_TOLERANCE as SEARCH_MARGIN_OF_TOLERANCE, Budget as Budget
 from .clock import Clock as Clock, DeviceClock as DeviceClock, source_of as source_of
 from .device import (
     check_device as check_device,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hawada.core.verdict import Comparison, Interval, Verdict
 
 PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
-MARGIN = 0.25  # share of the tolerance that a search keeps clear of at either end
+SEARCH_MARGIN_OF_TOLERANCE = 0.25  # the share of it that a search keeps clear of at either end
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Budget:
 
         Two measurements minutes apart differ by about a percent, so a margin is kept at both ends.
         """
-        reached, margin = self._of_target(comparison), MARGIN * self.tolerance
+        reached, margin = self._of_target(comparison), SEARCH_MARGIN_OF_TOLERANCE * self.tolerance
         return reached.high <= 1 - margin and reached.median >= 1 - self.tolerance + margin
 
     def _of_target(self, comparison: Comparison) -> Interval:

@@ -209,5 +209,7 @@ def random_keep(
             width = int(random.choice(allowed))
         widths |= dict.fromkeys((member.name for member in members), width)
     branches = [group.name for group in groups if group.removes]
-    widths = policy.restored(widths, groups, [branches[index] for index in random.permutation(len(branches))])
+    widths = policy.with_required_branches(
+        widths, groups, [branches[index] for index in random.permutation(len(branches))]
+    )
     return keep_first(groups, widths)

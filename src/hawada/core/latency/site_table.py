@@ -18,7 +18,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from hawada.core.latency.clock import Clock
 from hawada.core.latency.monitor import Monitor
 from hawada.core.latency.profiler import Rounds, relative_medians
-from hawada.core.structure import ExportPolicy, Group, Inputs, Site, full_widths, keep_first, materialize, widths_of
+from hawada.core.structure import (
+    ExportPolicy,
+    Group,
+    Inputs,
+    Site,
+    SliceSite,
+    full_widths,
+    keep_first,
+    materialize,
+    widths_of,
+)
 
 SoftWidths = Mapping[str, Tensor | float | int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -62,9 +72,8 @@ class SiteTable:
     def at(self, *widths: NDArray[np.float64]) -> NDArray[np.float64]:
         """Interpolate as `interpolate` does, for one array of widths per group of the site, all of one shape."""
         result = np.zeros(np.shape(widths[0]))
-        corners: list[
-            tuple[NDArray[np.int64], NDArray[np.float64]]
-        ] = []  # per axis: left neighbour, weight of the right
+        # By axis: the left neighbour of each width, and the share of the right one.
+        corners: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
         for points, asked in zip(self.grid, widths, strict=True):
             axis = np.asarray(points, dtype=np.float64)
             inside = np.clip(asked, axis[0], axis[-1])
@@ -139,6 +148,7 @@ def build_table(
     rounds: Rounds | None = None,
     monitor: Monitor | None = None,
     on_site: Callable[[str], None] | None = None,
+    slice_site: SliceSite = materialize,
 ) -> LatencyTable:
     """Slice a copy of each distinct site to a grid of widths and time it on the arguments it really gets.
 
@@ -156,6 +166,7 @@ def build_table(
         rounds: how long to measure.
         monitor: what watches the device for disturbances meanwhile.
         on_site: a function that is called with each site's path once the site is timed.
+        slice_site: makes the sliced modules that are timed; an adapter's takes them from the model that it exports.
     """
     by_name = {group.name: group for group in groups}
     captured = [
@@ -176,7 +187,15 @@ def build_table(
             signature = (repr(module), shapes, grid, read, site.reads_dim, site.reads_per_unit)
             if signature not in measured:
                 measured[signature] = _time_grid(
-                    model, groups, site, grid, arguments[site.module], clock, rounds or Rounds(), monitor
+                    model,
+                    groups,
+                    site,
+                    grid,
+                    arguments[site.module],
+                    clock,
+                    rounds or Rounds(),
+                    monitor=monitor,
+                    slice_site=slice_site,
                 )
             ms = ms + times * measured[signature]
         tables.append(SiteTable(site, grid, ms))
@@ -248,26 +267,26 @@ def _time_grid(
     arguments: Arguments,
     clock: Clock,
     rounds: Rounds,
+    *,
     monitor: Monitor | None,
+    slice_site: SliceSite,
 ) -> NDArray[np.float64]:
     """Measure the milliseconds at every grid point.
 
     Points that slice to the same module are timed once; a module that is removed takes no time.
     """
     full = full_widths(groups)
-    points: dict[
-        tuple[int, ...], tuple[int, ...]
-    ] = {}  # grid widths -> widths that remain once removed parents have taken their units along
+    # From the widths of a grid point to those that remain once removed parents have taken their units along.
+    points: dict[tuple[int, ...], tuple[int, ...]] = {}
     calls: dict[str, SiteCall] = {}
     inputs: dict[str, Inputs] = {}
-    for widths in itertools.product(
-        *[reversed(axis) for axis in grid]
-    ):  # the full width comes first, as what the others are compared with
+    # The full width comes first: the others are compared with it.
+    for widths in itertools.product(*[reversed(axis) for axis in grid]):
         keep = keep_first(groups, full | dict(zip(site.groups, widths, strict=True)))
         remain = widths_of(keep, groups)
         points[widths] = tuple(remain[name] for name in site.groups)
         if str(points[widths]) not in calls:
-            module = materialize(model, groups, keep, prefix=site.module)
+            module = slice_site(model, groups, keep, site.module)
             if not isinstance(module, nn.Identity):
                 calls[str(points[widths])] = SiteCall(module, arguments)
                 first, *others = SiteCall.inputs(arguments)

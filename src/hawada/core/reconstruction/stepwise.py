@@ -1,4 +1,4 @@
-"""Forward passes that stand still at some of a model's layers, so that many batches come to a layer together."""
+"""Forward passes that pause at some of a model's layers, so that many batches reach a layer before any passes it."""
 
 from __future__ import annotations
 
@@ -11,99 +11,100 @@ import torch
 from torch import Tensor, nn
 
 
-class Stopped(Exception):
-    """The forward pass came as far as it was wanted."""
+class PassStopped(Exception):
+    """Raised inside a forward pass to leave out the rest of it."""
 
 
-class Stepwise(threading.Thread):
-    """A forward pass without gradients that goes from one of certain modules to the next, and waits there.
+class StepwisePass(threading.Thread):
+    """A forward pass without gradients that runs from one of certain modules to the next, and waits there.
 
-    A thread, since nothing else leaves a model's `forward` where it is; but it runs only while `step` or `close` waits
-    for it. Of the caller's context it has the inputs' device alone: no autocast, no stream. Several passes may go
-    through a model at once if that keeps nothing of a pass on its modules. Use it within `stops`, and `close` it.
+    It is a thread, because nothing else can pause inside a model's `forward`; but it runs only while `advance_to` or
+    `close` waits for it. Of the caller's context it takes over the inputs' device alone, not autocast and not a CUDA
+    stream. Several passes may go through a model at once if the modules store nothing about a pass. Use it within
+    `pausing_at`, and `close` it.
 
     Args:
-        model: in the mode in which it is to run.
-        inputs: its only argument.
+        model: the model, in the mode in which it is to run.
+        inputs: the model's only argument.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
         super().__init__(daemon=True)
         self._model, self._inputs = model, inputs
-        self._go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
-        self._at: nn.Module | None = None
-        self._seen: Tensor | None = None
+        self._may_run, self._has_paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._module: nn.Module | None = None
+        self._tensor: Tensor | None = None
         self._error: BaseException | None = None
-        self._closed = self._over = False
+        self._is_closed = self._is_over = False
 
-    def step(self, module: nn.Module) -> Tensor:
-        """Run up to this module, the next; returns what it is given, or what it says, as `stops` was told.
+    def advance_to(self, module: nn.Module) -> Tensor:
+        """Run up to the next pause, which must be at this module; returns its input or output, see `pausing_at`.
 
         Raises:
-            RuntimeError: when the pass comes to another one, or to its end. What the model raises is passed on.
+            RuntimeError: when the pass reaches another module, or its end. What the model raises is passed on.
         """
         if self.ident is None:
             self.start()
-        if not self._over:
-            self._go.release()
-            self._stands.acquire()
+        if not self._is_over:
+            self._may_run.release()
+            self._has_paused.acquire()
         error, self._error = self._error, None
         if error is not None:
             raise error
-        if self._over or self._seen is None or self._at is not module:
-            came = "its end" if self._over else "another layer"
+        if self._is_over or self._tensor is None or self._module is not module:
+            reached = "its end" if self._is_over else "another layer"
             raise RuntimeError(
-                f"the model came to {came}: its layers do not always come in the same order, and so cannot be refitted "
-                "one after the other; set export.reconstruct=false"
+                f"export.reconstruct: the forward pass reached {reached} before the layer that was expected next, so "
+                "this model does not call its layers in the same order for every batch; set export.reconstruct=false"
             )
-        return self._seen
+        return self._tensor
 
     def close(self) -> None:
-        """Leave out what is left of the pass."""
-        self._closed = True
+        """End the pass where it is and leave out the rest of it."""
+        self._is_closed = True
         if self.ident is not None:
-            self._go.release()
+            self._may_run.release()
             self.join()
 
     def run(self) -> None:
-        """What the thread does."""
-        self._go.acquire()
+        """Run the forward pass; this is the body of the thread."""
+        self._may_run.acquire()
         try:
             device = self._inputs.device
-            here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-            with suppress(Stopped), torch.no_grad(), here:  # whoever closes a pass wants no more of it
+            on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with suppress(PassStopped), torch.no_grad(), on_device:  # `pause` raises it when the pass is closed
                 self._model(self._inputs)
         except BaseException as error:
-            self._error = error  # for whoever waits
-        self._seen, self._over = None, True
-        self._stands.release()
+            self._error = error  # `advance_to` raises it in the caller's thread
+        self._tensor, self._is_over = None, True
+        self._has_paused.release()
 
-    def stand(self, module: nn.Module, seen: Tensor) -> None:
-        """Within the thread: wait for the next `step`."""
-        self._at, self._seen = module, seen
-        self._stands.release()
-        self._go.acquire()
-        if self._closed:
-            raise Stopped
+    def pause(self, module: nn.Module, tensor: Tensor) -> None:
+        """Hand over a module's tensor and wait for the next `advance_to`; called inside the thread."""
+        self._module, self._tensor = module, tensor
+        self._has_paused.release()
+        self._may_run.acquire()
+        if self._is_closed:
+            raise PassStopped
 
 
 @contextmanager
-def stops(modules: Sequence[nn.Module], *, before: bool) -> Iterator[None]:
-    """Within the block, every `Stepwise` pass stands still at these modules; other passes do not.
+def pausing_at(modules: Sequence[nn.Module], *, before: bool) -> Iterator[None]:
+    """Within the block, every `StepwisePass` pauses at these modules; other passes do not.
 
     Args:
-        modules: in any order.
-        before: stand before they run and show their first argument, else behind them and show their output. Hooks that
-            the modules have already, gates for instance, come first.
+        modules: the modules, in any order.
+        before: True pauses before a module runs and hands over its first argument; False pauses after it and hands over
+            its output. Hooks that the modules already have, such as gates, run first.
     """
 
-    def stand(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+    def pause(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         thread = threading.current_thread()
-        if isinstance(thread, Stepwise):
-            thread.stand(module, args[0] if before else output)
+        if isinstance(thread, StepwisePass):
+            thread.pause(module, args[0] if before else output)
 
     register = "register_forward_pre_hook" if before else "register_forward_hook"
-    handles = [getattr(module, register)(stand) for module in modules]
+    handles = [getattr(module, register)(pause) for module in modules]
     try:
         yield
     finally:

@@ -1,4 +1,10 @@
-from .allocation import Worths as Worths, saliency_from_gates as saliency_from_gates
+from .allocation import Allocation as Allocation
+from .objective import (
+    ImportanceObjective as ImportanceObjective,
+    Objective as Objective,
+    SensitivityObjective as SensitivityObjective,
+    reachable as reachable,
+)
 from .search_export import (
     BudgetSearch as BudgetSearch,
     Candidate as Candidate,

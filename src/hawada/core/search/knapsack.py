@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
-JOINT = 4096  # options of a piece that are simply all tried
-WORK = 4000  # pieces that are solved anew for each value of what is conditioned on; beyond it, coarse to fine
-BINS = 4000  # resolution of the cost once there are more partial choices than this
+MAX_ENUMERATED_CHOICES = 4096  # of a piece with at most as many joint choices, all are tried
+MAX_CONDITIONED_CHOICES = 4000  # of the variables that are conditioned on; beyond it the search goes coarse to fine
+MAX_FRONTIER_POINTS = 4000  # resolution of the cost once there are more partial choices than this
+MAX_ENUMERATED_FRONTIER_POINTS = MAX_FRONTIER_POINTS // 8  # the same for a piece of which all choices were tried
 
 Array = NDArray[np.float64]
 Indices = Mapping[str, Sequence[int]]
@@ -45,7 +48,7 @@ class Solution:
     Attributes:
         picks: index of the option, by variable.
         cost: what it costs.
-        value: what it is worth.
+        value: what it gains.
     """
 
     picks: dict[str, int]
@@ -55,92 +58,96 @@ class Solution:
 
 @dataclass
 class _Frontier:
-    """Partial choices: `picks[i]` are the options of `variables` that cost `cost[i]` and are worth `value[i]`."""
+    """Partial choices: `picks[i]` are options of `variables` that cost `cost[i]` and have the value `value[i]`."""
 
     variables: list[str]
     picks: NDArray[np.int32]
     cost: Array
     value: Array
 
-    def thinned(self, limit: float, bins: int = BINS) -> _Frontier:
-        """What is left of it, see `_select`."""
-        kept = _select(self.cost, self.value, limit, bins)
+    def undominated(self, limit: float, max_points: int) -> _Frontier:
+        """The partial choices that may be part of the best choice, see `_select`."""
+        kept = _select(self.cost, self.value, limit, max_points)
         return _Frontier(self.variables, self.picks[kept], self.cost[kept], self.value[kept])
 
     def plus(self, other: _Frontier, limit: float) -> _Frontier:
-        """Every pair of partial choices of both, thinned."""
+        """Every pair of partial choices of both, without those that are dominated."""
         cost = (self.cost[:, None] + other.cost[None, :]).reshape(-1)
         value = (self.value[:, None] + other.value[None, :]).reshape(-1)
-        kept = _select(cost, value, limit)
+        kept = _select(cost, value, limit, MAX_FRONTIER_POINTS)
         mine, others = kept // max(len(other.cost), 1), kept % max(len(other.cost), 1)
         picks = np.hstack([self.picks[mine], other.picks[others]])
         return _Frontier([*self.variables, *other.variables], picks, cost[kept], value[kept])
 
 
-def _select(cost: Array, value: Array, limit: float, bins: int = BINS) -> NDArray[np.int64]:
-    """Indices, of those within the limit, of the most valuable of every cost; of every step of it where too many."""
-    fits = np.flatnonzero(cost <= limit)
+def _select(cost: Array, value: Array, limit: float, max_points: int) -> NDArray[np.intp]:
+    """Indices of the most valuable choice of every cost within the limit.
+
+    Where more than `max_points` choices are within the limit, of every one of as many equal steps of the cost.
+    """
+    fits: NDArray[np.intp] = np.flatnonzero(cost <= limit)
     if not len(fits):
         return fits
     cost, value = cost[fits], value[fits]
     low, high = float(cost.min()), float(cost.max())
     steps = np.round((cost - low) / max(high - low, 1e-300), 12)
-    if len(fits) > bins:
-        steps = np.floor(steps * (bins - 1))
+    if len(fits) > max_points:
+        steps = np.floor(steps * (max_points - 1))
     order = np.lexsort((value, steps))  # by step, the most valuable last
-    return fits[order[np.append(np.diff(steps[order]) != 0, True)]]
+    selected: NDArray[np.intp] = fits[order[np.append(np.diff(steps[order]) != 0, True)]]
+    return selected
 
 
 def solve(
     domains: Mapping[str, int],
     factors: Sequence[Factor],
     limit: float,
-    wanted: float = 0.0,
-    start: Indices | None = None,
+    at_least: float = 0.0,
+    options: Indices | None = None,
 ) -> Solution | None:
-    """The most valuable choice that costs at most `limit` and at least `wanted`; None when the limit is out of reach.
+    """The most valuable choice that costs at most `limit` and at least `at_least`; None when the limit is out of reach.
 
-    Where nothing costs as much as `wanted`, the most valuable among those within a percent of the dearest that fits.
-    Exact while frontiers stay below `BINS` and work below `WORK`.
+    Where nothing costs as much as `at_least`, the most valuable among those within a percent of the dearest that fits.
+    Exact while frontiers stay below `MAX_FRONTIER_POINTS` and conditioned choices below `MAX_CONDITIONED_CHOICES`.
 
     Args:
         domains: how many options each variable has.
         factors: what cost and value are sums of.
         limit: largest cost.
-        wanted: smallest cost that is preferred.
-        start: the options that may be taken, ascending; None means all.
+        at_least: smallest cost that is preferred.
+        options: the options that may be taken, ascending; None means all.
     """
-    full = {name: list((start or {}).get(name, range(count))) for name, count in domains.items()}
+    full = {name: list((options or {}).get(name, range(count))) for name, count in domains.items()}
     conditioned = _conditioned(full, factors)
     allowed = dict(full)
     strides: dict[str, int] = {}
-    while math.prod(len(allowed[name]) for name in conditioned) > WORK:
+    while math.prod(len(allowed[name]) for name in conditioned) > MAX_CONDITIONED_CHOICES:
         widest = max(conditioned, key=lambda name: len(allowed[name]))
         strides[widest] = 2 * strides.get(widest, 1)
         allowed[widest] = sorted({*full[widest][:: -strides[widest]], full[widest][0]})
-    found = _best(allowed, factors, limit, wanted)
+    found = _best(allowed, factors, limit, at_least)
     while strides and found is not None:
         strides = {name: stride // 2 for name, stride in strides.items() if stride > 1}
         for name, stride in strides.items():
             at = full[name].index(found.picks[name])
             allowed[name] = sorted({full[name][max(0, min(at + k * stride, len(full[name]) - 1))] for k in (-1, 0, 1)})
-        found = _better(found, _best(allowed, factors, limit, wanted), wanted)
+        found = _better(found, _best(allowed, factors, limit, at_least), at_least)
     return found
 
 
-def _better(old: Solution, new: Solution | None, wanted: float) -> Solution:
+def _better(old: Solution, new: Solution | None, at_least: float) -> Solution:
     if new is None:
         return old
-    return max(old, new, key=lambda solution: (min(solution.cost, wanted), solution.value))
+    return max(old, new, key=lambda solution: (min(solution.cost, at_least), solution.value))
 
 
-def _best(allowed: Indices, factors: Sequence[Factor], limit: float, wanted: float) -> Solution | None:
+def _best(allowed: Indices, factors: Sequence[Factor], limit: float, at_least: float) -> Solution | None:
     slack = limit * (1 + 1e-12)
     frontier = _solve_pieces(allowed, factors, {}, slack)
     if not len(frontier.cost):
         return None
     cost, value = frontier.cost, frontier.value
-    good = cost >= wanted if (cost >= wanted).any() else cost >= cost.max() - 0.01 * abs(limit)
+    good = cost >= at_least if (cost >= at_least).any() else cost >= cost.max() - 0.01 * abs(limit)
     last = int(np.flatnonzero(good)[np.argmax(value[good])])
     picks = dict(zip(frontier.variables, frontier.picks[last].tolist(), strict=True))
     return Solution(picks, float(cost[last]), float(value[last]))
@@ -165,8 +172,8 @@ def _solve_piece(allowed: Indices, factors: Sequence[Factor], fixed: dict[str, i
     """The frontier of variables that hang together."""
     touching = [factor for factor in factors if any(name in allowed for name in factor.variables)]
     names = list(allowed)
-    if len(names) == 1 or math.prod(len(options) for options in allowed.values()) <= JOINT:
-        return _enumerate(allowed, touching, fixed).thinned(limit, BINS // 8)
+    if len(names) == 1 or math.prod(len(options) for options in allowed.values()) <= MAX_ENUMERATED_CHOICES:
+        return _enumerate(allowed, touching, fixed).undominated(limit, MAX_ENUMERATED_FRONTIER_POINTS)
     separator = _separator(names, touching)
     rest = {name: options for name, options in allowed.items() if name != separator}
     parts = []
@@ -177,7 +184,8 @@ def _solve_piece(allowed: Indices, factors: Sequence[Factor], fixed: dict[str, i
     order = parts[0].variables
     picks = [part.picks[:, [part.variables.index(name) for name in order]] for part in parts]
     costs, values = [part.cost for part in parts], [part.value for part in parts]
-    return _Frontier(order, np.vstack(picks), np.concatenate(costs), np.concatenate(values)).thinned(limit)
+    whole = _Frontier(order, np.vstack(picks), np.concatenate(costs), np.concatenate(values))
+    return whole.undominated(limit, MAX_FRONTIER_POINTS)
 
 
 def _enumerate(allowed: Indices, factors: Sequence[Factor], fixed: dict[str, int]) -> _Frontier:
@@ -198,23 +206,24 @@ def _enumerate(allowed: Indices, factors: Sequence[Factor], fixed: dict[str, int
     return _Frontier(names, np.stack([grid.reshape(-1) for grid in grids], axis=1), cost.reshape(-1), value.reshape(-1))
 
 
-def _pieces(names: Sequence[str], factors: Sequence[Factor]) -> list[list[str]]:
+def _pieces(names: Sequence[str], factors: Sequence[Factor]) -> tuple[tuple[str, ...], ...]:
     """The variables in groups that no factor connects."""
-    root = {name: name for name in names}
+    return _connected(tuple(names), tuple(factor.variables for factor in factors))
 
-    def find(name: str) -> str:
-        while root[name] != name:
-            name = root[name]
-        return name
 
-    for factor in factors:
-        inside = [name for name in factor.variables if name in root]
-        for other in inside[1:]:
-            root[find(other)] = find(inside[0])
-    pieces: dict[str, list[str]] = {}
-    for name in names:
-        pieces.setdefault(find(name), []).append(name)
-    return list(pieces.values())
+@lru_cache(maxsize=4096)  # asked for the same variables again for each value of what is conditioned on
+def _connected(names: tuple[str, ...], scopes: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """The names in groups that no scope connects; groups and names in the order of `names`."""
+    number = {name: index for index, name in enumerate(names)}
+    adjacent = np.zeros((len(names), len(names)))
+    for scope in scopes:
+        inside = [number[name] for name in scope if name in number]
+        adjacent[inside[:1], inside[1:]] = 1
+    labels = connected_components(adjacent, directed=False)[1]
+    pieces: dict[int, list[str]] = {}
+    for name, label in zip(names, labels.tolist(), strict=True):
+        pieces.setdefault(label, []).append(name)
+    return tuple(tuple(piece) for piece in pieces.values())
 
 
 def _separator(names: Sequence[str], factors: Sequence[Factor]) -> str:
@@ -231,7 +240,7 @@ def _conditioned(allowed: Indices, factors: Sequence[Factor]) -> list[str]:
     """The longest chain of variables that are conditioned on inside one another."""
     chains: list[list[str]] = [[]]
     for piece in _pieces(list(allowed), factors):
-        if len(piece) > 1 and math.prod(len(allowed[name]) for name in piece) > JOINT:
+        if len(piece) > 1 and math.prod(len(allowed[name]) for name in piece) > MAX_ENUMERATED_CHOICES:
             touching = [factor for factor in factors if any(name in piece for name in factor.variables)]
             first = _separator(piece, touching)
             rest = {name: allowed[name] for name in piece if name != first}

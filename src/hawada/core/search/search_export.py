@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import Tensor
 
-from hawada.core.latency import MARGIN, Budget, Proxy, averaged
-from hawada.core.search.allocation import Allocation, Worths
+from hawada.core.latency import SEARCH_MARGIN_OF_TOLERANCE, Budget, Proxy, averaged
+from hawada.core.search.allocation import Allocation
+from hawada.core.search.objective import Objective
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
 from hawada.core.verdict import Comparison
 
-CLOSE = 2.0  # tolerances from the goal: a model as near as that is changed, not chosen anew
+MAX_TOLERANCES_TO_NEIGHBOUR = 2.0  # a model that is as near to the goal is changed, not chosen anew
 # Of a measurement of the search in the proxy's fit, where a random calibration model has 1: what the search measures
 # lies near the target, which is where the fit must be right. Of 30 problems of benchmarks/simulated_targets.py, 27
 # ended on target with it, and 25 with a weight of 1.
 SEARCH_SAMPLE_WEIGHT = 3.0
-STEPS_DOWN = (0.95, 0.85, 0.7, 0.0)  # fractions of the fastest prediction so far; at last the smallest model
+FALLBACK_RATIOS = (0.95, 0.85, 0.7, 0.0)  # fractions of the fastest prediction so far; at last the smallest model
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Candidate:
     Attributes:
         level: which of the search's policies it was allocated with; 0 is the finest.
         keep: its kept indices.
-        predicted_ratio: what the proxy said before the measurement, relative to the teacher.
+        predicted_ratio: what the proxy predicted before the measurement, relative to the teacher.
         comparison: what was measured; the average, where it was measured more than once.
-        worth: of its widths, see `Allocation`, or minus the loss where that is known.
+        value: the total of its units, see `Objective`.
         times: how often it was measured.
     """
 
@@ -38,7 +38,7 @@ class Candidate:
     keep: Keep
     predicted_ratio: float
     comparison: Comparison
-    worth: float
+    value: float
     times: int = 1
 
 
@@ -64,23 +64,20 @@ class BudgetSearch:
 
     Attributes:
         groups: every group of the model.
-        saliency: per group, (units,); groups without an entry stay whole.
+        objective: what is kept as much of as the budget allows; it ranks candidates.
         proxy: fitted in milliseconds of a teacher that takes `teacher_ms`; every measurement is added to it.
         policies: sets of allowed widths, the finest first.
         measure: slices and measures a choice against the teacher, interleaved.
         budget: the goal.
         teacher_ms: the teacher's time that the proxy was fitted with.
         start: widths to shrink from (those that the gates ask for), or None for the full model.
-        confirmations: how often a model that is on target must be measured again. A machine has moods that outlast a
-            measurement, and of many figures the lucky one is the first to look right.
-        worths: see `Allocation`.
-        loss: of a choice of units as a whole, smaller is better. Where it is given, it ranks candidates, and what
-            `worths` leads to competes with what `gates` lead to: what groups cost together is not the sum.
-        gates: another saliency, for that; None for the same.
+        confirmations: how often a model that is on target must be measured again. A machine has phases that outlast
+            a measurement, and of many figures the lucky one is the first to look right.
+        alternatives: other objectives that propose widths too; of all proposals the best by `objective` is taken.
     """
 
     groups: Sequence[Group]
-    saliency: Mapping[str, Tensor]
+    objective: Objective
     proxy: Proxy
     policies: Sequence[ExportPolicy]
     measure: Callable[[Keep], Comparison]
@@ -88,13 +85,16 @@ class BudgetSearch:
     teacher_ms: float
     start: Widths | None = None
     confirmations: int = 0
-    worths: Worths | None = None
-    loss: Callable[[Keep], float] | None = None
-    gates: Mapping[str, Tensor] | None = None
+    alternatives: Sequence[Objective] = ()
+    _proposing: list[list[Allocation]] = field(init=False, repr=False, compare=False)  # by level, by objective
 
     def __post_init__(self) -> None:
         if not self.policies:
             raise ValueError("gpu.multiple: no rounding multiple is given; [1] allows every width")
+        self._proposing = [
+            [Allocation(self.groups, each, self.proxy, policy) for each in (self.objective, *self.alternatives)]
+            for policy in self.policies
+        ]
 
     def choose(self, aim_ratio: float, level: int, start: Widths | None = None) -> Keep:
         """Kept indices that are predicted to take this fraction of the teacher's time, or little less.
@@ -102,30 +102,28 @@ class BudgetSearch:
         Args:
             aim_ratio: predicted milliseconds over the teacher's.
             level: index of the policy.
-            start: widths to shrink or grow from; None means those of the search.
+            start: widths to shrink or grow from, by the search's objective alone; None means those of the search.
         """
         limit_ms = aim_ratio * self.teacher_ms
-        wanted_ms = limit_ms * (1 - MARGIN * self.budget.tolerance)
-        allocations = [self._allocation(level)]
-        if self.loss is not None and start is None:
-            by_gates = replace(self, saliency=self.gates or self.saliency, worths=None)
-            allocations.append(by_gates._allocation(level))
-        keeps = [each.keep(each.within(limit_ms, wanted_ms, start or self.start)) for each in allocations]
-        if self.loss is None or all(keep == keeps[0] for keep in keeps):
+        at_least_ms = limit_ms * (1 - SEARCH_MARGIN_OF_TOLERANCE * self.budget.tolerance)
+        proposing = self._proposing[level] if start is None else [self.allocation(level)]
+        keeps = [each.keep(each.within(limit_ms, at_least_ms, start or self.start)) for each in proposing]
+        if all(keep == keeps[0] for keep in keeps):
             return keeps[0]
-        losses = [self.loss(keep) for keep in keeps]
-        return keeps[losses.index(min(losses))]
+        return max(keeps, key=self.objective.total)
+
+    def allocation(self, level: int) -> Allocation:
+        """The allocation by the search's objective with the policy of this level."""
+        return self._proposing[level][0]
 
     def predicted_ratio(self, keep: Keep) -> float:
-        """What the proxy says by now, relative to the teacher."""
+        """What the proxy predicts by now, relative to the teacher."""
         return float(self.proxy.predict(widths_of(keep, self.groups))) / self.teacher_ms
 
     def try_keep(self, keep: Keep, level: int) -> Candidate:
         """Measure a choice and add it to the proxy's fit."""
         predicted = self.predicted_ratio(keep)
-        comparison = self._measured(keep)
-        worth = self._allocation(level).worth(widths_of(keep, self.groups)) if self.loss is None else -self.loss(keep)
-        return Candidate(level, keep, predicted, comparison, worth)
+        return Candidate(level, keep, predicted, self._measured(keep), self.objective.total(keep))
 
     def confirm(self, candidate: Candidate) -> Candidate:
         """Measure it once more, slice and warm-up included, and average."""
@@ -140,17 +138,14 @@ class BudgetSearch:
         return comparison
 
     def smallest(self) -> Keep:
-        """The least that may stay of the groups that have a saliency."""
-        return self._allocation(0).smallest()
-
-    def _allocation(self, level: int) -> Allocation:
-        return Allocation(self.groups, self.saliency, self.proxy, self.policies[level], self.worths)
+        """The least that may stay of the groups that have an importance."""
+        return self.allocation(0).smallest()
 
 
 def grid_search_latency(search: BudgetSearch) -> list[Candidate]:
     """One candidate per policy, each aimed at the middle of the budget and measured; the best comes first.
 
-    The best retains the most saliency among those that hold the budget; when none holds it, the fastest.
+    The best has the largest value among those that hold the budget; when none holds it, it is the fastest.
     """
     aim = search.budget.middle(search.teacher_ms)
     candidates: list[Candidate] = []
@@ -161,7 +156,7 @@ def grid_search_latency(search: BudgetSearch) -> list[Candidate]:
 
     def rank(candidate: Candidate) -> tuple[bool, float]:
         holds = search.budget.holds(candidate.comparison)
-        return (not holds, -candidate.worth if holds else candidate.comparison.ratio.median)
+        return (not holds, -candidate.value if holds else candidate.comparison.ratio.median)
 
     return sorted(candidates, key=rank)
 
@@ -180,7 +175,7 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
         max_measurements: the most measurements in all, those of ever smaller models before giving up not counted.
 
     Returns:
-        The candidate on target that retains the most saliency, else the slowest that holds the budget, else the
+        The candidate on target with the largest value, else the slowest that holds the budget, else the
         fastest.
     """
     budget = search.budget
@@ -189,7 +184,7 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     while sum(candidate.times for candidate in tried) < max_measurements:
         hits = [index for index, candidate in enumerate(tried) if budget.on_target(candidate.comparison)]
         if hits:
-            best = max(hits, key=lambda index: tried[index].worth)
+            best = max(hits, key=lambda index: tried[index].value)
             if tried[best].times > search.confirmations:
                 break
             tried[best] = search.confirm(tried[best])
@@ -207,14 +202,14 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     on_target = [candidate for candidate in holding if budget.on_target(candidate.comparison)]
     if on_target:
         confirmed = [candidate for candidate in on_target if candidate.times > search.confirmations]
-        return SearchResult(max(confirmed or on_target, key=lambda candidate: candidate.worth), "on_target", tried)
+        return SearchResult(max(confirmed or on_target, key=lambda candidate: candidate.value), "on_target", tried)
     return SearchResult(max(holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
 
 
 def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
     """Try ever smaller models, at last the smallest there is, until one holds the budget; whether one does."""
     lowest = min(search.predicted_ratio(candidate.keep) for candidate in tried)
-    for share in STEPS_DOWN:
+    for share in FALLBACK_RATIOS:
         keep = search.choose(share * lowest, 0) if share else search.smallest()
         if all(candidate.keep != keep for candidate in tried) or not share:
             tried.append(search.try_keep(keep, 0))
@@ -230,12 +225,12 @@ def _next_choice(search: BudgetSearch, tried: Sequence[Candidate], level: int) -
     nearest = min(range(len(tried)), key=lambda index: abs(points[index][1] - goal))
     predicted, measured = points[nearest]
     aims: list[tuple[float, Widths | None]] = []
-    if abs(measured / goal - 1) <= CLOSE * search.budget.tolerance:
+    if abs(measured / goal - 1) <= MAX_TOLERANCES_TO_NEIGHBOUR * search.budget.tolerance:
         aims.append((goal * predicted / measured, widths_of(tried[nearest].keep, search.groups)))
     aims.append((_next_aim(points, goal), None))
     for aim, start in aims:
         # A choice stays below its aim; where that leads to a known model, the upper end of what is accepted may not.
-        for share in (1.0, 1.0 + MARGIN * search.budget.tolerance):
+        for share in (1.0, 1.0 + SEARCH_MARGIN_OF_TOLERANCE * search.budget.tolerance):
             keep = search.choose(aim * share, level, start)
             if all(candidate.keep != keep for candidate in tried):
                 return keep
@@ -246,7 +241,7 @@ def _goal(search: BudgetSearch, tried: Sequence[Candidate]) -> float:
     """The ratio to come close to: the wider the intervals are, the further below the target it must lie."""
     budget = search.budget
     spread = float(np.median([c.comparison.ratio.high / c.comparison.ratio.median - 1 for c in tried]))
-    highest = budget.ratio(search.teacher_ms) * (1 - MARGIN * budget.tolerance) / (1 + spread)
+    highest = budget.ratio(search.teacher_ms) * (1 - SEARCH_MARGIN_OF_TOLERANCE * budget.tolerance) / (1 + spread)
     return min(budget.middle(search.teacher_ms), highest)
 
 

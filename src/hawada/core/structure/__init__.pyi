@@ -3,7 +3,7 @@ from .edits import (
     Edits as Edits,
     plan_edits as plan_edits,
     set_structure as set_structure,
-    without_elements as without_elements,
+    sliced_tensors as sliced_tensors,
 )
 from .groups import (
     Cut as Cut,
@@ -25,7 +25,7 @@ from .kept import (
     widths_of as widths_of,
     without_orphans as without_orphans,
 )
-from .materialize import materialize as materialize
+from .materialize import SliceSite as SliceSite, materialize as materialize
 from .policy import ExportPolicy as ExportPolicy, Rounding as Rounding
 from .selection import (
     best_first as best_first,
@@ -34,4 +34,10 @@ from .selection import (
     keep_group_indices_from_gate as keep_group_indices_from_gate,
     smallest_keep as smallest_keep,
 )
-from .slicing import slice_conv2d as slice_conv2d, slice_embedding as slice_embedding, slice_linear as slice_linear
+from .slicing import (
+    all_tensors as all_tensors,
+    fill as fill,
+    slice_conv2d as slice_conv2d,
+    slice_embedding as slice_embedding,
+    slice_linear as slice_linear,
+)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from hawada.core.structure.groups import Group
+from hawada.core.structure.slicing import all_tensors
 
 
 def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
@@ -16,7 +17,7 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
         ValueError: naming the group and the path that is wrong.
     """
     modules = dict(model.named_modules())
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = all_tensors(model)
     by_name = {group.name: group for group in groups}
     if len(by_name) != len(groups):
         raise ValueError("two groups share a name; group names must be unique")

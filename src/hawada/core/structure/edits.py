@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hawada.core.structure.checks import check_groups
 from hawada.core.structure.groups import Group
 from hawada.core.structure.kept import widths_of, without_orphans
-from hawada.core.structure.slicing import slice_tensor
+from hawada.core.structure.slicing import all_tensors, slice_tensor
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Edits:
     """What slicing does to a model, apart from the numbers: enough to rebuild the slim architecture.
 
     Attributes:
-        removed: elements to drop, by tensor name, then axis.
+        removed: the positions that go, sorted and distinct, by tensor name, then axis; a tensor that has several names
+            is listed under each of them.
         attributes: new values of module attributes, by `module.attribute`.
         replaced: modules that go, with the children that stay.
     """
@@ -28,9 +29,36 @@ class Edits:
     attributes: dict[str, int]
     replaced: dict[str, tuple[str, ...]]
 
+    def removes(self, path: str) -> bool:
+        """Whether a module or tensor goes: what is removed, and what lies inside it but for the children that stay."""
+        return any(
+            path == gone or (path.startswith(f"{gone}.") and path[len(gone) + 1 :].partition(".")[0] not in keeps)
+            for gone, keeps in self.replaced.items()
+        )
+
+    def shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """The shape that is left of the tensor of this name."""
+        removed = self.removed.get(name, {})
+        return tuple(size - (len(removed[dim]) if dim in removed else 0) for dim, size in enumerate(tensor.shape))
+
+    def slice(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy without history of what is left of the tensor of this name."""
+        if name not in self.removed:
+            return slice_tensor(tensor, 0, None)
+        for dim, gone in self.removed[name].items():
+            stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            stays[gone] = False
+            tensor = slice_tensor(tensor, dim, stays.nonzero().flatten())
+        return tensor
+
 
 def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]) -> Edits:
-    """Work out every cut before anything is touched.
+    """Work out every cut before anything is touched: the one calculation of what goes from which tensor.
+
+    Args:
+        model: the unpruned model; not changed.
+        groups: its declaration.
+        keep: kept indices of every group.
 
     Raises:
         ValueError: when the groups do not fit, a kept index is out of range, or a group with an axis would be empty.
@@ -41,7 +69,7 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
             raise ValueError(f"{group.name}: kept indices must be distinct and within 0..{group.units - 1}")
     keep = without_orphans(keep, groups)
     widths = widths_of(keep, groups)
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = all_tensors(model)
     removed: dict[str, dict[int, Tensor]] = {}
     attributes: dict[str, int] = {}
     replaced: dict[str, tuple[str, ...]] = {}
@@ -59,67 +87,59 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
         gone = sorted(set(range(group.units)) - set(kept))
         for cut in group.cuts:
             dims = removed.setdefault(cut.tensor, {})
-            dims[cut.dim] = torch.cat([dims.get(cut.dim, torch.empty(0, dtype=torch.long)), cut.elements(gone)])
+            dims[cut.dim] = _union(dims.get(cut.dim), cut.elements(gone))
             if cut.follows:
                 owner = cut.tensor.rpartition(".")[0]
-                size = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim].unique())
+                size = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim])
                 attributes[f"{owner}.{cut.follows}"] = size * cut.times
-    return Edits(removed, attributes, replaced)
+    return Edits(_under_every_name(removed, tensors), attributes, replaced)
 
 
-def apply_edits(model: nn.Module, edits: Edits, prefix: str = "") -> nn.Module:
-    """Carry out edits on a model that the caller owns; returns it, or what stands in its place.
+def _union(removed: Tensor | None, more: Tensor) -> Tensor:
+    """The positions of both, sorted and distinct."""
+    positions: Tensor = torch.unique(more if removed is None else torch.cat([removed, more]))
+    return positions
 
-    Args:
-        model: changed in place.
-        edits: planned on the whole model.
-        prefix: path of `model` within that whole, when it is a submodule.
+
+def _under_every_name(
+    removed: Mapping[str, dict[int, Tensor]], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """Give all names of a tied tensor the positions that go under any of them."""
+    shared: dict[int, dict[int, Tensor]] = {}
+    for name, dims in removed.items():
+        of_tensor = shared.setdefault(id(tensors[name]), {})
+        for dim, gone in dims.items():
+            of_tensor[dim] = _union(of_tensor.get(dim), gone)
+    return {name: shared[id(tensor)] for name, tensor in tensors.items() if id(tensor) in shared}
+
+
+def sliced_tensors(model: nn.Module, edits: Edits, prefix: str = "") -> dict[str, Tensor]:
+    """Cut the parameters and buffers of a model, or of its submodule at `prefix`, to what stays of them.
+
+    Returns:
+        Copies by their names in `model`; a tensor that has several names is one tensor here too.
     """
-
-    def local(name: str) -> str | None:
-        return name[len(prefix) + 1 :] if prefix and name.startswith(f"{prefix}.") else (None if prefix else name)
-
-    if any(prefix.startswith(f"{path}.") for path in edits.replaced):
-        return nn.Identity()  # it lies inside a module that goes
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}  # tied tensors have several owners and are cut once
-    tensors: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append((module, name))
-                tensors[f"{path}.{name}" if path else name] = tensor
-    removed: dict[int, dict[int, list[Tensor]]] = {}
-    originals: dict[int, Tensor] = {}
-    for name, dims in edits.removed.items():
-        tensor = tensors.get(local(name) or "")
-        if tensor is not None:
-            originals[id(tensor)] = tensor
-            for dim, gone in dims.items():
-                removed.setdefault(id(tensor), {}).setdefault(dim, []).append(gone)
-    for key, cuts in removed.items():
-        old = originals[key]
-        smaller = without_elements(old, {dim: torch.cat(parts) for dim, parts in cuts.items()})
-        if isinstance(old, nn.Parameter):
-            smaller = nn.Parameter(smaller, requires_grad=old.requires_grad)
-        for module, name in owners[key]:
-            setattr(module, name, smaller)
-    model = set_structure(model, edits.attributes, edits.replaced, prefix)
-    return _remains(model, edits.replaced[prefix]) if prefix in edits.replaced else model
-
-
-def without_elements(tensor: Tensor, removed: Mapping[int, Tensor]) -> Tensor:
-    """A copy of `tensor` without the given positions, by axis."""
-    for dim, gone in removed.items():
-        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        stays[gone] = False
-        tensor = slice_tensor(tensor, dim, stays.nonzero().flatten())
-    return tensor
+    sliced: dict[int, Tensor] = {}
+    tensors = all_tensors(model)
+    inside = [name for name in tensors if not prefix or name.startswith(f"{prefix}.")]
+    inside = [name for name in inside if not edits.removes(name)]
+    for name in inside:
+        if id(tensors[name]) not in sliced:
+            sliced[id(tensors[name])] = edits.slice(name, tensors[name])
+    return {name: sliced[id(tensors[name])] for name in inside}
 
 
 def set_structure(
     model: nn.Module, attributes: Mapping[str, int], replaced: Mapping[str, Sequence[str]], prefix: str = ""
 ) -> nn.Module:
-    """The part of the edits that is not numbers: attributes and removed modules. Changes `model` in place."""
+    """Carry out the part of the edits that is not numbers: attributes and removed modules.
+
+    Args:
+        model: the model, or its submodule at `prefix`; changed in place.
+        attributes: see `Edits`.
+        replaced: see `Edits`.
+        prefix: path of `model` within the model that the edits were planned on.
+    """
     skip = len(prefix) + 1 if prefix else 0
     for name, value in attributes.items():
         path, _, attribute = name.rpartition(".")
@@ -130,11 +150,11 @@ def set_structure(
         if not prefix or path.startswith(f"{prefix}."):
             parent, _, child = path[skip:].rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, child, _remains(getattr(owner, child), tuple(keeps)))
+            setattr(owner, child, remains_of(getattr(owner, child), keeps))
     return model
 
 
-def _remains(module: nn.Module, keeps: Sequence[str]) -> nn.Module:
+def remains_of(module: nn.Module, keeps: Sequence[str]) -> nn.Module:
     """What stands where a removed module was: its kept children in a row, under their old names, or the identity."""
     if not keeps:
         return nn.Identity()

@@ -55,7 +55,7 @@ def keep_first(
     Args:
         groups: parents among them, in any order.
         widths: of every group.
-        order: by group, all its units with the most wanted first; groups without an entry go by index.
+        order: by group, all its units, the one to be kept first in front; groups without an entry go by index.
     """
     by_name = {group.name: group for group in groups}
     keep: Keep = {}
@@ -63,17 +63,17 @@ def keep_first(
     def choose(group: Group) -> tuple[int, ...]:
         if group.name in keep:
             return keep[group.name]
-        wanted: Iterable[int] = (order or {}).get(group.name, range(group.units))
+        candidates: Iterable[int] = (order or {}).get(group.name, range(group.units))
         parent = by_name.get(group.parent or "")
         if parent is not None:
             staying, share = set(choose(parent)), group.units // parent.units
-            wanted = [unit for unit in wanted if unit // share in staying]
+            candidates = [unit for unit in candidates if unit // share in staying]
         width = widths[group.name]
         if group.equal_per_parent is None:
-            chosen = list(wanted)[:width]
+            chosen = list(candidates)[:width]
         else:
             families: dict[int, list[int]] = {}
-            for unit in wanted:
+            for unit in candidates:
                 families.setdefault(unit // group.equal_per_parent, []).append(unit)
             chosen = [unit for family in families.values() for unit in family[:width]]
         keep[group.name] = tuple(sorted(chosen))

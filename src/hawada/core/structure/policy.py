@@ -64,7 +64,7 @@ class ExportPolicy:
         full = group.full_width
         return [w for w in self.rounding_of(group).widths(full) if w >= min(self.minimum.get(group.kind, 1), full)]
 
-    def lacking(self, widths: Mapping[str, int], groups: Sequence[Group]) -> set[str]:
+    def missing_kinds(self, widths: Mapping[str, int], groups: Sequence[Group]) -> set[str]:
         """Kinds of layers and branches of which too few stay; one inside a removed layer does not count."""
         by_name = {group.name: group for group in groups}
 
@@ -77,7 +77,7 @@ class ExportPolicy:
         there = {kind: sum(group.kind == kind for group in groups) for kind in kinds}
         return {kind for kind in kinds if staying[kind] < min(self.minimum.get(kind, 0), there[kind])}
 
-    def restored(self, widths: Mapping[str, int], groups: Sequence[Group], best: Sequence[str]) -> Widths:
+    def with_required_branches(self, widths: Mapping[str, int], groups: Sequence[Group], best: Sequence[str]) -> Widths:
         """The widths with as many layers and branches put back as must stay: those inside what stays, and the first of
         `best`, before the others."""
         by_name = {group.name: group for group in groups}
@@ -85,7 +85,7 @@ class ExportPolicy:
         inside = [name for name in best if widths.get(by_name[name].parent or "", 1)]
         for name in [*inside, *(name for name in best if name not in inside)]:
             above: str | None = name
-            if by_name[name].kind in self.lacking(result, groups):
+            if by_name[name].kind in self.missing_kinds(result, groups):
                 while above in by_name:
                     result[above] = result[above] or 1
                     above = by_name[above].parent

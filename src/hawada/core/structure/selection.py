@@ -45,7 +45,9 @@ def keep_from_gates(gates: Mapping[str, Tensor], groups: Sequence[Group], policy
         width = _allowed_width(sum(counts) / len(counts), members[0], policy)
         widths |= dict.fromkeys((member.name for member in members), width)
     branches = [group.name for group in groups if group.removes]
-    widths = policy.restored(widths, groups, sorted(branches, key=lambda name: -float(gates[name].detach())))
+    widths = policy.with_required_branches(
+        widths, groups, sorted(branches, key=lambda name: -float(gates[name].detach()))
+    )
     return keep_first(groups, widths, {name: best_first(gate) for name, gate in gates.items()})
 
 
@@ -53,7 +55,7 @@ def smallest_keep(groups: Sequence[Group], policy: ExportPolicy) -> Keep:
     """The least that may stay: branches and layers gone as far as allowed, other groups at their smallest width."""
     widths = {group.name: policy.widths(group)[0] for group in groups}
     branches = [group.name for group in groups if group.removes]
-    return keep_first(groups, policy.restored(widths, groups, branches))
+    return keep_first(groups, policy.with_required_branches(widths, groups, branches))
 
 
 def _count_from_gate(gate: Tensor, group: Group, policy: ExportPolicy) -> float:

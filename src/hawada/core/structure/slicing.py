@@ -1,8 +1,8 @@
-"""Cutting single modules: each function returns a new, smaller module and leaves the given one alone."""
+"""Cutting tensors and single modules: each slicer returns something new and smaller and leaves the given one alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,29 @@ from torch import Tensor, nn
 
 Indices = Sequence[int] | Tensor | None
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer; one that has several names (a tied weight) under each of them."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(buffers)}
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers these values, whatever their shapes were; what was trainable stays so.
+
+    Args:
+        module: changed in place.
+        tensors: by name in `module`; they are not copied.
+    """
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        parameter = owner._parameters.get(attribute)
+        if parameter is None:
+            owner._buffers[attribute] = tensor
+        else:
+            owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
 def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
@@ -36,7 +59,7 @@ def slice_linear(linear: nn.Linear, *, out_features: Indices = None, in_features
     weight = slice_tensor(slice_tensor(linear.weight, 0, out_features), 1, in_features)
     sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None, device="meta")
     bias = None if linear.bias is None else slice_tensor(linear.bias, 0, out_features)
-    return _filled(sliced, linear, weight=weight, bias=bias)
+    return _filled(sliced, linear, weight, bias)
 
 
 def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: Indices = None) -> nn.Conv2d:
@@ -46,7 +69,9 @@ def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: 
         ValueError: for a grouped convolution, whose channels cannot be chosen freely.
     """
     if conv.groups != 1:
-        raise ValueError(f"a convolution with groups={conv.groups} has no freely removable channels; groups=1 wanted")
+        raise ValueError(
+            f"a convolution with groups={conv.groups} has no freely removable channels; groups=1 is expected"
+        )
     weight = slice_tensor(slice_tensor(conv.weight, 0, out_channels), 1, in_channels)
     sliced = nn.Conv2d(
         weight.shape[1],
@@ -60,7 +85,7 @@ def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: 
         device="meta",
     )
     bias = None if conv.bias is None else slice_tensor(conv.bias, 0, out_channels)
-    return _filled(sliced, conv, weight=weight, bias=bias)
+    return _filled(sliced, conv, weight, bias)
 
 
 def slice_embedding(
@@ -79,15 +104,12 @@ def slice_embedding(
             raise ValueError(f"row {padding} is the padding row and cannot be cut; keep it in num_embeddings")
         padding = rows.index(padding)
     sliced = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, device="meta")
-    return _filled(sliced, embedding, weight=weight)
+    return _filled(sliced, embedding, weight)
 
 
-def _filled(sliced: Module, original: nn.Module, **tensors: Tensor | None) -> Module:
-    """Put real tensors into a module made on the meta device; training mode and requires_grad follow the original."""
-    for name, tensor in tensors.items():
-        if name in original._parameters and tensor is not None:
-            wanted = original._parameters[name].requires_grad  # type: ignore[union-attr]
-            sliced._parameters[name] = nn.Parameter(tensor, requires_grad=wanted)
-        elif name in original._buffers:
-            sliced._buffers[name] = tensor
+def _filled(sliced: Module, original: nn.Module, weight: Tensor, bias: Tensor | None = None) -> Module:
+    """Fill a module that was made on the meta device; training mode and requires_grad follow the original."""
+    fill(sliced, {"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    for name, parameter in sliced.named_parameters():
+        parameter.requires_grad_(original.get_parameter(name).requires_grad)
     return sliced.train(original.training)

@@ -158,17 +158,17 @@ class InfeasibleExport(SearchOutcome, Conclusion):
 
 @record
 class FrontPoint(SearchOutcome):
-    """One target of a front; what follows `worth` is absent where nothing is as fast.
+    """One target of a front; what follows `value` is absent where nothing is as fast.
 
     Attributes:
         target_ratio: what was asked for, relative to the teacher.
-        worth: see `CandidateModel`.
+        value: see `CandidateModel`.
         widths: as of `ExportResult`, likewise the three that follow.
         path: the folder of the slim model.
     """
 
     target_ratio: float
-    worth: float
+    value: float
     widths: Annotated[Widths | None, Omitted] = None
     equivalence: Annotated[Difference | None, Omitted] = None
     refitted: OptionalInt = None

@@ -106,14 +106,14 @@ class CandidateModel:
         level: which of the sets of allowed widths it was allocated with; 0 is the finest.
         predicted_ratio: what the proxy predicted, relative to the teacher.
         ratio: what was measured.
-        worth: importance of the units that stay, or minus the output divergence where that is known.
+        value: importance of the units that stay, or minus the output divergence where that is known.
         widths: how many units of each group it keeps.
     """
 
     level: int
     predicted_ratio: float
     ratio: Interval
-    worth: float
+    value: float
     widths: Widths
 
 

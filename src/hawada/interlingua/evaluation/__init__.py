@@ -1,1 +1,1 @@
-"""What latents carry and what they cost, beside text and other baselines."""
+"""How well questions are answered from latents, and what latents cost, compared with text and other baselines."""

@@ -1,4 +1,4 @@
-"""What a language model can be shown of a context: the latents, and everything they must be compared with."""
+"""What a language model is shown of a context: the latents, and the baselines that they are compared with."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hawada.interlingua.examples import Asked, Example
+from hawada.interlingua.examples import Example, PlainExample
 from hawada.interlingua.llms.llm import LMWrapper
 from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.messenger import Messenger, context_ids
 
-Change = Callable[[Tensor], Tensor]
+LatentChange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a model reads for each example of a batch.
+    """What a language model reads for each example of a batch.
 
     Attributes:
-        prefix: soft tokens or keys and values, or nothing.
-        prompts: ids behind it, up to the answer.
-        tokens: places in the cache that stand for the context, on average.
-        as_pretrained: whether the model reads it without what features added to it.
+        prefix: soft tokens, keys and values, or nothing, with one row for each example.
+        prompts: the ids behind the prefix, up to the answer, a row for each example.
+        tokens: how many places in the cache stand for the context, on average.
+        as_pretrained: whether what features added to the model is switched off while it reads.
     """
 
     prefix: Prefix
@@ -34,16 +34,17 @@ class Shown:
     as_pretrained: bool = True
 
 
-Contender = Callable[[LMWrapper, Sequence[Example]], Shown]
+# Shows a model the contexts of a batch in one way; the latents themselves are one of these ways, beside the baselines.
+Baseline = Callable[[LMWrapper, Sequence[Example]], Shown]
 
 
-def text() -> Contender:
-    """The plain context, as ids."""
+def text() -> Baseline:
+    """Show the plain context, as ids."""
     return _cut(lambda ids, _: ids)
 
 
-def oracle() -> Contender:
-    """The context's own embeddings on the way that soft tokens take; must equal `text`."""
+def oracle() -> Baseline:
+    """Show the embeddings of the context in the place of soft tokens, which must give the same as `text`."""
 
     def show(llm: LMWrapper, examples: Sequence[Example]) -> Shown:
         contexts = context_ids(llm, examples)
@@ -52,23 +53,23 @@ def oracle() -> Contender:
     return show
 
 
-def nothing() -> Contender:
-    """The question alone."""
+def nothing() -> Baseline:
+    """Show the question alone."""
     return _cut(lambda ids, _: [])
 
 
-def head(tokens: int) -> Contender:
-    """The context's first tokens."""
+def head(tokens: int) -> Baseline:
+    """Show the first tokens of the context."""
     return _cut(lambda ids, _: ids[:tokens])
 
 
-def tail(tokens: int) -> Contender:
-    """Its last ones."""
+def tail(tokens: int) -> Baseline:
+    """Show the last tokens of the context."""
     return _cut(lambda ids, _: ids[len(ids) - min(tokens, len(ids)) :])
 
 
-def scattered(tokens: int, seed: int = 0) -> Contender:
-    """Random ones in their order, the same for the same context."""
+def scattered(tokens: int, seed: int = 0) -> Baseline:
+    """Show random tokens of the context in their order, always the same ones of the same context."""
 
     def cut(ids: list[int], context: str) -> list[int]:
         generator = np.random.default_rng([seed, *context.encode()])
@@ -77,8 +78,8 @@ def scattered(tokens: int, seed: int = 0) -> Contender:
     return _cut(cut)
 
 
-def latent(messenger: Messenger, change: Change | None = None) -> Contender:
-    """The latents, changed on the way if so wished."""
+def latent(messenger: Messenger, change: LatentChange | None = None) -> Baseline:
+    """Show the latents, changed before the adapter where `change` is given."""
 
     @torch.no_grad()
     def show(llm: LMWrapper, examples: Sequence[Example]) -> Shown:
@@ -91,15 +92,15 @@ def latent(messenger: Messenger, change: Change | None = None) -> Contender:
     return show
 
 
-def shuffled(messenger: Messenger, contexts: Sequence[str]) -> Contender:
-    """The latents of another context: what is right then was guessed.
+def shuffled(messenger: Messenger, contexts: Sequence[str]) -> Baseline:
+    """Show the latents of another context; an answer that is right all the same was guessed.
 
     Args:
-        messenger: makes them.
-        contexts: of everything that is asked; each is answered from the next different one.
+        messenger: the encoder and adapters that make the latents.
+        contexts: the contexts of all examples; the latents of each are replaced by those of the next different one.
 
     Raises:
-        ValueError: when there is only one.
+        ValueError: when all contexts are the same.
     """
     different = list(dict.fromkeys(contexts))
     if len(different) < 2:
@@ -107,22 +108,26 @@ def shuffled(messenger: Messenger, contexts: Sequence[str]) -> Contender:
     following = dict(zip(different, different[1:] + different[:1], strict=True))
     show = latent(messenger)
     return lambda llm, examples: show(
-        llm, [Asked(following[example.context], example.question, tuple(example.answers)) for example in examples]
+        llm,
+        [PlainExample(following[example.context], example.question, tuple(example.answers)) for example in examples],
     )
 
 
-def quantized(bits: int) -> Change:
-    """Rounds each latent to integers of so many bits and one scale, symmetric."""
+def quantized(bits: int) -> LatentChange:
+    """Round each latent to integers of so many bits, symmetric about 0, with one scale for each latent."""
     largest = 2 ** (bits - 1) - 1
 
     def change(z: Tensor) -> Tensor:
         scale = z.abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
-        return (z / scale).round().clamp(-largest, largest) * scale
+        rounded: Tensor = (z / scale).round().clamp(-largest, largest) * scale
+        return rounded
 
     return change
 
 
-def _cut(cut: Callable[[list[int], str], list[int]]) -> Contender:
+def _cut(cut: Callable[[list[int], str], list[int]]) -> Baseline:
+    """Show the ids that `cut` keeps, given all ids of a context and its text."""
+
     def show(llm: LMWrapper, examples: Sequence[Example]) -> Shown:
         contexts = [
             cut(ids, example.context) for ids, example in zip(context_ids(llm, examples), examples, strict=True)

@@ -1,1 +1,1 @@
-"""The frozen language models that read latents, their tokenizers, and tiny ones that are trained here."""
+"""The frozen language models that read latents, their tokenizers, and tiny models that are trained here."""

@@ -1,4 +1,4 @@
-"""Two small language models that can recall facts: trained here, so that everything can be tried without a download."""
+"""Train small language models to recall facts, so that everything can be tried without a download."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from hawada.interlingua.recall import Recall
 
 Report = Callable[[int, dict[str, float]], None]
 
-COPIED, RECALLED = 0.9, 0.98  # share of right tokens at which contexts get their first facts, and further ones
-HALVED = 60  # steps at the full length in which the learning rate halves, until it is 3 % of its peak
+MIN_COPY_ACCURACY = 0.9  # the share of right tokens in repetitions at which training moves on to facts
+MIN_RECALL_ACCURACY = 0.98  # the share of right answer tokens at which contexts get two more facts
+WARM_UP_STEPS = 100
+LR_HALVING_STEPS = 60  # once contexts have their full length, the learning rate halves in so many steps
+MIN_LR_FACTOR = 0.03  # of the peak learning rate
+REPORT_STEPS = 50  # steps between two reports
+IGNORED = -100  # the label of a token that is not learned
 
 
 def small_causal_lm(model_type: str, vocabulary: int, **sizes: int) -> nn.Module:
-    """An untrained model of a family of the transformers library.
+    """Make an untrained model of a family of the transformers library.
 
     Args:
-        model_type: such as llama or qwen2.
-        vocabulary: number of tokens; 0 begins and 1 ends.
-        sizes: of its configuration, as overrides of its own values; embeddings are tied unless it says otherwise.
+        model_type: the family's name in transformers, such as llama or qwen2.
+        vocabulary: the number of tokens; id 0 is the begin token and id 1 the end token.
+        sizes: fields of the family's configuration and their values; embeddings are tied unless
+            `tie_word_embeddings` is given.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,25 +44,30 @@ def small_causal_lm(model_type: str, vocabulary: int, **sizes: int) -> nn.Module
         pad_token_id=None,
         **{"tie_word_embeddings": True, **sizes},
     )
-    return AutoModelForCausalLM.from_config(config)
+    family: Any = AutoModelForCausalLM  # whose methods are untyped in transformers
+    model: nn.Module = family.from_config(config)
+    return model
 
 
 def documents(examples: Sequence[Example], questions: int, llm: LMWrapper) -> tuple[list[list[int]], list[list[int]]]:
-    """Each context and its questions with answers behind one another: ids, and the labels of what is to be learned.
+    """Write each context and all its questions with their answers into one sequence.
 
     Args:
-        examples: `questions` on each context behind each other.
-        questions: on each context.
-        llm: its tokenizer and template.
+        examples: the examples, with `questions` on each context behind each other.
+        questions: the number of questions on each context.
+        llm: the model whose tokenizer and template are used.
+
+    Returns:
+        The ids of each sequence, and its labels, which are `IGNORED` but for the answers.
     """
     rows, labels = [], []
     for start in range(0, len(examples), questions):
         asked = examples[start : start + questions]
         ids = [*llm.begin, *llm.tokenizer.encode(asked[0].context)]
-        label = [-100] * len(ids)
-        for prompt, answer in zip(llm.prompts(asked), llm.answers(asked), strict=True):
+        label = [IGNORED] * len(ids)
+        for prompt, answer in zip(llm.prompts(asked), llm.targets(asked), strict=True):
             ids += [*prompt, *answer]
-            label += [*([-100] * len(prompt)), *answer]
+            label += [*([IGNORED] * len(prompt)), *answer]
         rows.append(ids)
         labels.append(label)
     return rows, labels
@@ -65,24 +76,28 @@ def documents(examples: Sequence[Example], questions: int, llm: LMWrapper) -> tu
 def repetitions(
     generator: np.random.Generator, vocabulary: int, rows: int, shortest: int = 4, longest: int = 16
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Random tokens said twice, with up to three others in between: ids, and the second time as labels.
+    """Draw sequences of random tokens that come twice, with up to three other tokens in between.
 
     Copying is where induction heads come from (Olsson et al., In-context learning and induction heads, 2022), and
-    recalling the value behind a key takes the same heads. From facts alone a model stays long at naming any value.
+    recalling the value behind a key takes the same heads. Trained on facts alone, a model names any value of the
+    context for a long time.
 
     Args:
-        generator: of the tokens.
-        vocabulary: number of tokens; 0 begins and 1 ends.
-        rows: how many sequences.
-        shortest: tokens that are repeated, at least.
-        longest: and at most.
+        generator: the generator of the tokens.
+        vocabulary: the number of tokens; id 0 is the begin token and id 1 the end token.
+        rows: the number of sequences.
+        shortest: the fewest tokens that are repeated.
+        longest: the most tokens that are repeated.
+
+    Returns:
+        The ids of each sequence, and its labels, which are `IGNORED` but for the second time.
     """
     ids, labels = [], []
     for _ in range(rows):
-        said = generator.integers(2, vocabulary, generator.integers(shortest, longest + 1)).tolist()
-        first = [0, *said, *generator.integers(2, vocabulary, generator.integers(0, 4)).tolist(), said[0]]
-        ids.append([*first, *said[1:]])
-        labels.append([*([-100] * len(first)), *said[1:]])
+        repeated = generator.integers(2, vocabulary, generator.integers(shortest, longest + 1)).tolist()
+        first = [0, *repeated, *generator.integers(2, vocabulary, generator.integers(0, 4)).tolist(), repeated[0]]
+        ids.append([*first, *repeated[1:]])
+        labels.append([*([IGNORED] * len(first)), *repeated[1:]])
     return ids, labels
 
 
@@ -98,60 +113,68 @@ def pretrain_recall(
     enough: float = 0.9998,
     report: Report | None = None,
 ) -> float:
-    """Train a model until it recalls from contexts of up to `pairs` facts; returns the share of right answer tokens.
+    """Train a model until it recalls from contexts of up to `pairs` facts.
 
-    It first learns to repeat random tokens. Then contexts grow from two facts: whenever the longest so far are
-    answered, two more are added.
+    It first learns to repeat random tokens. Then contexts grow from two facts on: whenever the model recalls from the
+    longest ones so far, they get two more.
 
     Args:
-        llm: its model's weights are trained and frozen again.
-        pairs: the longest contexts.
-        seed: of the data.
-        steps: at most so many.
-        lr: peak learning rate of AdamW; it falls once contexts have their full length.
-        contexts: in a step.
-        questions: on each.
-        enough: share of right answer tokens at which training ends.
-        report: called with (step, figures) now and then.
+        llm: the model, whose weights are trained and then frozen again.
+        pairs: the number of facts in the longest contexts.
+        seed: the seed of the data.
+        steps: the most training steps.
+        lr: the peak learning rate of AdamW; it falls once contexts have their full length.
+        contexts: the number of contexts in a step.
+        questions: the number of questions on each context.
+        enough: the share of right answer tokens at which training ends.
+        report: a function that is called with the step and its figures every `REPORT_STEPS` steps.
+
+    Returns:
+        The share of right answer tokens on the longest contexts, as a moving average.
     """
     model: Any = llm.model
     model.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    longest, right, last = 0, 0.0, 0  # 0 facts: tokens are repeated; steps at the full length
+    longest, right = 0, 0.0  # while the longest context has 0 facts, tokens are repeated
+    full_length_steps = 0
     generator = np.random.default_rng(seed)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * max(0.03, 0.5 ** (last / HALVED))
+            group["lr"] = (
+                lr
+                * min(1.0, (step + 1) / WARM_UP_STEPS)
+                * max(MIN_LR_FACTOR, 0.5 ** (full_length_steps / LR_HALVING_STEPS))
+            )
         hardest = step % 2 == 0 or longest == 0
         count = longest if hardest else int(generator.integers(min(2, pairs), longest + 1))
         if count:
             rows = documents(Recall(count, questions, seed).train_batch(step, contexts), questions, llm)
         else:
             rows = repetitions(generator, llm.tokenizer.vocabulary, 2 * contexts)
-        loss, correct = _answers(model, *rows)
+        loss, correct = _loss_and_accuracy(model, *rows)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         right = 0.9 * right + 0.1 * correct if hardest else right
-        if report is not None and step % 50 == 0:
+        if report is not None and step % REPORT_STEPS == 0:
             report(step, {"loss": float(loss.detach()), "right": right, "pairs": longest})
-        last += longest == pairs
+        full_length_steps += longest == pairs
         if longest == pairs and right >= enough:
             break
-        if longest < pairs and right >= (RECALLED if longest else COPIED):
+        if longest < pairs and right >= (MIN_RECALL_ACCURACY if longest else MIN_COPY_ACCURACY):
             longest, right = min(longest + 2, pairs), 0.0
     model.requires_grad_(False).eval()
     return right
 
 
-def _answers(model: Any, rows: list[list[int]], labels: list[list[int]]) -> tuple[Tensor, float]:
-    """Cross-entropy of the labels, and the share of them that would be predicted."""
+def _loss_and_accuracy(model: Any, rows: list[list[int]], labels: list[list[int]]) -> tuple[Tensor, float]:
+    """Compute the cross-entropy of the labels, and the share of them that is the most probable token."""
     device = model.get_input_embeddings().weight.device
     ids, mask = padded_right(rows, device)
-    wanted, _ = padded_right(labels, device)
-    wanted[~mask] = -100
-    logits = model(input_ids=ids).logits[:, :-1]
-    counted = wanted[:, 1:] != -100
-    chosen, targets = logits[counted], wanted[:, 1:][counted]
-    return F.cross_entropy(chosen, targets), float((chosen.argmax(-1) == targets).float().mean())
+    targets, _ = padded_right(labels, device)
+    targets[~mask] = IGNORED
+    logits, targets = model(input_ids=ids).logits[:, :-1], targets[:, 1:]
+    counted = targets != IGNORED
+    logits, targets = logits[counted], targets[counted]
+    return F.cross_entropy(logits, targets), float((logits.argmax(-1) == targets).float().mean())

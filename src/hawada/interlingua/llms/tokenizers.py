@@ -1,4 +1,4 @@
-"""What the interlingua asks of a tokenizer, and the small ones that it brings."""
+"""The tokenizer that the interlingua expects, small ones of its own, and a wrapper of those of transformers."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ if TYPE_CHECKING:
 
 
 class UnknownText(ValueError):
-    """A tokenizer has no tokens for a text."""
+    """Raised when a tokenizer has no tokens for a text."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back; special tokens are never added by `encode` and never come out of `decode`."""
+    """Turn text into ids and back; `encode` adds no special tokens, and `decode` leaves them out."""
 
     @property
     def vocabulary(self) -> int:
-        """Ids are below this."""
+        """The number of tokens; ids are below it."""
 
     @property
     def bos(self) -> int | None:
-        """Begins a sequence, where the model knows such a token."""
+        """The id of the token that begins a sequence; None where the model has none."""
 
     @property
     def eos(self) -> int:
-        """Ends an answer."""
+        """The id of the token that ends an answer."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
 
 
 class ByteTokenizer:
-    """One token a byte of UTF-8; then the begin, the end and a separator."""
+    """Make each byte of UTF-8 a token; three more are the begin, the end and a separator."""
 
     bos, eos, separator, vocabulary = 256, 257, 258, 259
 
@@ -46,10 +48,10 @@ class ByteTokenizer:
 
 
 class PieceTokenizer:
-    """Words, cut into the longest pieces of a fixed list; a piece that begins a word is written with ▁ before it.
+    """Cut words into the longest pieces of a fixed list, in which a piece that begins a word has ▁ before it.
 
     Args:
-        pieces: all of them; ids are their places, behind the begin and the end.
+        pieces: all pieces; their ids follow those of the begin and the end token.
     """
 
     bos, eos = 0, 1
@@ -58,19 +60,19 @@ class PieceTokenizer:
         self.pieces = ["<bos>", "<eos>", *dict.fromkeys(pieces)]
         self.ids = {piece: index for index, piece in enumerate(self.pieces)}
         self.longest = max(map(len, self.pieces))
-        self._known: dict[str, list[int]] = {}
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def vocabulary(self) -> int:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text.
+        """Return the ids of a text.
 
         Raises:
-            UnknownText: when a word cannot be put together from the pieces.
+            UnknownText: when a word cannot be composed of the pieces.
         """
-        return [index for word in text.split() for index in self._known.get(word) or self._word(word)]
+        return [index for word in text.split() for index in self._encoded.get(word) or self._word(word)]
 
     def _word(self, word: str) -> list[int]:
         rest, ids = f"▁{word}", []
@@ -80,7 +82,7 @@ class PieceTokenizer:
                 raise UnknownText(f"{word!r}: the tokenizer has no pieces for {rest!r}; use a word of its own list")
             ids.append(self.ids[rest[:length]])
             rest = rest[length:]
-        self._known[word] = ids
+        self._encoded[word] = ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -88,10 +90,10 @@ class PieceTokenizer:
 
 
 class PretrainedTokenizer:
-    """A tokenizer of the transformers library.
+    """Wrap a tokenizer of the transformers library.
 
     Args:
-        tokenizer: as loaded.
+        tokenizer: the tokenizer of transformers.
 
     Raises:
         ValueError: when it has no end-of-sequence token.
@@ -113,15 +115,15 @@ class PretrainedTokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def chat(self) -> tuple[str, str]:
-        """What the tokenizer's chat template sets before and behind what the user says, up to the answer.
+        """Return what the chat template writes before the user's message, and behind it up to the model's answer.
 
         Raises:
             ValueError: when it has no chat template.
         """
-        mark = "<<context>>"
+        placeholder = "<<context>>"
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.tokenizer.name_or_path}: the tokenizer has no chat template; set llms.chat=false")
-        said = [{"role": "user", "content": mark}]
-        text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        head, _, tail = str(text).partition(mark)
+        conversation = [{"role": "user", "content": placeholder}]
+        text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        head, _, tail = str(text).partition(placeholder)
         return head, tail

@@ -8,11 +8,11 @@ from torch import nn
 from hawada.experiment import Run
 from hawada.experiment.results import DryModel, InterlinguaDryResult
 from hawada.interlingua.evaluation.cost import cache_bytes, payload_bytes
-from hawada.interlingua.examples import Asked
+from hawada.interlingua.examples import PlainExample
 from hawada.interlingua.llms.prefix import Prefix
 from hawada.interlingua.stages.parts import InterlinguaParts
 
-EXAMPLE = Asked("A context.", "A question?", ("an answer",))
+EXAMPLE = PlainExample("A context.", "A question?", ("an answer",))
 
 
 def run(cfg: DictConfig, run: Run) -> InterlinguaDryResult:
@@ -23,7 +23,7 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaDryResult:
     models: dict[str, DryModel] = {}
     for name, llm in parts.llms.items():
         prefix = messenger.prefix(name, latents[name])
-        reading = llm.read(prefix, llm.prompts([EXAMPLE]), llm.answers([EXAMPLE]))
+        reading = llm.read(prefix, llm.prompts([EXAMPLE]), llm.targets([EXAMPLE]))
         models[name] = DryModel(
             parameters=count(llm.model, trainable=False),
             trainable=count(messenger.adapters[name], trainable=True),

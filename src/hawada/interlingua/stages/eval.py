@@ -22,7 +22,7 @@ from hawada.experiment.results import (
 from hawada.interlingua.checkpoint import load_checkpoint
 from hawada.interlingua.evaluation.answers import Answers, answer, answer_together, difference
 from hawada.interlingua.evaluation.baselines import (
-    Contender,
+    Baseline,
     head,
     latent,
     nothing,
@@ -33,7 +33,7 @@ from hawada.interlingua.evaluation.baselines import (
     tail,
     text,
 )
-from hawada.interlingua.evaluation.cost import LatentPrefill, Prefill, cache_bytes, payload_bytes
+from hawada.interlingua.evaluation.cost import LatentPrefill, TextPrefill, cache_bytes, payload_bytes
 from hawada.interlingua.examples import Example
 from hawada.interlingua.llms.llm import LMWrapper
 from hawada.interlingua.messenger import Messenger
@@ -140,7 +140,7 @@ def of_different_contexts(examples: Sequence[Example]) -> list[Example]:
 
 def compared_ways(
     messenger: Messenger, prompt: Messenger | None, examples: Sequence[Example], latent_len: int
-) -> dict[str, Contender]:
+) -> dict[str, Baseline]:
     """The rows of the table, by name; a prompt only where it was tuned."""
     return {
         "text": text(),
@@ -166,11 +166,11 @@ def guessing(parts: InterlinguaParts) -> dict[str, float]:
 
 
 def prefill(
-    parts: InterlinguaParts, llm: LMWrapper, messenger: Messenger, examples: Any, rows: dict[str, Contender]
+    parts: InterlinguaParts, llm: LMWrapper, messenger: Messenger, examples: Any, rows: dict[str, Baseline]
 ) -> PrefillFigures:
     """Time to the first answer token as a fraction of the text's, without and with encoding."""
     inputs = (torch.zeros(1, device=parts.device),)
-    whole = Prefill(llm, rows["text"](llm, examples))
+    whole = TextPrefill(llm, rows["text"](llm, examples))
 
     def compared(candidate: LatentPrefill) -> PrefillComparison:
         comparison = parts.watch.compare(whole, candidate, inputs)

@@ -22,7 +22,7 @@ from hawada.interlingua.features import Feature
 from hawada.interlingua.llms.llm import LMWrapper, Template
 from hawada.interlingua.llms.tiny import small_causal_lm
 from hawada.interlingua.llms.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
-from hawada.interlingua.messenger import Messenger, Source
+from hawada.interlingua.messenger import Messenger, SourceText
 from hawada.interlingua.questions import Questions
 from hawada.interlingua.recall import KEYS, Recall, syllable_tokenizer, word_tokenizer
 from hawada.interlingua.trainer import Schedule
@@ -246,7 +246,7 @@ class InterlinguaParts:
         torch.manual_seed(node.seed)
         encoder = LearnedPrompt(NAMES, node.latent_len, node.d_z)
         adapters = {name: self._adapter(llm) for name, llm in llms.items()}
-        return Messenger(encoder, adapters, Source(ByteTokenizer(), node.max_source_tokens)).to(self.device)
+        return Messenger(encoder, adapters, SourceText(ByteTokenizer(), node.max_source_tokens)).to(self.device)
 
     def new_messenger(self) -> Messenger:
         """Encoder, adapters and features, untrained, on the device; features change the models."""
@@ -263,7 +263,7 @@ class InterlinguaParts:
         )
         adapters = {name: self._adapter(llm) for name, llm in llms.items()}
         tokenizer = ByteTokenizer() if node.encoder_type == "bytes" else self.llms[NAMES[0]].tokenizer
-        source = Source(tokenizer, node.max_source_tokens, node.query_aware)
+        source = SourceText(tokenizer, node.max_source_tokens, node.query_aware)
         features: dict[str, Feature] = {name: build(feature) for name, feature in node.features.items()}
         messenger = Messenger(encoder, adapters, source, features)
         for feature in features.values():

@@ -18,7 +18,7 @@ def extreme_keep(groups: Sequence[Group], policy: ExportPolicy, *, width: bool, 
         for group in groups
     }
     branches = [group.name for group in groups if group.removes]
-    return keep_first(groups, policy.restored(widths, groups, branches))
+    return keep_first(groups, policy.with_required_branches(widths, groups, branches))
 
 
 def half_keep(groups: Sequence[Group], policy: ExportPolicy) -> Keep:

@@ -13,7 +13,7 @@ from torch import nn
 from hawada.core.latency.clock import Clock
 from hawada.core.latency.profiler import TINY_MS, Rounds, bootstrap_median, sample_rounds
 from hawada.core.latency.site_table import Arguments, SiteCall
-from hawada.core.structure import Group, Site, full_widths, keep_first, materialize
+from hawada.core.structure import Group, Site, SliceSite, full_widths, keep_first, materialize
 
 MIN_WIDTHS = 9  # A staircase has at least so many widths, however long preparing them takes.
 MIN_STEP = 0.02  # A smaller rise, relative to the time at the full width, is no step.
@@ -93,6 +93,7 @@ def measure_staircase(
     *,
     points: int,
     rounds: Rounds,
+    slice_site: SliceSite = materialize,
 ) -> Staircase:
     """Time really sliced copies of one site over a fine grid of widths.
 
@@ -104,6 +105,7 @@ def measure_staircase(
         clock: the clock that takes the times.
         points: about how many widths are timed; fewer when preparing them takes longer than the rounds may.
         rounds: how long to measure.
+        slice_site: makes the sliced modules; see `build_table`.
     """
     site, group = axis
     full = full_widths(groups)
@@ -114,7 +116,7 @@ def measure_staircase(
         if late and len(samplers) >= MIN_WIDTHS:
             break  # preparing a width includes its warm-up, which takes most of the time, above all on a busy machine
         keep = keep_first(groups, full | {group.name: width})
-        call = SiteCall(materialize(model, groups, keep, prefix=site.module), arguments)
+        call = SiteCall(slice_site(model, groups, keep, site.module), arguments)
         samplers[width] = clock.prepare(call, SiteCall.inputs(arguments))
     samples = sample_rounds(list(samplers.values()), rounds)  # the first, the full width, is the baseline
     relative = samples / np.maximum(samples[:, [0]], TINY_MS)
