@@ -28,13 +28,12 @@ from hydra import compose, initialize_config_dir
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.search import BudgetSearch, ImportanceObjective, search_export
 from hawada.core.structure import keep_all, widths_of
-from hawada.core.verdict import Comparison
+from hawada.core.verdict import Comparison, merged
 from hawada.experiment import Run
 from hawada.experiment.results import to_json
 from hawada.stages import profile
 from hawada.stages.export import measuring
 from hawada.workspace import load_proxy, open_stage, verify_in_fresh_process
-from hawada.workspace.verification import combine
 
 MIN_ALLOCATIONS = 3  # in the window, for a cell to count
 MAX_EXCESS = 0.005  # of the target: how far the point estimate of the second measurement may lie above
@@ -102,7 +101,7 @@ def verify(run: Run, records: list[dict[str, Any]]) -> None:
             again.setdefault(record["target_ratio"], []).append(comparison)
     for record in records:
         ratio = record["target_ratio"]
-        whole = combine(again[ratio])
+        whole = merged(again[ratio], ends="widest")
         low = 1 - watch.budget_for(ratio).tolerance
         record |= {
             "ratio": whole.ratio.as_dict(),

@@ -27,7 +27,7 @@ from hawada.core.latency import (
     summarize,
 )
 from hawada.core.structure import keep_all
-from hawada.core.verdict import Comparison, Interval, Latency
+from hawada.core.verdict import Comparison, Interval, Latency, merged
 from hawada.workspace import (
     Verification,
     as_dict,
@@ -35,7 +35,7 @@ from hawada.workspace import (
     verification as verification_module,
     verify_in_fresh_process,
 )
-from hawada.workspace.verification import EVERY, MAX_PASSES, SELF_CHECK, combine, measure_verification
+from hawada.workspace.verification import EVERY, MAX_PASSES, SELF_CHECK, measure_verification
 
 BUDGET = Budget(None, 0.5, 0.05)
 ROUNDS = Rounds(precision=0.01, min_rounds=5, max_rounds=10, max_seconds=1.0)
@@ -251,7 +251,7 @@ def test_without_a_target_nothing_is_measured_for_longer() -> None:
 
 def test_repeats_are_combined_conservatively() -> None:
     one, two, three = compared(0.48, 0.01), compared(0.44, 0.02), compared(0.47, 0.04)
-    whole = combine([one, two, three])
+    whole = merged([one, two, three], ends="widest")
     assert (whole.ratio.median, whole.ratio.low, whole.ratio.high) == pytest.approx((0.47, 0.42, 0.51))
     assert whole.candidate.high == pytest.approx(5.1) and whole.baseline.samples == 15
     assert set(whole.notes) == {"note 0.48", "note 0.44", "note 0.47"}
@@ -259,7 +259,7 @@ def test_repeats_are_combined_conservatively() -> None:
     verification, script = verified(*repeats * MAX_PASSES, repeats=3)
     assert verdict(verification)[0] == "unverified"  # two of three would have met it
     assert len(script.asked) == 3 * MAX_PASSES
-    assert combine([one]) == one
+    assert merged([one], ends="widest") == one
 
 
 def test_the_record_holds_every_sample() -> None:

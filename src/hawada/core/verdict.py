@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from statistics import fmean, median
+from typing import Any, Literal
 
 
 class Verdict(StrEnum):
@@ -102,3 +103,36 @@ class Comparison:
             tuple(record["notes"]),
             record["noisy"],
         )
+
+
+Ends = Literal["mean", "widest"]
+
+
+def merged(comparisons: Sequence[Comparison], *, ends: Ends) -> Comparison:
+    """Several measurements of the same pair of models as one; each median is the median of the medians.
+
+    Args:
+        comparisons: the measurements, at least one; notes are united, and the first reason not to trust them stays.
+        ends: `mean` averages the ends of the intervals, for a search that measures a model again; `widest` takes the
+            lowest and the highest, for repeats whose offsets an interval within one of them does not show.
+    """
+    return Comparison(
+        _merged_latency([comparison.baseline for comparison in comparisons], ends),
+        _merged_latency([comparison.candidate for comparison in comparisons], ends),
+        _merged_interval([comparison.ratio for comparison in comparisons], ends),
+        comparisons[0].source,
+        tuple(dict.fromkeys(note for comparison in comparisons for note in comparison.notes)),
+        next((comparison.noisy for comparison in comparisons if comparison.noisy is not None), None),
+    )
+
+
+def _merged_interval(parts: Sequence[Interval], ends: Ends) -> Interval:
+    lows, highs = [part.low for part in parts], [part.high for part in parts]
+    low, high = (min(lows), max(highs)) if ends == "widest" else (fmean(lows), fmean(highs))
+    return Interval(median(part.median for part in parts), low, high)
+
+
+def _merged_latency(parts: Sequence[Latency], ends: Ends) -> Latency:
+    whole = _merged_interval(parts, ends)
+    p95, samples = max(part.p95 for part in parts), sum(part.samples for part in parts)
+    return Latency(whole.median, whole.low, whole.high, p95, samples)

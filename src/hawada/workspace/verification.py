@@ -44,7 +44,7 @@ from hawada.core.latency import (
     source_of,
     widened,
 )
-from hawada.core.verdict import Comparison, Interval, Latency
+from hawada.core.verdict import Comparison, merged
 
 if TYPE_CHECKING:
     from hawada.workspace.stopwatch import ModelStopwatch  # much that the measuring process would wait for and not use
@@ -82,29 +82,6 @@ class Verification:
         if self.comparison is not None:
             return self.comparison
         return replace(earlier, notes=(*earlier.notes, "the figures are those of an earlier stage"), noisy=self.failed)
-
-
-def combine(repeats: Sequence[Comparison]) -> Comparison:
-    """Repeats as one, conservatively: the median of medians, the lowest low and the highest high."""
-    return Comparison(
-        _combined_latency([repeat.baseline for repeat in repeats]),
-        _combined_latency([repeat.candidate for repeat in repeats]),
-        _combined_interval([repeat.ratio for repeat in repeats]),
-        repeats[0].source,
-        tuple(dict.fromkeys(note for repeat in repeats for note in repeat.notes)),
-        next((repeat.noisy for repeat in repeats if repeat.noisy is not None), None),
-    )
-
-
-def _combined_interval(parts: Sequence[Interval]) -> Interval:
-    median = float(np.median([part.median for part in parts]))
-    return Interval(median, min(part.low for part in parts), max(part.high for part in parts))
-
-
-def _combined_latency(parts: Sequence[Latency]) -> Latency:
-    whole = _combined_interval(parts)
-    p95, samples = max(part.p95 for part in parts), sum(part.samples for part in parts)
-    return Latency(whole.median, whole.low, whole.high, p95, samples)
 
 
 def measure_verification(
@@ -175,10 +152,10 @@ def _concluded(
         return [comparison_of(samples[:, [0, column]], source, notes=notes) for samples in pools]
 
     measured = {f"repeat_{index + 1}": found for index, found in enumerate(compared(counted, -1))}
-    comparison, every = combine(list(measured.values())), combine(compared(rows, -1))
+    comparison, every = merged(list(measured.values()), ends="widest"), merged(compared(rows, -1), ends="widest")
     measured[EVERY] = every
     if rows[0].shape[1] > 2:
-        measured[SELF_CHECK] = combine(compared(counted, 1))
+        measured[SELF_CHECK] = merged(compared(counted, 1), ends="widest")
         unstable = _unstable(measured[SELF_CHECK], budget)
     else:
         unstable = next((sampled.noisy for sampled in taken if sampled.noisy is not None), None)

@@ -29,7 +29,6 @@ from .profiler import (
     Sampled as Sampled,
     SampledComparison as SampledComparison,
     Samples as Samples,
-    averaged as averaged,
     bootstrap_median as bootstrap_median,
     compare as compare,
     comparison_of as comparison_of,

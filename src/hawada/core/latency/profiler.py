@@ -225,27 +225,6 @@ class SampledComparison(Comparison):
     samples: Samples = field(kw_only=True, repr=False, compare=False)
 
 
-def averaged(known: Comparison, other: Comparison, *, share: float = 0.5) -> Comparison:
-    """Two measurements of the same pair as one, `share` of it the other's; the samples are dropped."""
-
-    def mean(one: Interval, two: Interval) -> tuple[float, float, float]:
-        both = zip((one.median, one.low, one.high), (two.median, two.low, two.high), strict=True)
-        median, low, high = ((1 - share) * a + share * b for a, b in both)
-        return median, low, high
-
-    def latency(one: Latency, two: Latency) -> Latency:
-        return Latency(*mean(one, two), max(one.p95, two.p95), one.samples + two.samples)
-
-    return Comparison(
-        latency(known.baseline, other.baseline),
-        latency(known.candidate, other.candidate),
-        Interval(*mean(known.ratio, other.ratio)),
-        known.source,
-        tuple(dict.fromkeys((*known.notes, *other.notes))),
-        known.noisy or other.noisy,
-    )
-
-
 def compare(
     baseline: nn.Module,
     candidate: nn.Module,

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hawada.core.latency import SEARCH_MARGIN_OF_TOLERANCE, Budget, Proxy, averaged
+from hawada.core.latency import SEARCH_MARGIN_OF_TOLERANCE, Budget, Proxy
 from hawada.core.search.allocation import Allocation
 from hawada.core.search.objective import Objective
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
-from hawada.core.verdict import Comparison
+from hawada.core.verdict import Comparison, merged
 
 MAX_TOLERANCES_TO_NEIGHBOUR = 2.0  # a model that is as near to the goal is changed, not chosen anew
 # Of a measurement of the search in the proxy's fit, where a random calibration model has 1: what the search measures
@@ -29,17 +29,25 @@ class Candidate:
         level: which of the search's policies it was allocated with; 0 is the finest.
         keep: its kept indices.
         predicted_ratio: what the proxy predicted before the measurement, relative to the teacher.
-        comparison: what was measured; the average, where it was measured more than once.
+        measurements: every comparison with the teacher, in order.
         value: the total of its units, see `Objective`.
-        times: how often it was measured.
     """
 
     level: int
     keep: Keep
     predicted_ratio: float
-    comparison: Comparison
+    measurements: tuple[Comparison, ...]
     value: float
-    times: int = 1
+
+    @property
+    def comparison(self) -> Comparison:
+        """All measurements as one."""
+        return merged(self.measurements, ends="mean")
+
+    @property
+    def times(self) -> int:
+        """How often it was measured."""
+        return len(self.measurements)
 
 
 @dataclass(frozen=True)
@@ -123,13 +131,11 @@ class BudgetSearch:
     def try_keep(self, keep: Keep, level: int) -> Candidate:
         """Measure a choice and add it to the proxy's fit."""
         predicted = self.predicted_ratio(keep)
-        return Candidate(level, keep, predicted, self._measured(keep), self.objective.total(keep))
+        return Candidate(level, keep, predicted, (self._measured(keep),), self.objective.total(keep))
 
     def confirm(self, candidate: Candidate) -> Candidate:
-        """Measure it once more, slice and warm-up included, and average."""
-        known, times = candidate.comparison, candidate.times
-        both = averaged(known, self._measured(candidate.keep), share=1 / (times + 1))
-        return replace(candidate, comparison=both, times=times + 1)
+        """Measure it once more, slice and warm-up included."""
+        return replace(candidate, measurements=(*candidate.measurements, self._measured(candidate.keep)))
 
     def _measured(self, keep: Keep) -> Comparison:
         comparison = self.measure(keep)
