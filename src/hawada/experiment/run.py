@@ -126,7 +126,8 @@ class Run:
         """
         path = self.folder(stage) / "result.json"
         remedy = f"run stage={stage} with overwrite=true, or choose another name=..."
-        return result_from_json(stage, json.loads(path.read_text()), place=str(path), remedy=remedy)
+        result: StageResult = result_from_json(stage, json.loads(path.read_text()), place=str(path), remedy=remedy)
+        return result
 
     def settings(self, stage: str) -> DictConfig:
         """The part of the configuration that a stage may read; anything else raises when it is read."""
@@ -426,7 +427,8 @@ class Run:
             )
 
     def _manifest(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.folder(stage) / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((self.folder(stage) / MANIFEST).read_text())
+        return manifest
 
     def _upstream_now(self, stage: str) -> dict[str, str | None]:
         """Digests of the manifests that a stage's result was, or would be, made from."""

@@ -237,7 +237,8 @@ class InterlinguaParts:
                     f"interlingua.{name}_id: {source} has no configuration here or on the Hub "
                     f"({str(error).splitlines()[0]}); give a local folder with config.json"
                 ) from error
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # others look into masks
+            make: Any = AutoModelForCausalLM.from_config
+            model = make(config, attn_implementation="eager")  # other implementations look into masks
             return self._wrapped(name, model, ByteTokenizer())
 
     def new_prompt(self) -> Messenger:
@@ -287,7 +288,8 @@ class InterlinguaParts:
                     use_cache=False,
                     logits_to_keep=1,
                 )
-            return out.hidden_states[len(out.hidden_states) // 2]
+            middle: Tensor = out.hidden_states[len(out.hidden_states) // 2]
+            return middle
 
         return FrozenFeatures(states, llm.width, width)
 
