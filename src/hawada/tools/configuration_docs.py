@@ -74,7 +74,7 @@ def _default(defaults: DictConfig, name: str) -> str:
     node: Any = OmegaConf.select(defaults, parent) if parent else defaults
     if not isinstance(node, DictConfig) or last not in node:
         return ""
-    value = OmegaConf.to_container(node, resolve=False)[last]  # type: ignore[index, call-overload]
+    value = OmegaConf.to_container(node, resolve=False)[last]  # type: ignore[index, call-overload]  # a mapping
     return "" if isinstance(value, dict) else f"`{_cell(value if isinstance(value, str) else json.dumps(value))}`"
 
 

@@ -20,7 +20,7 @@ def make_distillation(subject: Subject, keep: Keep | None = None) -> Distillatio
     """As configured; `keep` tells what a slim model still has."""
     node = subject.cfg.distill
     alignment = subject.adapter.alignment(subject.groups, keep) if keep is not None and node.hidden_weight else None
-    count = len(subject.data.train) if getattr(subject.data, "repeats", False) else 0  # type: ignore[arg-type]
+    count = len(subject.data.train) if getattr(subject.data, "repeats", False) else 0  # type: ignore[arg-type]  # images have a length
     return Distillation(
         build(subject.cfg.kd),
         outputs=subject.adapter.outputs,

@@ -144,8 +144,8 @@ class Quality:
 
     def _ungated(self) -> nn.Module:
         """The student's model, whose weights may have been trained along, without its gates."""
-        model: nn.Module = self._placed(copy.deepcopy(self.student).detach())
-        return model
+        ungated: nn.Module = self._placed(copy.deepcopy(self.student).detach())
+        return ungated
 
     def _placed(self, model: Any) -> Any:
         """A copy that may be changed, on the device where models train."""

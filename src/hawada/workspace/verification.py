@@ -242,7 +242,7 @@ def _verify(
 ) -> Verification:
     request, inputs = scratch / "request.json", scratch / "inputs.safetensors"
     save_file({f"{index:03d}": x.cpu().contiguous() for index, x in enumerate(watch.inputs())}, inputs)
-    holds_gpu = watch.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call, unused-ignore]  # torch does not annotate it
+    holds_gpu = watch.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch does not annotate it
     if holds_gpu:
         torch.cuda.empty_cache()  # what was scored here before
     clock: Any = OmegaConf.to_container(watch.cfg.gpu.clock, resolve=True)

@@ -128,7 +128,7 @@ class LlamaAdapter(TransformerAdapter):
         return [(times, self.workload(model, part), part) for times, part in shapes if times]
 
     def greedy_tokens(self, model: nn.Module, inputs: Inputs, count: int) -> Tensor:
-        tokens: Tensor = model.generate(  # type: ignore[operator]
+        tokens: Tensor = model.generate(  # type: ignore[operator]  # every causal model has it
             inputs[0],
             max_new_tokens=count,
             min_new_tokens=count,

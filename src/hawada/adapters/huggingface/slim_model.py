@@ -126,8 +126,8 @@ def slim_classes(
         model_class = getattr(transformers, auto)._model_mapping[config_class]
         config = type(f"Slim{config_class.__name__}", (slim_layers.SlimConfig, config_class), {"model_type": key})
         model = type(f"Slim{model_class.__name__}", (slim_layers.SlimLayers, model_class), {"config_class": config})
-        config.slim_model, config.stock_config = model, config_class  # type: ignore[attr-defined]
-        model.stock_model = model_class  # type: ignore[attr-defined]
+        config.slim_model, config.stock_config = model, config_class  # type: ignore[attr-defined]  # added here
+        model.stock_model = model_class  # type: ignore[attr-defined]  # added here
         _SLIM_CLASSES[key] = (config, model)
     return _SLIM_CLASSES[key]
 
@@ -154,13 +154,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def save_folder(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Save as transformers does, in a dtype, with the modelling file where one is needed."""
-    plain: Any = copy.deepcopy(model).to(device="cpu", dtype=dtype)  # type: ignore[call-arg]
+    plain: Any = copy.deepcopy(model).to(device="cpu", dtype=dtype)  # type: ignore[call-arg]  # its decorator hides the signature
     plain.config.dtype = dtype
     with quietly():
         plain.save_pretrained(path)
     if not hasattr(type(model.config), "slim_model"):
         return
-    config, stock = stock_class(model.config), type(model).stock_model.__name__  # type: ignore[attr-defined]
+    config, stock = stock_class(model.config), type(model).stock_model.__name__  # type: ignore[attr-defined]  # see slim_classes
     footer = f"""
 
 from transformers import {config.__name__}, {stock}  # noqa: E402

@@ -126,7 +126,7 @@ class TransformerAdapter(Adapter):
                 parents = {kind: f"{path}.{kind}" for kind in there}
             if "attention" in there:
                 attention = f"{path}.{self.branches['attention'][0]}"
-                groups += self.head_groups(model, attention, parents["attention"])  # type: ignore[arg-type]
+                groups += self.head_groups(model, attention, parents["attention"])  # type: ignore[arg-type]  # a model of transformers
             if "mlp" in there:
                 groups.append(self._ffn_group(model, path, parents["mlp"]))
         return [*groups, self._stream_group(model)] if self.with_stream else groups
@@ -146,7 +146,7 @@ class TransformerAdapter(Adapter):
         return sites
 
     def _layer_paths(self, model: nn.Module) -> list[str]:
-        return [f"{self.layers}.{index}" for index in range(len(model.get_submodule(self.layers)))]  # type: ignore[arg-type]
+        return [f"{self.layers}.{index}" for index in range(len(model.get_submodule(self.layers)))]  # type: ignore[arg-type]  # a list
 
     def _branches_of(self, model: nn.Module, path: str) -> list[str]:
         """The branches that a layer has; a slim one may lack some."""
@@ -187,7 +187,7 @@ class TransformerAdapter(Adapter):
         return Group(
             name="stream",
             kind="stream",
-            units=model.config.hidden_size,  # type: ignore[union-attr, arg-type]
+            units=model.config.hidden_size,  # type: ignore[union-attr, arg-type]  # a model of transformers
             gated_at=tuple(points),
             cuts=tuple(cuts),
             norms=tuple(Norm(norm, kind, getattr(model.config, eps)) for norm in norms),
@@ -282,7 +282,7 @@ class TransformerAdapter(Adapter):
             settings["model_type"] = f"slim_{stock.model_type}"
             # A stock class that is pointed at the folder must fail, not fill what is gone with random numbers.
             settings |= dict.fromkeys(self.layer_widths, 1)
-            config = slim_classes(stock, self.auto)[0](**settings, slim=slim)  # type: ignore[call-arg]
+            config = slim_classes(stock, self.auto)[0](**settings, slim=slim)  # type: ignore[call-arg]  # a configuration takes any key
         config._attn_implementation = model.config._attn_implementation
         return config
 
@@ -339,7 +339,7 @@ class TransformerAdapter(Adapter):
     # Files
 
     @property
-    def stock_reload(self) -> str:  # type: ignore[override]
+    def stock_reload(self) -> str:  # type: ignore[override]  # read only
         return STOCK_RELOAD.format(auto=self.auto, generates=self.modality == "text")
 
     def loads_with(self, path: str, model: nn.Module) -> str:
@@ -348,7 +348,7 @@ class TransformerAdapter(Adapter):
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
         """Save as transformers does, with what lies beside the checkpoint (tokenizer, image processor)."""
-        save_folder(path, model, self._saved_dtype())  # type: ignore[arg-type]
+        save_folder(path, model, self._saved_dtype())  # type: ignore[arg-type]  # a model of transformers
         self.write_companions(path)
         return {}
 

@@ -76,10 +76,10 @@ def slice_conv2d(conv: nn.Conv2d, *, out_channels: Indices = None, in_channels: 
     sliced = nn.Conv2d(
         weight.shape[1],
         weight.shape[0],
-        kernel_size=conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
+        kernel_size=conv.kernel_size,  # type: ignore[arg-type]  # as many as the convolution has axes
+        stride=conv.stride,  # type: ignore[arg-type]  # as many as the convolution has axes
+        padding=conv.padding,  # type: ignore[arg-type]  # as many as the convolution has axes
+        dilation=conv.dilation,  # type: ignore[arg-type]  # as many as the convolution has axes
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
         device="meta",

@@ -25,7 +25,7 @@ OptionalStr = Annotated[str | None, Omitted]
 def record(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass with fields by name alone, which JSON must hold exactly."""
     made = dataclass(frozen=True, kw_only=True)(cls)
-    made.__pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # type: ignore[attr-defined] # pydantic looks for it there
+    made.__pydantic_config__ = ConfigDict(extra="forbid", ser_json_inf_nan="constants")  # type: ignore[attr-defined]  # pydantic looks for it there
     return made
 
 

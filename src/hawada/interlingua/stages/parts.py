@@ -187,7 +187,7 @@ class InterlinguaParts:
         """A tiny model of the configuration."""
         node = self.cfg.llms[name]
         tokenizer: Tokenizer = TOKENIZERS[node.tokenizer]()
-        sizes: dict[str, Any] = OmegaConf.to_container(node.config, resolve=True)  # type: ignore[assignment]
+        sizes: dict[str, Any] = OmegaConf.to_container(node.config, resolve=True)  # type: ignore[assignment]  # a mapping, by the schema
         model = small_causal_lm(sizes.pop("model_type"), tokenizer.vocabulary, **sizes)
         return self._wrapped(name, model, tokenizer)
 
@@ -237,8 +237,8 @@ class InterlinguaParts:
                     f"interlingua.{name}_id: {source} has no configuration here or on the Hub "
                     f"({str(error).splitlines()[0]}); give a local folder with config.json"
                 ) from error
-            make: Any = AutoModelForCausalLM.from_config
-            model = make(config, attn_implementation="eager")  # other implementations look into masks
+            # Other attentions look into masks, which have no values here; the library does not annotate the method.
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
             return self._wrapped(name, model, ByteTokenizer())
 
     def new_prompt(self) -> Messenger:
