@@ -122,7 +122,7 @@ def test_runtimes_are_compared_with_the_one_that_is_used(own_clock: str, tmp_pat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("doctor.runtimes=[fast]", "doctor.runtimes: fast is not one of eager, cudagraph, compile"),
+        ("doctor.runtimes=[fast]", "doctor.runtimes: 'fast' is not one of eager, cudagraph, compile"),
         ("doctor.points=2", "doctor.points: 2 is not a whole number of at least 8"),
         ("doctor.max_seconds=0", "doctor.max_seconds: 0 is not a number above 0"),
     ],

@@ -273,7 +273,7 @@ def test_a_dry_run_of_real_models_needs_no_weights(tmp_path: Path, injection: st
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("data=digits",), "data: hawada.data.vision.digits has no questions; choose data=recall, squad or hotpotqa"),
+        (("data=digits",), "data: hawada.data.digits has no questions; choose data=recall, squad or hotpotqa"),
         (("data=recall", "data.pairs=9"), "data.pairs: 9 is more than the 8 that the models are trained to recall"),
         (("data=recall", "interlingua.latent_len=-1"), "interlingua.latent_len: -1 is not"),
         (("data=recall", "interlingua.injection=hope"), "interlingua.injection: 'hope' is not one of soft, keys"),
