@@ -1,4 +1,4 @@
-"""The configuration composes in every combination, and says what it promises to users."""
+"""The configuration composes in every combination, and has the choices and defaults that users are promised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS = {path.parent.name for path in FILES} - {CONF.name, "recipe", "sweep"}
 
 
 def options(group: str) -> list[str]:
-    """The choices of a config group, as the files say."""
+    """The choices of a config group: the names of its files."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 

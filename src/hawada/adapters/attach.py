@@ -1,4 +1,4 @@
-"""Attach gates to those groups of an adapter that pass a filter, and tabulate the gates of a student."""
+"""Attach gates to those groups of an adapter that pass a filter, and tabulate the gates of a gated model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Declares(Protocol):
 
 
 def is_attention_layer(group: Group, model: nn.Module) -> bool:
-    """Return whether a group's units are attention heads, whatever the family calls them."""
+    """Return whether a group's units are attention heads, of whichever kind: plain, KV or query heads."""
     return group.kind in ("head", "kv_head", "query_head")
 
 
@@ -31,7 +31,7 @@ class GroupFilter:
     Args:
         name: A shell pattern (`layer1.*`), or several, of which one must match the group's name.
         kind: One kind or several (`channel`, `branch`), of which one must be the group's.
-        module_type: The gated module, or one that contains it, must be of this class.
+        module_type: The first module that the group gates, or one that contains it, must be of this class.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class GroupFilter:
         if self.module_type is None:
             return True
         paths = group.gated_at[0].module.split(".")
-        around = [model.get_submodule(".".join(paths[:depth])) for depth in range(1, len(paths) + 1)]
-        return any(isinstance(module, self.module_type) for module in around)
+        enclosing = [model.get_submodule(".".join(paths[:depth])) for depth in range(1, len(paths) + 1)]
+        return any(isinstance(module, self.module_type) for module in enclosing)
 
 
 def select_groups(groups: Sequence[Group], model: nn.Module, filter_fn: GroupFilterFn | None) -> list[Group]:
     """Return the groups that pass the filter; without a filter, all of them.
 
     Raises:
-        ValueError: No group passes; the message lists the groups that there are.
+        ValueError: No group passes; the message lists the groups of the model, at most 12 of them.
     """
     chosen = [group for group in groups if filter_fn is None or filter_fn(group, model)]
     if not chosen:
-        there = ", ".join(f"{group.name} ({group.kind})" for group in groups[:12])
+        listed = ", ".join(f"{group.name} ({group.kind})" for group in groups[:12])
         more = f" and {len(groups) - 12} more" if len(groups) > 12 else ""
-        raise ValueError(f"groups: the filter matches none of {there}{more}; change groups.name or groups.kind")
+        raise ValueError(f"groups: the filter matches none of {listed}{more}; change groups.name or groups.kind")
     return chosen
 
 
@@ -93,7 +93,10 @@ def attach_adapters(
 
 
 def group_table(student: Student) -> list[dict[str, str | int | float]]:
-    """Return one row per group: its kind, units and parent, and the statistics of its effective gates."""
+    """Return one row per group: its declaration, and statistics of its gates times those of its parents.
+
+    `open` is the number of units whose value is at least 0.5.
+    """
     rows: list[dict[str, str | int | float]] = []
     gates = student.effective_gates()
     for group in student.groups:

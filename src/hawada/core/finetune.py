@@ -15,14 +15,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from hawada.core.distill import Distillation
 from hawada.core.gates import parameter_groups
 
+# The norms with running statistics, which are wrong after slicing.
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Finetuner:
-    """AdamW with linear warm-up and cosine decay, which minimises KD + label_weight * cross-entropy.
+    """AdamW with linear warm-up and cosine decay; it minimises the distillation loss + label_weight * cross-entropy.
 
-    Norms and biases get no weight decay. The weights after the last epoch are the result: nothing is selected on test
-    data.
+    Norms and biases get no weight decay. The result is the weights after the last epoch: no epoch is chosen by its
+    score on test data.
 
     Args:
         epochs: the number of passes over the data.
@@ -65,10 +66,11 @@ class Finetuner:
 
         Args:
             model: the model, of which every parameter trains and BatchNorm statistics are updated.
-            loader: has a length and yields (inputs,), (inputs, labels) or (inputs, labels, numbers). The numbers are
-                the samples' indices in the data set, (batch,), by which the distillation's cache finds their logits.
+            loader: an iterable with a length that yields (inputs,), (inputs, labels) or (inputs, labels, numbers). The
+                numbers are the samples' indices in the data set, (batch,), by which the distillation's cache finds
+                their logits.
             teacher: the frozen teacher; None trains from labels alone.
-            distillation: runs the models and computes the losses; this finetuner's `label_weight` replaces its own.
+            distillation: runs the models and computes the losses; its `label_weight` is replaced by this finetuner's.
             accelerator: chooses the device and mixed precision.
             on_step: is called with the losses of each step.
             on_epoch: is called with the epoch, counted from 0, and its mean losses.
@@ -108,7 +110,7 @@ class Finetuner:
         return model.eval()
 
     def _optimizer(self, model: nn.Module, total_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """AdamW, and the schedule of its learning rate over all steps."""
+        """Make AdamW, and the schedule of its learning rate over all steps."""
         sorted_parameters = parameter_groups(model)
         optimizer = torch.optim.AdamW(
             [
@@ -138,7 +140,7 @@ class Finetuner:
     ) -> dict[str, Tensor]:
         """The weighted terms of the loss: `kd` with a teacher, `label` when the batch has labels."""
         inputs, *rest = (tensor.to(accelerator.device) for tensor in batch)
-        labels, numbers = (*rest, None, None)[:2]
+        labels, numbers = (*rest, None, None)[:2]  # None for what the batch does not have
         with accelerator.autocast():
             outputs = distillation.outputs_of(model, inputs)
             targets = None if teacher is None else distillation.targets(teacher, inputs, numbers)
@@ -160,10 +162,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
 
     Args:
         model: the model; without BatchNorms it is returned at once.
-        batches: (inputs, …).
+        batches: each is (inputs, …), of which only the inputs are used.
 
     Raises:
-        ValueError: when there are no batches; the model is of no use then.
+        ValueError: when there are no batches; the model's old statistics are lost then, so that it is of no use.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.track_running_stats]
     if not norms:

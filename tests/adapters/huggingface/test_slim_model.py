@@ -144,7 +144,7 @@ def test_the_saved_configuration_has_head_dim(family, choose, save):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_head_dim_a_folder_is_refused(family, save):
-    """transformers rebuilds it as hidden_size // heads and says nothing."""
+    """transformers would rebuild it as hidden_size // heads, without a warning."""
     folder, _, _ = save(family, two_thirds)
     change_config(folder, lambda record: record.pop("head_dim"))
     with pytest.raises(
@@ -378,6 +378,6 @@ def test_features_and_head_make_the_logits(build_model, random_units):
     groups, (inputs,) = adapter.groups(teacher), adapter.example_inputs(SHAPE)
     for model in (teacher, adapter.slim(teacher, groups, random_units(groups, 2)), Student(teacher, groups)):
         with torch.no_grad():
-            said = adapter.outputs(model, inputs, features=True)
-            assert said.logits is None and said.hidden == () and isinstance(said.head, nn.Linear)
-            assert torch.allclose(said.head(said.features), adapter.outputs(model, inputs).logits, atol=1e-4)
+            outputs = adapter.outputs(model, inputs, features=True)
+            assert outputs.logits is None and outputs.hidden == () and isinstance(outputs.head, nn.Linear)
+            assert torch.allclose(outputs.head(outputs.features), adapter.outputs(model, inputs).logits, atol=1e-4)

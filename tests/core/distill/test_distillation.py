@@ -239,7 +239,7 @@ def test_a_model_without_hidden_states_is_named_with_the_remedy(models):
     distillation = Distillation(KDConfig(1.0), hidden_weight=0.5)
     outputs, targets = (Outputs(model.head(model.body[tokens])) for model in (student, teacher))
     with pytest.raises(
-        ValueError, match=r"hidden_weight: 0\.5 compares .* this model shows no hidden states; set it to 0"
+        ValueError, match=r"hidden_weight: 0\.5 compares .* this model returns no hidden states; set it to 0"
     ):
         distillation.losses(outputs, targets, None)
 

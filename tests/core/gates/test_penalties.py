@@ -50,7 +50,9 @@ def test_floor_and_ceiling_punish_the_squared_excess(family):
 
 @pytest.mark.parametrize(("floor", "ceiling"), [(0.6, 0.5), (-0.1, 0.5), (0.5, 1.1)])
 def test_crossed_floor_and_ceiling_are_refused(floor, ceiling):
-    with pytest.raises(ValueError, match=r"penalties: floor .* and ceiling .* must satisfy 0 <= floor <= ceiling <= 1"):
+    with pytest.raises(
+        ValueError, match=r"penalties: floor .* and ceiling .* must satisfy 0 <= floor <= ceiling <= 1; change"
+    ):
         FloorCeiling(floor, ceiling)
 
 

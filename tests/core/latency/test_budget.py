@@ -53,9 +53,9 @@ def test_a_search_stops_only_clearly_below_the_target_and_within_the_tolerance(b
     ],
 )
 def test_only_a_whole_interval_below_the_target_meets_it(comparison, verdict, reason):
-    said, why = Budget(None, 0.5, 0.05).verdict(comparison)
-    assert said == verdict and reason in why
-    assert Verdict(said).is_success == (verdict in ("met", "simulated"))
+    found, why = Budget(None, 0.5, 0.05).verdict(comparison)
+    assert found == verdict and reason in why
+    assert Verdict(found).is_success == (verdict in ("met", "simulated"))
 
 
 def test_a_target_in_milliseconds_is_compared_in_milliseconds():
@@ -63,8 +63,8 @@ def test_a_target_in_milliseconds_is_compared_in_milliseconds():
     budget = Budget(5.0, None, 0.05)
     assert budget.verdict(measured(0.48, 0.01))[0] == "met"
     slower_day = replace(measured(0.48, 0.01, teacher_ms=11.0), ratio=Interval(0.40, 0.39, 0.41))
-    said, why = budget.verdict(slower_day)
-    assert said == "missed" and why == "5.280 [5.170, 5.390] ms against a target of 5.000 ms"
+    found, why = budget.verdict(slower_day)
+    assert found == "missed" and why == "5.280 [5.170, 5.390] ms against a target of 5.000 ms"
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_without_a_target_nothing_is_met():
 
 def test_profiling_alone_can_decide():
     teacher, fastest = Interval(10.0, 9.9, 10.1), Interval(0.3, 0.29, 0.31)
-    said, why = Budget(12.0, None, 0.05).decided_by_profile(teacher, fastest)
-    assert said == "already_met" and why == "the teacher takes 10.000 ms, the target is 12.000 ms"
-    said, why = Budget(None, 0.28, 0.05).decided_by_profile(teacher, fastest)
-    assert said == "infeasible" and why == "the fastest is 3.000 ms, the target is 2.800 ms"
-    assert Budget(None, 0.295, 0.05).decided_by_profile(teacher, fastest) is None  # within the interval: worth a try
+    found, why = Budget(12.0, None, 0.05).decided_by_profile(teacher, fastest)
+    assert found == "already_met" and why == "the teacher takes 10.000 ms, the target is 12.000 ms"
+    found, why = Budget(None, 0.28, 0.05).decided_by_profile(teacher, fastest)
+    assert found == "infeasible" and why == "the fastest is 3.000 ms, the target is 2.800 ms"
+    assert Budget(None, 0.295, 0.05).decided_by_profile(teacher, fastest) is None  # within the interval: undecided
     assert Budget(None, 0.5, 0.05).decided_by_profile(teacher, fastest) is None
     assert Budget(10.05, None, 0.05).decided_by_profile(teacher, fastest) is None  # the teacher may well take longer
     assert Budget(None, None, 0.05).decided_by_profile(teacher, fastest) is None

@@ -25,7 +25,7 @@ class Machine:
         (self.proc / "stat").write_text(f"cpu  {ticks} 0 0 77 88 0 0 0 0 0\ncpu0 1 2 3\n")
 
     def round(self, contention, wall=0.1, *, cpus=2.0, waited=0.0, others=0.0):
-        """What is said of a round in which two threads used so many CPUs, one waited, and others used theirs."""
+        """What `end` returns for a round in which two threads used `cpus` CPUs, one waited, and others used theirs."""
         contention.begin()
         self.now += wall
         self.cpu += cpus * wall

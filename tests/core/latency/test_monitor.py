@@ -17,7 +17,7 @@ class NVMLError(Exception):
 
 
 class FakeNvml:
-    """NVML that says in round i what `reasons(i)` and `pids(i)` say."""
+    """NVML that reports in round i what `reasons(i)` and `pids(i)` return."""
 
     NVMLError = NVMLError
 

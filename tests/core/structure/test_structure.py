@@ -84,13 +84,13 @@ def test_units_go_with_the_unit_that_holds_them():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_stays_is_wanted_and_has_a_parent_that_stays_and_nothing_else_goes(seed):
+def test_only_units_whose_parent_goes_are_taken_out_of_what_is_kept(seed):
     groups, draw = attention(), random.Random(seed)
-    wanted = any_keep(groups, draw)
-    keep = without_orphans(wanted, draw.sample(groups, len(groups)))
+    before = any_keep(groups, draw)
+    keep = without_orphans(before, draw.sample(groups, len(groups)))
     for group, parent in zip(groups[1:], ("attention", "kv", "kv"), strict=True):
         share = group.units // next(other.units for other in groups if other.name == parent)
-        assert keep[group.name] == tuple(u for u in sorted(wanted[group.name]) if u // share in keep[parent])
+        assert keep[group.name] == tuple(u for u in sorted(before[group.name]) if u // share in keep[parent])
     assert without_orphans(keep, groups) == keep
 
 

@@ -31,6 +31,7 @@ from hawada.core.distill import Alignment, Outputs
 from hawada.core.gates import Student
 from hawada.core.structure import Cut, Edits, GatePoint, Group, Keep, Norm, Removal, Site, plan_edits
 
+# The program that `Adapter.stock_reload` describes; the property below fills in `auto` and `generates`.
 STOCK_RELOAD = """
 import json, pathlib, sys
 sys.modules["hawada"] = None  # importing it fails from here on
@@ -56,28 +57,29 @@ save_file(outputs, output)
 class TransformerAdapter(Adapter):
     """Base of the families: residual layers of one attention and one MLP, each behind a norm.
 
-    A family says where these are and which tensors show their widths; the configuration of a slim model is read off
-    the shapes of the sliced tensors.
+    Each family is a subclass whose attributes name these modules and the tensors that show their widths; the
+    configuration of a slim model is derived from the shapes of the sliced tensors.
 
     Args:
         path: repository on the Hub, or a local folder with config.json and safetensors.
         config: instead of a path, the configuration of an untrained model, with `model_type`.
-        branches: single attentions and MLPs may go (heterogeneous layout only).
-        stream: the hidden stream may become narrower.
+        branches: whether single attentions and MLPs may be removed (heterogeneous layout only).
+        stream: whether the hidden stream may become narrower.
 
     Attributes:
         auto: name of the transformers class that loads the family.
-        model_types: what config.json may call the models whose layout this is.
+        model_types: the values of `model_type` in config.json that belong to the family.
         layers: path of the list of layers.
-        branches: for each branch of a layer (the kind of its group), its module, the norm in front of it, and how many
-            values the module returns.
-        writers: for each branch, the projection whose output joins the hidden stream.
-        into_ffn: projections from the stream to the FFN neurons.
-        layer_widths: config attributes of a layer: the tensor, its axis, and whether it counts heads.
-        embedding: the module that writes the stream first.
-        stream_tensors: tensors outside the layers, and the axis on which they carry the stream; the first shows its
-            width.
-        head: path of the output layer, where it is large enough to be timed.
+        branches: by kind of branch, `attention` or `mlp` (its group has the same kind): the name of its module in a
+            layer, that of the norm in front of it, and how many values the module returns.
+        writers: by kind of branch, the projection whose output is added to the hidden stream.
+        into_ffn: names of the projections from the stream to the FFN neurons.
+        layer_widths: by config attribute that differs between slim layers: the tensor of a layer that shows it, the
+            tensor's axis, and whether the attribute counts heads instead of elements.
+        embedding: path of the module whose output is the stream before the first layer.
+        stream_tensors: for each tensor outside the layers that has the stream's units on an axis, that axis; the first
+            tensor shows the stream's width.
+        head: path of the output layer if it is large enough to be timed, else None.
         last_norm: path of the norm behind the last layer.
         norm: kind of the norms (see `Norm`) and the config attribute of their eps.
     """
@@ -111,23 +113,23 @@ class TransformerAdapter(Adapter):
 
     @abstractmethod
     def head_groups(self, model: PreTrainedModel, path: str, parent: str) -> list[Group]:
-        """The heads of the attention at `path`."""
+        """Return the groups of heads of the attention at `path`, inside the group `parent`."""
 
     def groups(self, model: nn.Module) -> list[Group]:
         groups: list[Group] = []
         for path in self._layer_paths(model):
-            there = self._branches_of(model, path)
-            writers = {kind: f"{path}.{self.branches[kind][0]}.{self.writers[kind]}" for kind in there}
+            kinds = self._branches_of(model, path)
+            writers = {kind: f"{path}.{self.branches[kind][0]}.{self.writers[kind]}" for kind in kinds}
             points = tuple(GatePoint(writer, dim=-1) for writer in writers.values())
             groups.append(Group(path, "layer", 1, points, removes=(Removal(path),)))
-            parents = dict.fromkeys(there, path)
-            if self.with_branches and len(there) > 1:
-                groups += [self._branch_group(path, kind, writers[kind]) for kind in there]
-                parents = {kind: f"{path}.{kind}" for kind in there}
-            if "attention" in there:
+            parents = dict.fromkeys(kinds, path)
+            if self.with_branches and len(kinds) > 1:
+                groups += [self._branch_group(path, kind, writers[kind]) for kind in kinds]
+                parents = {kind: f"{path}.{kind}" for kind in kinds}
+            if "attention" in kinds:
                 attention = f"{path}.{self.branches['attention'][0]}"
                 groups += self.head_groups(model, attention, parents["attention"])  # type: ignore[arg-type]  # a model of transformers
-            if "mlp" in there:
+            if "mlp" in kinds:
                 groups.append(self._ffn_group(model, path, parents["mlp"]))
         return [*groups, self._stream_group(model)] if self.with_stream else groups
 
@@ -138,9 +140,9 @@ class TransformerAdapter(Adapter):
             for kind in self._branches_of(model, path):
                 module = f"{path}.{self.branches[kind][0]}"
                 touching = [g.name for g in groups if any(cut.tensor.startswith(f"{module}.") for cut in g.cuts)]
-                above = [name for name in (path, f"{path}.{kind}") if any(g.name == name and g.removes for g in groups)]
+                outer = [name for name in (path, f"{path}.{kind}") if any(g.name == name and g.removes for g in groups)]
                 reads = "stream" if "stream" in touching else None
-                sites.append(Site(module, (*above, *touching), self.branches[kind][0], reads))
+                sites.append(Site(module, (*outer, *touching), self.branches[kind][0], reads))
         if self.with_stream and self.head is not None:
             sites.append(Site(self.head, ("stream",), "head", "stream"))
         return sites
@@ -149,18 +151,18 @@ class TransformerAdapter(Adapter):
         return [f"{self.layers}.{index}" for index in range(len(model.get_submodule(self.layers)))]  # type: ignore[arg-type]  # a list
 
     def _branches_of(self, model: nn.Module, path: str) -> list[str]:
-        """The branches that a layer has; a slim one may lack some."""
+        """The kinds of the branches that a layer has; a layer of a slim model may have lost one."""
         layer = model.get_submodule(path)
         return [kind for kind, (module, _, _) in self.branches.items() if list(getattr(layer, module).parameters())]
 
     def _branch_group(self, path: str, kind: str, writer: str) -> Group:
-        """An attention or MLP with the norm in front of it."""
+        """The group of an attention or MLP, which is removed together with the norm in front of it."""
         module, norm, _ = self.branches[kind]
         removes = (Removal(f"{path}.{module}"), Removal(f"{path}.{norm}"))
         return Group(f"{path}.{kind}", kind, 1, (GatePoint(writer, dim=-1),), removes=removes, parent=path)
 
     def _ffn_group(self, model: nn.Module, path: str, parent: str) -> Group:
-        """FFN neurons: rows of the projections into them, columns of the one back to the stream."""
+        """The group of FFN neurons: rows of the projections into them, and columns of the one back to the stream."""
         mlp = f"{path}.{self.branches['mlp'][0]}"
         out = f"{mlp}.{self.writers['mlp']}"
         rows = [cut for name in self.into_ffn for cut in cut_linear(model, f"{mlp}.{name}", 0)]
@@ -169,7 +171,10 @@ class TransformerAdapter(Adapter):
         return Group(f"{path}.ffn", "ffn", units, points, (*rows, *cut_linear(model, out, 1)), parent=parent)
 
     def _stream_group(self, model: nn.Module) -> Group:
-        """The hidden stream: written by the embedding and by every branch, read by every other projection and norm."""
+        """The group of the hidden stream: the embedding and each branch write it, other projections and norms read it.
+
+        It is gated where it is written; it is cut where it is written and where it is read.
+        """
         points, norms, cuts = [GatePoint(self.embedding, dim=-1)], [self.last_norm], []
         for path in self._layer_paths(model):
             for kind in self._branches_of(model, path):
@@ -255,7 +260,7 @@ class TransformerAdapter(Adapter):
         return build_module(self._slim_config(model, edits), self.auto, state, slim_path)
 
     def _slim_config(self, model: PreTrainedModel, edits: Edits) -> PreTrainedConfig:
-        """The configuration that the shapes of the slim tensors ask for: a stock one where all layers are alike."""
+        """The configuration that fits the shapes of the slim tensors: a stock one where all layers are alike."""
         paths = self._layer_paths(model)
         shapes = slim_shapes(model, edits, paths)
         kept = [index for index, path in enumerate(paths) if not edits.removes(path)]
@@ -265,11 +270,12 @@ class TransformerAdapter(Adapter):
                 settings[key] = [value[index] for index in kept]
         for key in ("architectures", "transformers_version", "auto_map", "slim"):
             settings.pop(key, None)
-        shows, dim = next(iter(self.stream_tensors.items()))
-        settings |= {"num_hidden_layers": len(kept), "head_dim": head_dim, "hidden_size": shapes[shows][dim]}
+        width_tensor, dim = next(iter(self.stream_tensors.items()))
+        settings |= {"num_hidden_layers": len(kept), "head_dim": head_dim, "hidden_size": shapes[width_tensor][dim]}
         layers = [self._layer_settings(f"{self.layers}.{index}", shapes, head_dim) for index in range(len(kept))]
         attending = [index for index, layer in enumerate(layers) if layer.get("attention", True)]
-        if settings.get("layer_types") and attending:  # the cache entry of a layer that does not attend stays unused
+        # A layer without attention does not use its cache entry; it takes the type of the first layer with attention.
+        if settings.get("layer_types") and attending:
             first = settings["layer_types"][attending[0]]
             settings["layer_types"] = [t if i in attending else first for i, t in enumerate(settings["layer_types"])]
         stock = stock_class(model.config)
@@ -287,17 +293,17 @@ class TransformerAdapter(Adapter):
         return config
 
     def uniform_config(self, stock: type[PreTrainedConfig], settings: Mapping[str, Any]) -> PreTrainedConfig | None:
-        """The stock configuration of a slim model whose layers are alike; None where the family has no such."""
+        """The stock configuration of a slim model whose layers are alike; None where the family has none that fits."""
         return stock(**settings)
 
     def head_dim(self, model: nn.Module) -> int:
-        """Elements per head, which pruning never changes."""
+        """The number of elements per head, which pruning never changes."""
         config: Any = model.config
         size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return size
 
     def _layer_settings(self, path: str, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> dict[str, Any]:
-        """A layer's own config attributes, and False by the name of a branch that is gone."""
+        """A layer's own config attributes by name, and False under the kind of each branch that it has lost."""
         settings: dict[str, Any] = {}
         for key, (name, dim, heads) in self.layer_widths.items():
             shape = shapes.get(f"{path}.{name}")
@@ -319,9 +325,9 @@ class TransformerAdapter(Adapter):
             output = model(inputs, output_hidden_states=hidden)
             return Outputs(output.logits, hidden=tuple(output.hidden_states) if hidden else ())
         self.check_outputs(features=features, hidden=hidden)
-        output = model(inputs, output_hidden_states=True, logits_to_keep=1)
+        output = model(inputs, output_hidden_states=True, logits_to_keep=1)  # its logits are not used
         states = tuple(output.hidden_states)
-        inner: Any = getattr(model, "module", model)  # under data-parallel training
+        inner: Any = getattr(model, "module", model)  # the wrapper of data-parallel training
         inner = inner.model if isinstance(inner, Student) else inner
         return Outputs(None, states[-1], inner.get_output_embeddings(), states if hidden else ())
 
@@ -332,7 +338,8 @@ class TransformerAdapter(Adapter):
     def alignment(self, groups: Sequence[Group], keep: Keep) -> Alignment:
         layers = [group for group in groups if group.kind == "layer"]
         states = (0, *(index + 1 for index, group in enumerate(layers) if keep[group.name]))
-        states = (*states[:-1], len(layers))  # the last one is what the head reads, for some families behind a norm
+        # The head reads the last state, which some families pass through a norm first.
+        states = (*states[:-1], len(layers))
         units = next((tuple(keep[group.name]) for group in groups if group.kind == "stream"), None)
         return Alignment(states, units)
 
@@ -347,7 +354,7 @@ class TransformerAdapter(Adapter):
         return f"from transformers import {self.auto}\n\nmodel = {self.auto}.from_pretrained({path!r}{trust})"
 
     def write(self, path: Path, model: nn.Module, edits: Edits) -> dict[str, Any]:
-        """Save as transformers does, with what lies beside the checkpoint (tokenizer, image processor)."""
+        """Save as transformers does, and copy the tokenizer or image processor that lies beside the checkpoint."""
         save_folder(path, model, self._saved_dtype())  # type: ignore[arg-type]  # a model of transformers
         self.write_companions(path)
         return {}
@@ -362,7 +369,7 @@ class TransformerAdapter(Adapter):
         return dtype
 
     def write_companions(self, path: Path) -> None:
-        """Put tokenizer, image processor and the like beside a saved model."""
+        """Copy the tokenizer, image processor and the like from the checkpoint to the folder of a saved model."""
         if self.path is not None:
             pretrained.copy_companions(hub.fetch(self.path), path)
 
@@ -370,7 +377,7 @@ class TransformerAdapter(Adapter):
         return self._load(path)
 
     def _load(self, folder: Path) -> nn.Module:
-        """A checkpoint in float32, checked tensor by tensor."""
+        """Load a checkpoint in float32 and check it tensor by tensor."""
         config = read_config(folder)
         model_class = getattr(type(config), "slim_model", None) or getattr(transformers, self.auto)
         return pretrained.load_checked(model_class, folder, config=config, dtype=torch.float32)
@@ -382,14 +389,14 @@ class TransformerAdapter(Adapter):
 
 
 def linear(model: nn.Module, path: str) -> nn.Linear:
-    """The Linear at a path."""
+    """Return the Linear at a path."""
     module = model.get_submodule(path)
     assert isinstance(module, nn.Linear), path
     return module
 
 
 def cut_linear(model: nn.Module, path: str, dim: int, per_unit: int = 1) -> list[Cut]:
-    """Cuts of a Linear's rows (dim 0, its bias included) or columns (dim 1)."""
+    """Return the cuts of a Linear's rows (dim 0, its bias included) or columns (dim 1)."""
     cuts = [Cut(f"{path}.weight", dim, per_unit, follows="out_features" if dim == 0 else "in_features")]
     if dim == 0 and linear(model, path).bias is not None:
         cuts.append(Cut(f"{path}.bias", 0, per_unit))

@@ -26,13 +26,13 @@ class Distillation:
             labels alone.
         outputs: runs a model; usually an adapter's `outputs`.
         chunk: the number of tokens whose logits are made from features at a time, so that the logits of a long batch
-            never exist at once; None works on whole logits. The losses are the same.
+            never all exist at once; None works on whole logits. The losses are the same either way.
         hidden_weight: the factor of `hidden_mse`; 0 leaves hidden states out.
         alignment: tells which of the teacher's hidden states and units the student's correspond to.
         label_weight: the factor of the cross-entropy with the labels.
         other: a teacher whose logits replace the original's; hidden states are still compared with the original's.
         cache: keeps the teacher's logits, for data whose inputs are the same in every epoch. It belongs to one teacher
-            and must not be shared.
+            and must not be used with another.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Distillation:
         self.other, self.cache = other, cache
 
     def outputs_of(self, model: nn.Module, inputs: Tensor) -> Outputs:
-        """A model's outputs for inputs of shape (batch, …), in the form that the losses need."""
+        """Return a model's outputs for inputs of shape (batch, …), in the form that `losses` takes."""
         return self.outputs(model, inputs, features=self.chunk is not None, hidden=self.hidden_weight > 0)
 
     @torch.no_grad()
     def targets(self, teacher: nn.Module, inputs: Tensor, numbers: Tensor | None = None) -> Outputs:
-        """The outputs that the student is to reproduce for a batch, in the form that the losses need.
+        """Return the outputs that the student is to reproduce for a batch, in the form that `losses` takes.
 
         Args:
-            teacher: the frozen original, in eval mode.
+            teacher: the frozen unpruned model, in eval mode.
             inputs: the batch, (batch, …).
             numbers: the samples' indices in the data set, (batch,); None when the data does not give them, and then
                 the cache is not used.
@@ -75,7 +75,7 @@ class Distillation:
 
         def compute_logits(inputs: Tensor) -> Tensor:
             logits = compute(inputs).logits
-            assert logits is not None  # only a chunk makes models return features instead, and there is none
+            assert logits is not None  # models return features instead only when `chunk` is set
             return logits
 
         if self.cache is None or numbers is None or self.chunk is not None:
@@ -85,7 +85,7 @@ class Distillation:
         return targets if with_states is None else replace(targets, hidden=with_states.hidden)
 
     def losses(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
-        """The weighted terms: `kd` and `hidden` with a teacher, `label` with labels; scalars whose sum is the loss.
+        """Return the weighted terms of the loss, each a scalar: `kd` and `hidden` with a teacher, `label` with labels.
 
         Args:
             student: the student's outputs.
@@ -95,13 +95,13 @@ class Distillation:
         Raises:
             ValueError: when hidden states are to be compared and the student's outputs have none.
         """
-        scored = student.features if student.logits is None else student.logits
-        assert scored is not None
-        valid = None
-        if labels is not None and labels.shape == scored.shape[:-1] and bool((labels == IGNORED).any()):
+        positions = student.features if student.logits is None else student.logits  # one row for each position
+        assert positions is not None
+        valid = None  # a mask of the positions that count; None when all do
+        if labels is not None and labels.shape == positions.shape[:-1] and bool((labels == IGNORED).any()):
             valid = labels != IGNORED
             if not bool(valid.any()):
-                return {"kd": scored.sum() * 0.0}  # no position counts: the loss is 0 and still has a gradient
+                return {"kd": positions.sum() * 0.0}  # no position counts: the loss is 0 and still has a gradient
         if student.logits is not None:
             targets = None if teacher is None else teacher.logits
             terms = self._terms(*(_valid(x, valid) for x in (student.logits, targets, labels)))
@@ -110,14 +110,14 @@ class Distillation:
         if teacher is not None and self.hidden_weight:
             if not student.hidden:
                 raise ValueError(
-                    f"distill.hidden_weight: {self.hidden_weight} compares hidden states, and this model shows no "
-                    "hidden states; set it to 0"
+                    f"distill.hidden_weight: {self.hidden_weight} compares hidden states, and this model returns "
+                    "no hidden states; set it to 0"
                 )
             terms["hidden"] = self.hidden_weight * hidden_mse(student.hidden, teacher.hidden, self.alignment, valid)
         return terms
 
     def _terms(self, student: Tensor | None, teacher: Tensor | None, labels: Tensor | None) -> dict[str, Tensor]:
-        """The losses of logits all of whose positions count, (..., classes)."""
+        """The terms `kd` and `label` for logits (..., classes) of which every position counts."""
         terms: dict[str, Tensor] = {}
         assert student is not None
         if teacher is not None and self.loss is not None:
@@ -129,12 +129,12 @@ class Distillation:
     def _chunked_terms(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor | None, valid: Tensor | None
     ) -> dict[str, Tensor]:
-        """The same losses from features: one chunk's logits exist at a time, and the backward pass makes them again."""
+        """The same terms from features: one chunk's logits exist at a time, and the backward pass recomputes them."""
         student_rows = _token_rows(student.features, valid)  # (tokens, width)
         teacher_rows = None if teacher is None else _token_rows(teacher.features, valid)
         label_rows = None if labels is None else (labels.flatten() if valid is None else labels[valid])
         assert student_rows is not None and student.head is not None
-        names: list[str] = []
+        names: list[str] = []  # of the terms, which `checkpoint` returns without names
 
         def terms_of_chunk(*tensors: Any) -> Any:
             features, teacher_features, chunk_labels = tensors
@@ -161,10 +161,10 @@ class Distillation:
 
 
 def _valid(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """The valid positions of a tensor, (positions, ...); the tensor itself when all are valid."""
+    """Return the valid positions of a tensor, (positions, ...); the tensor itself when all are valid."""
     return x if x is None or valid is None else x[valid]
 
 
 def _token_rows(x: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """(batch, tokens, width) -> (valid tokens, width)."""
+    """Turn (batch, tokens, width) into (valid tokens, width)."""
     return None if x is None else (x.flatten(0, -2) if valid is None else x[valid])

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of a position that no loss and no score counts: padding, or the end of a text
+IGNORED = -100  # the label of a position that no loss and no score counts: padding, or the last one of a text
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Outputs:
     Attributes:
         logits: (batch, classes) or (batch, tokens, classes); None when features and head are given.
         features: the head's inputs, (batch, tokens, width).
-        head: the last layer: features -> logits.
+        head: the last layer, which makes logits of features.
         hidden: the hidden states before the first layer and after each one, every one (batch, tokens, width); empty
             unless the caller asked for them.
     """
@@ -45,7 +45,7 @@ def plain_outputs(model: nn.Module, inputs: Tensor, *, features: bool = False, h
 
 @dataclass(frozen=True)
 class OtherTeacher:
-    """A frozen model of another architecture whose logits the student learns instead of the original's.
+    """A frozen model of another architecture, from whose logits the student learns instead of the unpruned model's.
 
     Attributes:
         model: the model in eval mode, on the student's device; it takes the same inputs and has the same classes.
@@ -62,7 +62,7 @@ class Alignment:
 
     Attributes:
         states: for each hidden state of the student, the index of the teacher's hidden state that it corresponds to.
-        units: the teacher's units of the hidden stream that the student kept; None means all of them.
+        units: the indices of the hidden stream's units that the student kept; None means all of them.
     """
 
     states: tuple[int, ...]

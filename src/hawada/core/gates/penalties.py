@@ -10,14 +10,14 @@ from torch import Tensor
 from hawada.core.structure import Group
 
 Gates = Mapping[str, Tensor]
-"""Each group's effective gate values, (units,)."""
+"""By group, its gate values times those of its parents, each (units,)."""
 
 Penalty = Callable[[Gates, Sequence[Group]], Tensor]
-"""(gates, groups) -> a scalar, differentiable in the gates."""
+"""A function of gates and groups that returns a scalar, differentiable in the gates."""
 
 
 class L1:
-    """weight * mean over all units of |g|: it asks for fewer units, no matter in which group.
+    """weight * mean of |g| over the units of all groups: it drives gates down, no matter in which group.
 
     Args:
         weight: the factor of the penalty.
@@ -31,10 +31,10 @@ class L1:
 
 
 class StructuredConsistency:
-    """weight * mean squared distance between a group's mean gate and the mean of the structure it belongs to.
+    """weight * variance of the mean gates of the groups in a structure, averaged over structures.
 
-    A structure is a parent group and its children, which are of use only together, and its mean is taken over their
-    mean gates; so a branch tends to be kept or removed as a whole. Groups without parent or children add nothing.
+    A structure is a parent group and its children, which are of use only together; the penalty makes a branch tend to
+    be kept or removed as a whole. Groups without parent or children add nothing.
 
     Args:
         weight: the factor of the penalty.
@@ -59,6 +59,8 @@ class StructuredConsistency:
 class FloorCeiling:
     """weight * squared distance of a group's mean gate from [floor, ceiling], averaged over groups.
 
+    The mean gate stands for the fraction of the group's units that stay; within the bounds nothing is added.
+
     Args:
         floor: the smallest fraction of a group's units that should stay, in [0, 1].
         ceiling: the largest fraction that should stay, in [floor, 1].
@@ -70,17 +72,20 @@ class FloorCeiling:
 
     def __init__(self, floor: float = 0.0, ceiling: float = 1.0, weight: float = 1.0) -> None:
         if not 0.0 <= floor <= ceiling <= 1.0:
-            raise ValueError(f"penalties: floor {floor} and ceiling {ceiling} must satisfy 0 <= floor <= ceiling <= 1")
+            raise ValueError(
+                f"penalties: floor {floor} and ceiling {ceiling} must satisfy 0 <= floor <= ceiling <= 1; change "
+                "penalties.floor or penalties.ceiling"
+            )
         self.floor, self.ceiling, self.weight = floor, ceiling, weight
 
     def __call__(self, gates: Gates, groups: Sequence[Group]) -> Tensor:
         means = torch.stack([gate.mean() for gate in gates.values()])
-        excess = torch.relu(self.floor - means) + torch.relu(means - self.ceiling)
-        return self.weight * excess.square().mean()
+        distances = torch.relu(self.floor - means) + torch.relu(means - self.ceiling)
+        return self.weight * distances.square().mean()
 
 
 class Polarization:
-    """weight * (pull * mean |g| - mean |g - mean g|): it drives gates to 0 or 1 and away from values in between.
+    """weight * (pull * mean |g| - mean |g - mean g|): it drives gates to 0 or 1, away from values in between.
 
     This is the regularizer of Zhuang et al., Neuron-level structured pruning using polarization regularizer, 2020; its
     means are taken over all units.
@@ -99,7 +104,7 @@ class Polarization:
 
 
 def combined_penalty(gates: Gates, groups: Sequence[Group], penalties: Sequence[Penalty]) -> Tensor:
-    """The sum of the penalties, a scalar; it is zero when there are none."""
+    """Return the sum of the penalties, a scalar; it is zero when there are none."""
     total = next(iter(gates.values())).new_zeros(())
     for penalty in penalties:
         total = total + penalty(gates, groups)

@@ -1,4 +1,4 @@
-"""`Student`: a model and its gates as one module, joined by hooks that can be removed without a trace."""
+"""`Student`: a model and its gates as one module, joined by hooks; without them the model is what it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hawada.core.gates.gates import SigmoidGate, multiply_along
 from hawada.core.structure import GatePoint, Group, ModelHook, Norm, check_groups, without_orphans
 
 GateFactory = Callable[[int], SigmoidGate]
-"""Makes a gate for a number of units."""
+"""A function that makes a gate for a number of units."""
 
 
 class GateHook(ModelHook):
@@ -35,7 +35,8 @@ class GateHook(ModelHook):
 class NormHook(ModelHook):
     """Computes a norm again with statistics over the kept units: a gate of 0 takes a unit out of mean and variance.
 
-    If all gates are equal the result is the norm times that gate. The output of a removed unit is exactly 0.
+    If all gates are equal, the result is the norm's output times that gate. The output of a unit whose gate is 0 is
+    exactly 0.
     """
 
     def __init__(self, gate: SigmoidGate, norm: Norm) -> None:
@@ -44,7 +45,7 @@ class NormHook(ModelHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gate = self.gate.factor
-        x = args[0].float()  # (..., units); the producer's hook has already multiplied it by the gate
+        x = args[0].float()  # (..., units); the hook of the module that made it has already multiplied it by the gate
         if self.norm.kind == "layer":
             x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
         variance = x.square().sum(-1, keepdim=True) / gate.square().sum()
@@ -108,20 +109,20 @@ class Student(nn.Module):
         return self.model(*args, **kwargs)
 
     def groups_and_gates(self) -> Iterator[tuple[Group, SigmoidGate]]:
-        """Each group with its gate."""
+        """Iterate over the groups, each with its gate."""
         # a ModuleList does not know the type of its modules; `__init__` fills it with gates alone
         return zip(self.groups, cast(Iterable[SigmoidGate], self.gates), strict=True)
 
     def gate_of(self, name: str) -> SigmoidGate:
-        """The gate of the group of this name."""
+        """Return the gate of the group of this name."""
         return self._by_name()[name]
 
     def own_gates(self) -> dict[str, Tensor]:
-        """Each group's gate values, (units,), given that its parent stays."""
+        """Return each group's gate values, (units,), not multiplied by those of its parents."""
         return {name: gate.gate for name, gate in self._by_name().items()}
 
     def effective_gates(self) -> dict[str, Tensor]:
-        """Each group's gate values, (units,), times those of its parents."""
+        """Return each group's gate values, (units,), times those of its parents."""
         own = self.own_gates()
         parents = {group.name: group.parent for group in self.groups}
 
@@ -134,7 +135,10 @@ class Student(nn.Module):
         return {name: effective(name) for name in own}
 
     def soft_widths(self) -> dict[str, Tensor]:
-        """Each group's expected width given that its parent stays: scalars for a proxy, differentiable in the gates."""
+        """Return each group's expected width if its parent stays: a scalar, differentiable in the gates.
+
+        The latency proxy predicts milliseconds from these.
+        """
         own = self.own_gates()
         return {group.name: own[group.name].sum() * (group.full_width / group.units) for group in self.groups}
 

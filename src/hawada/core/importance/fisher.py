@@ -1,4 +1,4 @@
-"""The Fisher importance: how much units matter by their gradients before any training, and gates that start from it."""
+"""The Fisher importance, which scores units by gradients before gates are trained, and gates that start from it."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ class FisherImportance:
     def rank(
         self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
     ) -> dict[str, Tensor]:
-        """The scores by group, each (units,)."""
+        """Return the scores by group, each (units,)."""
         return fisher_importance(student, calibration.batches, calibration.outputs, calibration.chunk)
 
 
 def fisher_importance(
     student: Student, batches: Iterable[Any], outputs: OutputsFunction = plain_outputs, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """By gated group, (units,): the expected output divergence per sample, in nats, when one unit alone is removed.
+    """Estimate how far a model's predictions move when one unit alone is removed.
 
-    This is half the Fisher information of each gate where all gates are 1: the mean squared gradient of the
-    log-likelihood (Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018). Labels are drawn
-    independently from the model's own predictions, so that on average the square of a batch's gradient is the sum of
-    the squares of its samples' gradients.
+    The estimate is half the Fisher information of the unit's gate where all gates are 1; that is the mean squared
+    gradient of the log-likelihood (Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018).
+    Labels are drawn independently from the model's own predictions, so that on average the square of a batch's gradient
+    is the sum of the squares of its samples' gradients.
 
     Args:
         student: the gated model; the call leaves it as it was.
         batches: calibration data: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
         outputs: runs the model; usually an adapter's `outputs`.
         chunk: the number of tokens whose logits are made from features at a time; None makes them all at once.
+
+    Returns:
+        By gated group, (units,): the expected divergence of the predictions per sample, in nats.
     """
     device = next(student.gates.parameters()).device
     masks = [torch.ones(group.units, device=device, requires_grad=True) for group in student.groups]
@@ -51,8 +54,8 @@ def fisher_importance(
             student.gate_of(group.name).hard = mask
         for batch in batches:
             inputs, *rest = (tensor.to(device) for tensor in batch)
-            found = outputs(student, inputs, features=chunk is not None, hidden=False)
-            loss = _sampled_nll(found, rest[0] if rest else None, chunk)
+            model_outputs = outputs(student, inputs, features=chunk is not None, hidden=False)
+            loss = _sampled_nll(model_outputs, rest[0] if rest else None, chunk)
             for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
                 total += gradient.square()
             samples += len(inputs)
@@ -63,13 +66,13 @@ def fisher_importance(
 
 
 def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> Tensor:
-    """The negative log-likelihood of labels drawn from the predictions, summed over the positions that count."""
+    """Return the negative log-likelihood of labels drawn from the predictions, summed over the positions that count."""
     rows = outputs.features if outputs.logits is None else outputs.logits
     assert rows is not None
-    counts = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-    if labels is not None and labels.shape == counts.shape:
-        counts = labels != IGNORED
-    rows = rows[counts]
+    valid = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    if labels is not None and labels.shape == valid.shape:
+        valid = labels != IGNORED
+    rows = rows[valid]
 
     def nll_of_chunk(part: Tensor) -> Tensor:
         logits = (part if outputs.head is None or outputs.logits is not None else outputs.head(part)).float()
@@ -84,7 +87,7 @@ def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> 
 
 @torch.no_grad()
 def start_from_importance(student: Student, importance: Mapping[str, Tensor], spread: float) -> None:
-    """Move theta up for units of high importance and down for units of low importance.
+    """Move theta, the raw parameter of a gate, up for units of high importance and down for units of low importance.
 
     Units are ranked among all units of their kind, because the importances of different kinds cannot be compared; equal
     importances get equal ranks. Ranks are mapped to the quantiles of a normal distribution.
@@ -97,8 +100,8 @@ def start_from_importance(student: Student, importance: Mapping[str, Tensor], sp
     for kind in dict.fromkeys(group.kind for group in student.groups):
         names = [group.name for group in student.groups if group.kind == kind]
         values = torch.cat([importance[name] for name in names]).cpu()
-        scores = torch.from_numpy(norm.ppf((rankdata(values.numpy()) - 0.5) / len(values)))
-        parts = torch.split(scores, [len(importance[name]) for name in names])
+        quantiles = torch.from_numpy(norm.ppf((rankdata(values.numpy()) - 0.5) / len(values)))
+        parts = torch.split(quantiles, [len(importance[name]) for name in names])
         for name, part in zip(names, parts, strict=True):
             theta = student.gate_of(name).theta
             theta.add_(spread * part.to(theta))

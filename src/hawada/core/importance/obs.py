@@ -19,8 +19,8 @@ UNITS_LEFT_PER_REMOVAL = 16  # a step removes one in so many of the units that a
 class ObsImportance:
     """The order in which a group's consumer can replace its units, see `obs_ranks`.
 
-    Groups with several consumers, or one that is not plainly linear, are left to their gates. Ranks of different
-    groups cannot be compared: the sensitivity of the groups must be measured.
+    Groups with several consumers, or one that is not plainly linear, get no rank here; they are ranked by their gates.
+    Ranks of different groups cannot be compared: the sensitivity of the groups must be measured.
     """
 
     def rank(

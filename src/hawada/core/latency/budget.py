@@ -1,4 +1,4 @@
-"""The latency asked for, and what a fresh measurement says about it."""
+"""A latency target, and the verdict that a fresh measurement reaches on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hawada.core.verdict import Comparison, Interval, Verdict
 
 PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
-SEARCH_MARGIN_OF_TOLERANCE = 0.25  # the share of it that a search keeps clear of at either end
+SEARCH_MARGIN_OF_TOLERANCE = 0.25  # a search keeps this share of the tolerance clear at either end
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Budget:
 
     @property
     def has_target(self) -> bool:
-        """Whether anything was asked for."""
+        """Whether there is a target."""
         return self.target_ms is not None or self.target_ratio is not None
 
     def ratio(self, teacher_ms: float) -> float:

@@ -20,7 +20,7 @@ from hawada.core.structure import Inputs
 class Clock(Protocol):
     """How a model's time is taken on one kind of device.
 
-    A clock that is neither a device nor a simulation of one says so in an attribute `source`.
+    A clock that is neither a device nor a simulation of one tells what it is in an attribute `source`.
     """
 
     simulated: bool
@@ -31,7 +31,7 @@ class Clock(Protocol):
 
 
 def source_of(clock: Clock) -> str:
-    """Where a clock's milliseconds come from: `measured`, `simulated`, or what it says of itself (`table`)."""
+    """Where a clock's milliseconds come from: `measured`, `simulated`, or the clock's own `source`, such as `table`."""
     return getattr(clock, "source", "simulated" if clock.simulated else "measured")
 
 

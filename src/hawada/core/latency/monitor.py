@@ -179,7 +179,7 @@ class DeviceMonitor:
         self._nvml = nvml
 
     def _ask(self, what: str, question: Callable[[], Answer], otherwise: Answer) -> Answer:
-        """What NVML says; some systems support one question and not another, which is then not asked again."""
+        """Return what NVML reports. An unsupported query gives `otherwise` and is not made again."""
         if what in self._unseen:
             return otherwise
         try:

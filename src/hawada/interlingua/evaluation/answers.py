@@ -28,9 +28,9 @@ class Answers:
         em: the exact match with a right answer, 0 or 1.
         f1: the F1 of words, from 0 to 1.
         nll: the negative log-likelihood of the first right answer, in nats per token. Its end token does not count, as
-            a model that reads text may continue; where there is no right answer, it is that of the end token.
-        top1: whether the first token of that answer is the most probable one, 0 or 1.
-        top5: whether it is among the five most probable ones, 0 or 1.
+            a model that reads text may continue; where there is no right answer, the end token alone counts.
+        top1: whether the first token of the first right answer is the most probable one, 0 or 1.
+        top5: whether that token is among the five most probable ones, 0 or 1.
         tokens: how many places in the cache stand for the context, on average.
     """
 
@@ -65,7 +65,7 @@ def answer(
         with llm.as_pretrained(shown.as_pretrained):
             reading = llm.read(shown.prefix, shown.prompts, llm.targets(part))
             texts += map(llm.answer_text, llm.generate(shown.prefix, shown.prompts, max_new_tokens))
-        scores.append(_first_and_nll(reading))
+        scores.append(_nll_and_top_tokens(reading))
         tokens += [shown.tokens] * len(part)
     nll, top1, top5 = (np.concatenate(column) for column in zip(*scores, strict=True))
     right_answers = [example.answers for example in examples]
@@ -80,8 +80,8 @@ def answer(
     )
 
 
-def _first_and_nll(reading: Reading) -> tuple[PerExample, PerExample, PerExample]:
-    """Compute the `nll`, `top1` and `top5` of `Answers` from a batch of right answers that the model has read."""
+def _nll_and_top_tokens(reading: Reading) -> tuple[PerExample, PerExample, PerExample]:
+    """Compute the `nll`, `top1` and `top5` of `Answers` from what a model computes on a batch of right answers."""
     log_probabilities = reading.logits.float().log_softmax(-1)
     lengths = reading.mask.sum(1, keepdim=True)
     counted = torch.arange(reading.mask.shape[1], device=reading.mask.device) < (lengths - 1).clamp_min(1)
@@ -92,7 +92,7 @@ def _first_and_nll(reading: Reading) -> tuple[PerExample, PerExample, PerExample
 
 
 def writable(llms: Mapping[str, LMWrapper], text: str) -> bool:
-    """Tell whether every model has tokens for an answer."""
+    """Tell whether the tokenizers of all models can write a text."""
     try:
         for llm in llms.values():
             llm.target_ids(text)
@@ -102,7 +102,7 @@ def writable(llms: Mapping[str, LMWrapper], text: str) -> bool:
 
 
 def difference(one: PerExample, other: PerExample, contexts: Sequence[str]) -> dict[str, float]:
-    """Compute the mean of paired differences and its 95 % bootstrap interval.
+    """Compute the mean of one figure minus the other, example by example, and its 95 % bootstrap interval.
 
     Contexts are resampled with all their questions, as the questions on one context depend on each other.
 
@@ -114,9 +114,9 @@ def difference(one: PerExample, other: PerExample, contexts: Sequence[str]) -> d
     Returns:
         The `mean`, and the ends `low` and `high` of its interval.
     """
-    places: dict[str, int] = {}
-    place = [places.setdefault(context, len(places)) for context in contexts]
-    sums, counts = np.bincount(place, one - other), np.bincount(place)
+    index_of: dict[str, int] = {}
+    indices = [index_of.setdefault(context, len(index_of)) for context in contexts]
+    sums, counts = np.bincount(indices, one - other), np.bincount(indices)  # one entry for each different context
     draws = np.random.default_rng(0).integers(0, len(sums), (BOOTSTRAP_RESAMPLES, len(sums)))
     low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
     return {"mean": float((one - other).mean()), "low": float(low), "high": float(high)}
@@ -131,7 +131,10 @@ def answer_together(
     *,
     batch: int = 64,
 ) -> dict[str, float]:
-    """Let models answer together: of the answers that any of them gives, choose the one most probable to all.
+    """Let models answer together: of the answers that they give, choose the one that all find most probable.
+
+    That is the one with the largest sum of the models' log-likelihoods. Where no answer can be written by all models,
+    the answer of the first model is taken.
 
     Args:
         llms: the language models, by name.
@@ -146,7 +149,7 @@ def answer_together(
     """
     candidates = [list(dict.fromkeys(texts)) for texts in zip(*(alone[name].texts for name in llms), strict=True)]
     rated = [(index, text) for index, texts in enumerate(candidates) for text in texts if writable(llms, text)]
-    total = np.zeros(len(rated))
+    log_likelihoods = np.zeros(len(rated))
     for name, llm in llms.items():
         for start in range(0, len(rated), batch):
             part = rated[start : start + batch]
@@ -155,9 +158,10 @@ def answer_together(
             with llm.as_pretrained(shown.as_pretrained):
                 reading = llm.read(shown.prefix, shown.prompts, ids)
             log_probabilities = reading.logits.float().log_softmax(-1).gather(-1, reading.targets[..., None])[..., 0]
-            total[start : start + len(part)] += (log_probabilities * reading.mask).sum(1).cpu().double().numpy()
+            sums = (log_probabilities * reading.mask).sum(1)
+            log_likelihoods[start : start + len(part)] += sums.cpu().double().numpy()
     best: dict[int, tuple[float, str]] = {index: (-np.inf, texts[0]) for index, texts in enumerate(candidates)}
-    for (index, text), score in zip(rated, total, strict=True):
+    for (index, text), score in zip(rated, log_likelihoods, strict=True):
         if score > best[index][0]:
             best[index] = (score, text)
     right_answers = [example.answers for example in examples]
