@@ -25,8 +25,9 @@ OLD_SPELLINGS = {
     "runtime.channels_last": "compute.channels_last",
 }
 
-# What `penalties.structured=true` stands for. On tiny_resnet (simulated clock, target 0.45, seed 0) a weight of 0.01
-# changed neither the accuracy (99.4 %) nor the spread of the gates (0.0222), so it must be much larger than that.
+# What `penalties.structured=true` stands for. Tried on tiny_resnet (simulated clock, target 0.5, 15 epochs, seed 0): a
+# weight of 0.1 changed next to nothing, 1 lowered the variance of the mean gates within a branch by 17 % at 7 % more KD
+# loss, and 10 halved it at 32 % more. So 1 is the first power of ten that does something, and 10 costs much.
 STRUCTURED_WEIGHT = 1.0
 
 
