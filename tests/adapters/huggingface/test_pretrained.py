@@ -452,7 +452,7 @@ def test_vision_misfits(tmp_path):
 
 def test_family_that_merely_fits_is_refused(tmp_path):
     MistralForCausalLM(MistralConfig(**TEXT)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a mistral, LlamaForCausalLM wants a llama; choose another model="):
+    with pytest.raises(ValueError, match="is a mistral, LlamaForCausalLM expects a llama; choose another model="):
         load_checked(LlamaForCausalLM, tmp_path)
     assert type(load_checked(AutoModelForCausalLM, tmp_path)) is MistralForCausalLM
 
