@@ -49,7 +49,7 @@ def compare_proxies(model: str, root: Path, overrides: list[str]) -> dict[str, A
             clock = build(space.cfg.proxy.clock) if space.cfg.proxy.get("clock") else space.clock
             tables[proxy] = time_sites(space, teacher, clock, progress)
         keeps = choose_models(watch.subject)
-        measured = measure_models(watch, teacher, keeps, progress)
+        measured, _ = measure_models(watch, teacher, keeps, progress)
     teacher_ms = measured[0].latency_ms.median
     samples = [
         (widths_of(keep, watch.subject.groups), sliced.ratio.median * teacher_ms)

@@ -91,6 +91,7 @@ AS_JSON: dict[str, dict[str, Any]] = {
         "models": [{"widths": {"conv1": 8}, **TIMED}],
         "timed_as": {**TIMED_AS, "prompt": 128, "new_tokens": 32},
         "handover_us": 0.1,
+        "noisy": None,
         "simulated": True,
         "environment": ENVIRONMENT,
     },

@@ -6,15 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
 from typing import Any
 
-import numpy as np
 import pytest
 from stage_results import AS_JSON, ENDED_EARLY, example, final, typed
 
-from hawada.core.latency import SampledComparison
-from hawada.core.verdict import Comparison, Verdict
+from hawada.core.verdict import Verdict
 from hawada.experiment import PLANS
 from hawada.experiment.results import RESULTS, EvaluateResult, FinalResult, from_json, to_json
 from hawada.tools.result_schema import document, schema_path
@@ -66,16 +64,6 @@ def test_what_does_not_apply_is_absent_and_what_is_unknown_is_null() -> None:
     assert plain["target_ms"] is plain["target_ratio"] is plain["kd"] is None
     assert "perplexity" not in plain["slim"] and "prompt" not in plain["timed_as"]
     assert to_json(example("train", kd=None)).keys() == AS_JSON["train"].keys() - {"kd"}
-
-
-def test_samples_are_not_written_with_a_comparison() -> None:
-    known = Comparison.from_dict(AS_JSON["evaluate"]["measured"])
-    sampled = SampledComparison(
-        **{field.name: getattr(known, field.name) for field in fields(known)}, samples=np.ones(2)
-    )
-    result = final()
-    object.__setattr__(result, "measured", sampled)
-    assert to_json(result) == AS_JSON["evaluate"]
 
 
 @pytest.mark.parametrize("kind", ENDED_EARLY, ids=lambda kind: kind.__name__)

@@ -139,7 +139,7 @@ def test_quality_is_measured_in_eval_mode_however_the_models_come(trained: Any) 
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         with Progress("export", 1) as progress:
             quality = Quality(subject, student, teacher.train(training), progress, has_target=True)
-            slim, _ = quality.compensated(subject.slim(student.model, keep), keep)
+            slim, _ = quality.reconstructed(subject.slim(student.model, keep), keep)
         assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
         sensitivities.append(quality.sensitivities)
         refits.append(slim.state_dict())

@@ -23,8 +23,6 @@ from hawada.core.latency import (
     MeasurementError,
     Rounds,
     Sampled,
-    SampledComparison,
-    summarize,
 )
 from hawada.core.structure import keep_all
 from hawada.core.verdict import Comparison, Interval, Latency, merged
@@ -262,13 +260,26 @@ def test_repeats_are_combined_conservatively() -> None:
     assert merged([one], ends="widest") == one
 
 
-def test_the_record_holds_every_sample() -> None:
-    samples = np.array([[10.0, 4.0], [11.0, 5.0]])
-    teacher, slim = summarize(samples[:, 0]), summarize(samples[:, 1])
-    measured = {SELF_CHECK: SampledComparison(teacher, slim, Interval(0.4, 0.4, 0.5), samples=samples)}
-    record = json.loads(json.dumps(as_dict(Verification(None, failed="lost", measured=measured))))
-    assert record["measured"][SELF_CHECK]["samples_ms"] == samples.tolist()
+def test_the_record_holds_every_round_and_whether_it_counts() -> None:
+    found = sampled(0.4, 0.01, lost=3, disturbed=0.5)
+    verification, _ = verified(found)
+    (part,) = json.loads(json.dumps(as_dict(verification)))["rounds"]
+    assert part["ms"] == found.rows.tolist() and part["counts"] == [False] * 3 + [True] * 37
+    record = as_dict(Verification(None, failed="lost"))
     assert (record["comparison"], record["every"], record["failed"]) == (None, None, "lost")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.2, "met"), (0.45, "unverified"), (0.55, "unverified"), (3.0, "unverified")]
+)
+def test_milliseconds_of_disturbed_rounds_never_miss_a_target(ratio: float, expected: str) -> None:
+    """Others slow teacher and slim model alike: the ratio holds, and the milliseconds grow without bound."""
+    budget = Budget(5.0, None, 0.05)
+    verification, _ = verified(sampled(ratio, 0.01, lost=38, disturbed=ratio), budget=budget)
+    assert budget.verdict(verification.comparison, verification.every)[0] == expected
+    quiet, _ = verified(sampled(0.55, 0.001), budget=budget)
+    quiet_ms = quiet.comparison.candidate
+    assert quiet_ms.low > 0 and quiet.every.candidate == quiet_ms
 
 
 CLOCKS = '''
@@ -397,7 +408,7 @@ def test_saved_models_are_verified_in_a_fresh_process(saved: Any) -> None:
     assert saved.budget.verdict(verification.comparison)[0] == "met"
     record = json.loads((folder / "verification.json").read_text())
     assert record["environment"]["fingerprint"]["device"] == "cpu"
-    assert record["measured"]["repeat_1"]["samples_ms"][0] == [teacher, slim]
+    assert record["rounds"][0]["ms"][0] == [teacher, teacher, slim]
     assert [path.name for path in folder.iterdir()] == ["verification.json"]
 
 

@@ -133,7 +133,7 @@ def _compare(
     """Latency of the teacher and of each model, and their ratios to the teacher, in the same interleaved rounds."""
     inputs = watch.inputs()
     samplers = [watch.clock.prepare(model, inputs) for model in (teacher, *models.values())]
-    samples = watch.sample(samplers, _rounds(watch))
+    samples = watch.sample(samplers, _rounds(watch)).samples
     timed = [
         TimedModel(latency_ms=summarize(column), ratio=bootstrap_median(column / samples[:, 0])) for column in samples.T
     ]
@@ -162,7 +162,7 @@ def _compare_runtimes(
             clock = watch.clock_of(runtime)
             models = [teacher] if half is None else [teacher, half]
             samplers = [watch.clock.prepare(teacher, inputs), *(clock.prepare(model, inputs) for model in models)]
-            samples = watch.sample(samplers, _rounds(watch))
+            samples = watch.sample(samplers, _rounds(watch)).samples
         except REFUSALS as error:
             found[runtime] = RefusedRuntime(refused=" ".join(str(error).split()))
             continue
@@ -192,6 +192,7 @@ def _staircase(watch: ModelStopwatch, teacher: nn.Module, axis: Any) -> Staircas
         points=subject.cfg.doctor.points,
         rounds=rounds,
         slice_site=subject.adapter.slice_site,
+        monitor=watch.monitor,
     )
 
 

@@ -56,7 +56,7 @@ def run(cfg: DictConfig, run: Run) -> ProfileResult:
         proxy = subject.new_proxy(table)
         keeps = choose_models(subject)
         progress.say(f"measuring {len(keeps)} whole models")
-        measured = measure_models(watch, teacher, keeps, progress)
+        measured, noisy = measure_models(watch, teacher, keeps, progress)
         whole, smallest = measured[0].latency_ms, measured[1].ratio
         samples = [(model.widths, model.ratio.median * whole.median) for model in measured]
         predicted_ms, real_ms = calibrate(proxy, samples, fitted=2 + cfg.profile.fitted_models)
@@ -76,6 +76,7 @@ def run(cfg: DictConfig, run: Run) -> ProfileResult:
             models=tuple(measured),
             timed_as=TimedAs(**watch.timed_as),
             handover_us=watch.handover_us,
+            noisy=noisy,
             simulated=watch.clock.simulated,
             environment=store.environment,
         )
@@ -146,19 +147,25 @@ def measure_fastest(watch: ModelStopwatch) -> Interval:
 
 def measure_models(
     watch: ModelStopwatch, teacher: nn.Module, keeps: list[Keep], progress: Progress
-) -> list[ProfiledModel]:
-    """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time."""
+) -> tuple[list[ProfiledModel], str | None]:
+    """Latency of each sliced model and its ratio to the teacher, in interleaved rounds of a few models at a time.
+
+    Returns:
+        The models, and why no verdict may rest on their figures, or None.
+    """
     records: list[ProfiledModel] = []
+    noisy: str | None = None
     inputs, rounds = watch.inputs(), watch.quick_rounds
     rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=watch.rounds.patience_s)
     baseline = watch.clock.prepare(watch.timed(teacher), inputs)
     for start in range(0, len(keeps), CHUNK):
         models = [watch.timed(watch.subject.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
         samplers = [baseline, *(watch.clock.prepare(model, inputs) for model in models)]
-        samples = watch.sample(samplers, rounds)
+        sampled = watch.sample(samplers, rounds)
+        noisy, samples = noisy or sampled.noisy, sampled.samples
         for column in range(1, samples.shape[1]):
             ratio = bootstrap_median(samples[:, column] / samples[:, 0])
             widths = widths_of(keeps[len(records)], watch.subject.groups)
             records.append(ProfiledModel(widths=widths, latency_ms=summarize(samples[:, column]), ratio=ratio))
         progress.step(f"measured {len(records)} whole models")
-    return records
+    return records, noisy

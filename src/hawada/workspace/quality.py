@@ -81,7 +81,7 @@ class Quality:
         if measured:
             self._measure(progress)
 
-    def compensated(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
+    def reconstructed(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
         """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
 
         Args:

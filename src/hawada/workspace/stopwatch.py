@@ -19,9 +19,9 @@ from hawada.core.latency import (
     DeviceMonitor,
     Monitor,
     Rounds,
-    Samples,
+    Sampled,
     compare,
-    sample_rounds,
+    measure_rounds,
     source_of,
 )
 from hawada.core.structure import Inputs
@@ -125,9 +125,9 @@ class Stopwatch:
             monitor=self.monitor,
         )
 
-    def sample(self, samplers: Sequence[Callable[[], float]], rounds: Rounds) -> Samples:
-        """Milliseconds in the same interleaved rounds, (rounds, samplers); the first sampler is the baseline."""
-        return sample_rounds(samplers, rounds, self.cfg.seed, monitor=self.monitor)
+    def sample(self, samplers: Sequence[Callable[[], float]], rounds: Rounds) -> Sampled:
+        """Milliseconds in the same interleaved rounds; the first sampler is the baseline."""
+        return measure_rounds(samplers, rounds, seed=self.cfg.seed, monitor=self.monitor)
 
     @cached_property
     def budget(self) -> Budget:

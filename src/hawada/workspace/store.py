@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from hawada.core.files import write_json
@@ -48,5 +49,14 @@ class Store:
         return Environment(**environment(configured_device(self.cfg.gpu)))
 
     def profiled_handover_us(self) -> float | None:
-        """How near to each other the threads of a CPU ran when the teacher was profiled; None where it was not."""
-        return self.run.result("profile").handover_us if self.run.is_finished("profile") else None
+        """How near to each other the threads of a CPU ran when the teacher was profiled with as many of them.
+
+        None where it was not, and a stage that does not need the profile goes on without it.
+        """
+        try:
+            profile = self.run.result("profile") if self.run.is_finished("profile") else None
+        except ValueError:  # another version's
+            return None
+        if profile is None or profile.environment.fingerprint.get("threads") != torch.get_num_threads():
+            return None
+        return profile.handover_us

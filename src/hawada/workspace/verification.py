@@ -35,7 +35,6 @@ from hawada.core.latency import (
     MeasurementError,
     Rounds,
     Sampled,
-    SampledComparison,
     Samples,
     comparison_of,
     environment,
@@ -69,6 +68,7 @@ class Verification:
         failed: why measuring broke off, or None.
         measured: every comparison that was made of the samples, by name, in order.
         environment: machine and versions of the process that measured.
+        taken: the rounds that all of it was made of, in order; empty where another process took them.
     """
 
     comparison: Comparison | None
@@ -76,6 +76,7 @@ class Verification:
     failed: str | None = None
     measured: Mapping[str, Comparison] = field(default_factory=dict)
     environment: Mapping[str, Any] | None = None
+    taken: Sequence[Sampled] = ()
 
     def or_else(self, earlier: Comparison) -> Comparison:
         """The comparison; without one, an earlier stage's figures, on which no verdict rests."""
@@ -160,11 +161,12 @@ def _concluded(
     else:
         unstable = next((sampled.noisy for sampled in taken if sampled.noisy is not None), None)
     broken = next((sampled.broken for sampled in taken if sampled.broken is not None), None)
+    if few:
+        every = widened(every, DISTURBED_MARGIN)
+        # Ratios hold when everything is slowed alike, milliseconds do not: they only tell how long it takes at most.
+        every = replace(every, candidate=replace(every.candidate, low=0.0))
     return Verification(
-        replace(comparison, noisy=failed or broken or unstable),
-        widened(every, DISTURBED_MARGIN) if few else every,
-        failed,
-        measured,
+        replace(comparison, noisy=failed or broken or unstable), every, failed, measured, taken=tuple(taken)
     )
 
 
@@ -300,20 +302,14 @@ def main(request: Path) -> None:
 
 
 def as_dict(verification: Verification) -> dict[str, Any]:
-    """For JSON, with every sample."""
+    """For JSON, with the milliseconds of every round and whether it counts."""
     return {
         "comparison": None if verification.comparison is None else verification.comparison.as_dict(),
         "every": None if verification.every is None else verification.every.as_dict(),
         "failed": verification.failed,
-        "measured": {
-            name: {**comparison.as_dict(), "samples_ms": _listed(comparison)}
-            for name, comparison in verification.measured.items()
-        },
+        "measured": {name: comparison.as_dict() for name, comparison in verification.measured.items()},
+        "rounds": [{"ms": part.rows.tolist(), "counts": part.counts.tolist()} for part in verification.taken],
     }
-
-
-def _listed(comparison: Comparison) -> list[list[float]]:
-    return comparison.samples.tolist() if isinstance(comparison, SampledComparison) else []
 
 
 if __name__ == "__main__":

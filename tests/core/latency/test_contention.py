@@ -58,6 +58,13 @@ def test_a_round_in_which_the_process_was_stopped_does_not_count(machine):
     assert machine.round(contention) is None
 
 
+def test_what_was_usual_is_forgotten_when_other_models_are_timed(machine):
+    contention = Contention(machine.proc)
+    assert [machine.round(contention) for _ in range(3)] == [None] * 3
+    contention.reset()
+    assert machine.round(contention, cpus=1.0) is None
+
+
 def test_a_process_that_never_uses_its_cpus_is_not_stopped(machine):
     contention = Contention(machine.proc)
     assert [machine.round(contention, cpus=0.3) for _ in range(30)] == [None] * 30

@@ -42,7 +42,10 @@ class FakeNvml:
 class Uncontended:
     """A machine on which nobody else computes, as the one that runs the tests may not be."""
 
-    begun, reason = 0, None
+    begun, resets, reason = 0, 0, None
+
+    def reset(self):
+        self.resets += 1
 
     def begin(self):
         self.begun += 1
@@ -62,6 +65,9 @@ def test_a_round_that_others_disturbed_does_not_count(contention, tmp_path):
     monitor = DeviceMonitor(torch.device("cpu"), cgroups=tmp_path)
     monitor.settle(0.0)
     assert contention.begun == 1 and monitor.check() is None
+    before = contention.resets
+    monitor.start()
+    assert contention.resets == before + 1  # what other models used is no measure for these
     contention.reason = "threads waited for a CPU"
     assert monitor.check() == "threads waited for a CPU"
 

@@ -16,12 +16,11 @@ from hawada.core.latency import (
     comparison_of,
     measure_latency_ms,
     measure_together,
-    sample_rounds,
     summarize,
     widened,
 )
 from hawada.core.latency.monitor import Conditions
-from hawada.core.latency.profiler import measure_rounds, relative_medians
+from hawada.core.latency.profiler import measure_rounds, relative_medians, sample_rounds
 from hawada.core.verdict import Comparison, Interval
 
 ROUNDS = Rounds(precision=0.0, min_rounds=9, max_rounds=60, max_seconds=60.0)
@@ -193,14 +192,13 @@ def test_a_widened_comparison_reaches_further_by_a_share_of_its_ends():
     assert wide.candidate.high == pytest.approx(1.25 * known.candidate.high)
 
 
-def test_a_comparison_says_what_was_wrong_and_keeps_its_samples(pair):
+def test_a_comparison_says_what_was_wrong_and_how_many_rounds_count(pair):
     clock = DriftingClock({pair[0]: 10.0, pair[1]: 5.0})
     monitor = Objecting({1, 3}, Conditions(("a note",), "somebody else computes"))
     found = compare(*pair, (torch.zeros(1),), clock, rounds=ROUNDS, monitor=monitor)
     assert found.noisy == "somebody else computes"
-    assert found.notes == (f"2 of {len(found.samples) + 2} rounds discarded: too hot", "a note")
-    assert found.samples.shape == (found.baseline.samples, 2)
-    assert float(np.median(found.samples[:, 0])) == found.baseline.median
+    assert found.notes == (f"2 of {found.baseline.samples + 2} rounds discarded: too hot", "a note")
+    assert found.candidate.samples == found.baseline.samples >= ROUNDS.min_rounds
     assert Comparison.from_dict(json.loads(json.dumps(found.as_dict()))).as_dict() == found.as_dict()
 
 

@@ -114,6 +114,24 @@ def test_an_infeasible_budget_gives_the_fastest_and_the_status(linear_proxy):
     assert len(calls) <= 5  # it does not measure the same model over and over
 
 
+@pytest.mark.parametrize(("noise", "status"), [(0.0, "infeasible"), (0.2, "undecided")])
+def test_a_smallest_model_that_only_straddles_the_target_is_not_called_infeasible(linear_proxy, noise, status):
+    groups, calls = wide_groups(), []
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.47, 0.05), offset=60.0, noise=noise)
+    search = replace(search, confirmations=1)
+    result = search_export(search, max_measurements=10)
+    smallest = result.chosen.comparison.ratio
+    assert result.status == status and set(widths_of(result.chosen.keep, groups).values()) == {0}
+    assert (smallest.low > 0.47) == (status == "infeasible")
+    assert result.chosen.times == (1 if status == "infeasible" else 2)
+
+
+def test_what_is_clearly_too_slow_on_a_noisy_machine_is_not_called_infeasible(linear_proxy):
+    search = make_search(wide_groups(), linear_proxy, [], Budget(None, 0.3, 0.05), offset=60.0)
+    noisy = replace(search, measure=lambda keep: replace(search.measure(keep), noisy="others compute"))
+    assert search_export(noisy, max_measurements=10).status == "undecided"
+
+
 def test_widths_too_coarse_for_the_tolerance_give_the_slowest_that_holds(linear_proxy):
     groups, calls = wide_groups(), []
     policies = [ExportPolicy(rounding={"channel": Rounding(32)})]

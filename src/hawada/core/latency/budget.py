@@ -45,6 +45,10 @@ class Budget:
         """Whether the whole interval of the measurement is at or below the target."""
         return self._of_target(comparison).high <= 1
 
+    def misses(self, comparison: Comparison) -> bool:
+        """Whether the whole interval of the measurement is above the target."""
+        return self._of_target(comparison).low > 1
+
     def on_target(self, comparison: Comparison) -> bool:
         """Whether a search may stop here: below the target, but not by more than the tolerance.
 

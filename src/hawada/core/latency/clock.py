@@ -71,7 +71,7 @@ class DeviceClock:
         min_sample_ms: shortest block that is timed; None for this and the others: as the device's kind demands.
         agreement: relative spread of three warm-up medians that counts as stable.
         warm_up_s: the longest warm-up in seconds.
-        runtime: how models are run, see `hawada.core.runtimes`.
+        runtime: how models are run, see `hawada.core.latency.runtimes`.
     """
 
     simulated = False

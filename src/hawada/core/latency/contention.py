@@ -29,10 +29,14 @@ class Contention:
 
     def __init__(self, proc: Path = PROC) -> None:
         self.proc = proc
+        self.reset()
+        self.begin()
+
+    def reset(self) -> None:
+        """Forget what was usual: other models are timed from here on."""
         self._usual: deque[float] = deque(maxlen=50)  # CPU seconds per second of the last rounds
         self._others_since = self._busy()
         self._crowded = False
-        self.begin()
 
     def begin(self) -> None:
         """A round begins."""

@@ -106,6 +106,8 @@ class DeviceMonitor:
 
     def start(self) -> None:
         """Begin anew."""
+        if self.contention is not None:
+            self.contention.reset()
         self._capped = self._rounds = self._apart = 0
         self._impatient = False
         self._foreign: set[int] = set()

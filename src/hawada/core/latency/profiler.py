@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -214,17 +214,6 @@ def sample_rounds(
     return measure_rounds(samplers, rounds, seed=seed, baseline=baseline, monitor=monitor, zero_ok=zero_ok).samples
 
 
-@dataclass(frozen=True)
-class SampledComparison(Comparison):
-    """A comparison with what it was made of.
-
-    Attributes:
-        samples: milliseconds of baseline and candidate, (rounds, 2).
-    """
-
-    samples: Samples = field(kw_only=True, repr=False, compare=False)
-
-
 def compare(
     baseline: nn.Module,
     candidate: nn.Module,
@@ -271,14 +260,12 @@ def measure_together(
     return measure_rounds(samplers, rounds, seed=seed, monitor=monitor, zero_ok=source_of(clock) != "measured")
 
 
-def comparison_of(
-    samples: Samples, source: str, *, notes: Sequence[str] = (), noisy: str | None = None
-) -> SampledComparison:
+def comparison_of(samples: Samples, source: str, *, notes: Sequence[str] = (), noisy: str | None = None) -> Comparison:
     """The comparison that samples of a baseline and a candidate make, (rounds, 2)."""
     baseline, candidate = samples.T
     ratio = bootstrap_median(candidate / np.maximum(baseline, TINY_MS))
     teacher, slim = summarize(baseline), summarize(candidate)
-    return SampledComparison(teacher, slim, ratio, source, tuple(notes), noisy, samples=samples)
+    return Comparison(teacher, slim, ratio, source, tuple(notes), noisy)
 
 
 def widened(known: Comparison, share: float) -> Comparison:

@@ -57,7 +57,8 @@ class SearchResult:
     Attributes:
         chosen: the model to export.
         status: `on_target`, `held` (the budget holds, further below than the tolerance) or `infeasible`: then `chosen`
-            is the smallest model there is.
+            is the smallest model there is; `undecided` is the same where its measurement does not tell whether it
+            holds the budget.
         candidates: all that were measured, in order.
     """
 
@@ -203,7 +204,9 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
         else:
             break
     if not any(budget.holds(candidate.comparison) for candidate in tried) and not _step_down(search, tried):
-        return SearchResult(tried[-1], "infeasible", tried)
+        smallest = tried[-1].comparison
+        clear = budget.misses(smallest) and smallest.noisy is None
+        return SearchResult(tried[-1], "infeasible" if clear else "undecided", tried)
     holding = [candidate for candidate in tried if budget.holds(candidate.comparison)]
     on_target = [candidate for candidate in holding if budget.on_target(candidate.comparison)]
     if on_target:
@@ -219,6 +222,9 @@ def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
         keep = search.choose(share * lowest, 0) if share else search.smallest()
         if all(candidate.keep != keep for candidate in tried) or not share:
             tried.append(search.try_keep(keep, 0))
+            for _ in range(search.confirmations):  # a smallest model that straddles the target is measured again
+                if not share and not search.budget.misses(tried[-1].comparison):
+                    tried[-1] = search.confirm(tried[-1])
             if search.budget.holds(tried[-1].comparison):
                 return True
     return False

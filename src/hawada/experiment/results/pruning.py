@@ -67,6 +67,7 @@ class ProfileResult(StageResult):
         models: every model that was measured.
         timed_as: what was timed.
         handover_us: how near to each other the threads of a CPU ran, or None.
+        noisy: why no verdict may rest on the figures, or None.
         simulated: whether no device was timed but a simulation of one.
         environment: machine and versions.
     """
@@ -80,6 +81,7 @@ class ProfileResult(StageResult):
     models: tuple[ProfiledModel, ...]
     timed_as: TimedAs
     handover_us: float | None = None
+    noisy: str | None = None
     simulated: bool
     environment: Environment
 

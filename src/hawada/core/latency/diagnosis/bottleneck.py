@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from hawada.core.latency.diagnosis.peaks import Peaks
 from hawada.core.latency.operators import Operator
@@ -47,10 +47,6 @@ class Bottleneck:
         """Each lower bound as a fraction of the measured time; above 1 where a peak was measured too low."""
         bounds = {"launch": self.launch_ms, "memory": self.memory_ms, "compute": self.compute_ms}
         return {kind: ms / max(self.measured_ms, TINY_MS) for kind, ms in bounds.items()}
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the fields and what follows from them as JSON types."""
-        return {**asdict(self), "shares": self.shares, "impossible": self.impossible}
 
 
 def find_bottleneck(operators: Sequence[Operator], peaks: Peaks, measured_ms: float) -> Bottleneck:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from hawada.core.latency.clock import Clock
+from hawada.core.latency.monitor import Monitor
 from hawada.core.latency.profiler import TINY_MS, Rounds, bootstrap_median, sample_rounds
 from hawada.core.latency.site_table import Arguments, SiteCall
 from hawada.core.structure import Group, Site, SliceSite, full_widths, keep_first, materialize
@@ -94,6 +95,7 @@ def measure_staircase(
     points: int,
     rounds: Rounds,
     slice_site: SliceSite = materialize,
+    monitor: Monitor | None = None,
 ) -> Staircase:
     """Time really sliced copies of one site over a fine grid of widths.
 
@@ -106,6 +108,7 @@ def measure_staircase(
         points: about how many widths are timed; fewer when preparing them takes longer than the rounds may.
         rounds: how long to measure.
         slice_site: makes the sliced modules; see `build_table`.
+        monitor: what watches the device for disturbances meanwhile.
     """
     site, group = axis
     full = full_widths(groups)
@@ -118,7 +121,9 @@ def measure_staircase(
         keep = keep_first(groups, full | {group.name: width})
         call = SiteCall(slice_site(model, groups, keep, site.module), arguments)
         samplers[width] = clock.prepare(call, SiteCall.inputs(arguments))
-    samples = sample_rounds(list(samplers.values()), rounds)  # the first, the full width, is the baseline
+    samples = sample_rounds(
+        list(samplers.values()), rounds, monitor=monitor
+    )  # the first, the full width, is the baseline
     relative = samples / np.maximum(samples[:, [0]], TINY_MS)
     ratios = {width: bootstrap_median(relative[:, column]) for column, width in enumerate(samplers)}
     widths, full_ms = tuple(sorted(samplers)), float(np.median(samples[:, 0]))
