@@ -34,6 +34,7 @@ from hawada.core.distill import OtherTeacher
 from hawada.core.evaluate import score
 from hawada.core.finetune import recalibrate_batchnorm
 from hawada.data import cifar10
+from hawada.experiment.results import to_json
 from hawada.stages import front
 from hawada.workspace import ModelStopwatch
 
@@ -204,13 +205,13 @@ def main() -> None:
         base = [*options(arguments, network, root), "importance=gates", f"data.samples={50_000 - HELD_OUT_IMAGES}"]
         base += arguments.overrides
         first = workspace(base, network.targets, root / "measured")
-        latencies = first.run.folder("profile") / "latency_table.json"
+        latencies = first.store.folder("profile") / "latency_table.json"
         print("everything is measured; what follows may share the machine", flush=True)
         whole: dict[str, Any] = {
-            "environment": first.environment(),
+            "environment": to_json(first.store.environment),
             "timed_as": first.timed_as,
             "held_out": HELD_OUT_IMAGES,
-            "teacher_accuracy": accuracy(first, first.teacher(), batches),
+            "teacher_accuracy": accuracy(first, first.subject.teacher(), batches),
             "recipe": network.recipe.as_dict(),
             "samples": network.samples,
             "records": [],

@@ -57,7 +57,7 @@ def _exported(watch: ModelStopwatch, model: nn.Module, ratio: float) -> tuple[Ke
     if found.status == "infeasible":
         raise ValueError(f"{ratio} of the teacher's time cannot be reached")
     chosen = found.chosen
-    slim, _ = quality.compensated(watch.subject.slim(student.model, chosen.keep), chosen.keep)
+    slim, _ = quality.reconstructed(watch.subject.slim(student.model, chosen.keep), chosen.keep)
     return chosen.keep, slim, chosen.comparison.ratio.median
 
 

@@ -171,7 +171,7 @@ def _sentence(error: BaseException) -> str:
         or re.search(r"Key '([^']+)' is not in struct", text)
     )
     if unknown:
-        return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them, and +{unknown[1]}=... adds one"
+        return f"{unknown[1]}: there is no such key; `hawada --cfg job` lists them"
     choice = re.search(
         r"Could not find '([^']+?)/([^'/]+)' Available options in '[^']+': (.*?) Config search path", text
     )

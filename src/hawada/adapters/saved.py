@@ -130,8 +130,11 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} holds no {MANIFEST}: not a saved model, or its writing was interrupted")
     given = (trust,) if isinstance(trust, str) else tuple(trust)
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest.get("format") != MANIFEST_FORMAT or not manifest["sha256"]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path / MANIFEST} cannot be read ({error}); copy or export the model again") from None
+    if manifest.get("format") != MANIFEST_FORMAT or not manifest.get("sha256"):
         raise ValueError(
             f"{path / MANIFEST} is not of format {MANIFEST_FORMAT}: another version wrote it; export the model again"
         )
@@ -145,7 +148,10 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     target = RENAMED_ADAPTERS.get(target, target)
     _check_trust(path, target, (*TRUSTED_PREFIXES, *given))
     module, _, name = target.rpartition(".")
-    adapter_class = getattr(importlib.import_module(module), name)
+    try:
+        adapter_class = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path} needs {target}, which cannot be imported ({error}); install its package") from None
     if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
         raise ValueError(f"{path} wants to call {target}, which is not an adapter; do not use this file")
     for argument in adapter_class.imports:

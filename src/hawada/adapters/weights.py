@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
@@ -53,6 +53,8 @@ class WeightsSource:
                 raise ValueError(
                     f"model.adapter.path: {path} is neither a .safetensors file nor a folder that a run saved"
                 )
+            if path.is_file():
+                _check_readable(path)
             return
         url = self._entry().url
         if (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
@@ -90,7 +92,7 @@ class WeightsSource:
         try:
             return load_model(path, trust).state_dict() if path.is_dir() else load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"model.adapter.path: {path} is not a safetensors file ({error})") from None
+            raise _unreadable(path, error) from None
 
     def _download(self) -> Mapping[str, Tensor]:
         try:
@@ -119,3 +121,23 @@ class WeightsSource:
             f"model.adapter.weights: {self.weights} is not in torch's cache and cannot be downloaded ({error}); "
             "connect to the network, or set model.adapter.path to a local .safetensors"
         )
+
+
+def _check_readable(path: Path) -> None:
+    """Read the header of a file of weights, which takes no time.
+
+    Raises:
+        ValueError: The file is not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"model.adapter.path: {path} is not a safetensors file ({error}); save a state dict with "
+        "safetensors.torch.save_file and name that"
+    )

@@ -174,6 +174,15 @@ def _check_together(cfg: DictConfig) -> None:
             f"importance: the scores of {ranked_by} rank units within a group and do not compare groups; set "
             "export.sensitivity=measured, export.widths=allocation and calibration.samples above 0"
         )
+    if ranked_by != GATES and cfg.budget.target_ratio is None and cfg.budget.target_ms is None:
+        raise ValueError(
+            f"importance: without a target the gates alone decide, and {ranked_by} would rank nothing; set "
+            "budget.target_ratio, or importance=gates"
+        )
+    if cfg.gpu.timing != "table" and cfg.gpu.table is not None:
+        raise ValueError(f"gpu.table: {cfg.gpu.table} is read with gpu.timing=table alone; set that, or leave it out")
+    if cfg.export.push == "gated" and cfg.export.push_to is None:
+        raise ValueError("export.push: gated is what is pushed to export.push_to; set that too, or export.push=slim")
     if cfg.penalties.floor > cfg.penalties.ceiling:
         raise ValueError(f"penalties.floor: {cfg.penalties.floor} is above penalties.ceiling; lower it")
     if cfg.measure.get("max_rounds") is not None and cfg.measure.get("min_rounds", 0) > cfg.measure.max_rounds:

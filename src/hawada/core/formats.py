@@ -34,10 +34,13 @@ def check_formats(formats: Sequence[str]) -> None:
     """Check `export.formats` without importing anything, before any work.
 
     Raises:
-        ValueError: when it is not a list, when a name is unknown, or when a package that a format needs is missing.
+        ValueError: when it is not a list, when a name is unknown or given twice, or when a package that a format needs
+            is missing.
     """
     if isinstance(formats, str):
         raise ValueError(f"export.formats: {formats!r} is not a list; write [{formats}]")
+    if len(set(formats)) < len(formats):
+        raise ValueError(f"export.formats: [{','.join(formats)}] names a format twice; list each once")
     for name in formats:
         if name not in FORMATS:
             raise ValueError(f"export.formats: {name!r} is not one of {', '.join(FORMATS)}; list only these")

@@ -53,8 +53,9 @@ def _saved(*folders: str) -> tuple[str, ...]:
     return tuple(f"{place}/{name}" for place in places for name in _MODEL_FILES)
 
 
-_MODEL = ("seed", "model", "runtime.threads", "compute.mixed_precision")
-_TRAINED = (*_MODEL, "compute.channels_last")
+_MODEL = ("seed", "model", "runtime.threads")
+_COMPUTED = (*_MODEL, "compute.mixed_precision")
+_TRAINED = (*_COMPUTED, "compute.channels_last")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _RANKED = ("export.importance", "export.sensitivity", "export.reconstruct", "export.points", "calibration")
@@ -88,7 +89,7 @@ PLANS: dict[str, StagePlan] = {
         ),
         StagePlan(
             "export",
-            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
+            reads=(*_COMPUTED, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
             needs=("profile", "train"),
             teacher=True,
             measures=True,
@@ -97,7 +98,7 @@ PLANS: dict[str, StagePlan] = {
         ),
         StagePlan(
             "front",
-            reads=(*_MODEL, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
+            reads=(*_COMPUTED, *_LATENCY, "budget", *_EXPORT, "gate", "groups", "proxy"),
             needs=("profile", "train"),
             teacher=True,
             measures=True,
@@ -124,6 +125,7 @@ PLANS: dict[str, StagePlan] = {
             "publish",
             reads=(*_MODEL, "gpu.device", *_SHAPE, "export.formats", "export.push_to", "export.push"),
             needs=("train", "export", "finetune", "evaluate"),
+            retargets=True,
             writes=("slim.onnx", "slim.onnx.data", "slim.pt2", "slim.onnx/slim.onnx*", "slim.pt2/slim.pt2"),
         ),
         StagePlan("interlingua-dry", reads=(*_INTERLINGUA, "llms", "interlingua")),
@@ -161,8 +163,10 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
     """The stages that a command runs: one, or a pipeline's; none for `inspect`. An export for many targets is `front`.
 
     Raises:
-        ValueError: when several targets are given to another stage.
+        ValueError: when there is no such stage, or several targets are given to another stage.
     """
+    if stage not in (*PLANS, "pipeline", "inspect"):
+        raise ValueError(f"stage: there is no stage {stage}; choose among {', '.join((*PLANS, 'pipeline', 'inspect'))}")
     if stage in INTERLINGUA:
         return [*upstream(stage, cfg), stage] if stage == "interlingua" else [stage]
     many = OmegaConf.is_list(cfg.budget.target_ratio)

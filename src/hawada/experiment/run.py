@@ -196,7 +196,8 @@ class Run:
         """Check that every stage before this one is done, with this configuration.
 
         Raises:
-            ValueError: naming the stage to run, or the keys that differ.
+            ValueError: naming the stage to run, or the keys that differ; also when an earlier stage's result is older
+                than what it was made from.
         """
         for earlier in upstream(stage, self.cfg):
             if not self.is_finished(earlier):
@@ -213,6 +214,11 @@ class Run:
                 raise ValueError(
                     f"stage={stage}: {earlier} ran with {_described(different)}; "
                     f"use the same values, another name=..., or run stage={earlier} overwrite=true first"
+                )
+            if self._manifest(earlier)["upstream"] != self._upstream_now(earlier):
+                raise ValueError(
+                    f"stage={stage}: what stage={earlier} was made from has changed since; "
+                    f"run stage={earlier} again first"
                 )
 
     @contextmanager

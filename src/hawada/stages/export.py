@@ -51,7 +51,7 @@ def run(cfg: DictConfig, run: Run) -> ExportResult | InfeasibleExport:
         progress.done()
         slim = subject.slim(student.model, keep)
         equivalence = prove_equivalence(subject, student, slim, keep)
-        slim, reconstruction = quality.compensated(slim, keep)
+        slim, reconstruction = quality.reconstructed(slim, keep)
         subject.save(folder / "slim", slim, keep)
         subject.save(folder / "teacher", teacher, keep_all(subject.groups))
         write_json(folder / "keep.json", {name: list(kept) for name, kept in keep.items()})

@@ -60,7 +60,7 @@ def run(cfg: DictConfig, run: Run) -> FrontResult:
             if found.status != "infeasible":
                 slim = subject.slim(student.model, keep)
                 equivalence = prove_equivalence(subject, student, slim, keep)
-                slim, reconstruction = quality.compensated(slim, keep)
+                slim, reconstruction = quality.reconstructed(slim, keep)
                 path = folder / f"{target:g}"
                 subject.save(path / "slim", slim, keep)
                 write_json(path / "keep.json", {name: list(kept) for name, kept in keep.items()})

@@ -32,8 +32,8 @@ COMPUTING = ("pretrain", "train", "export", "front", "finetune")  # stages that 
 def check(stages: list[str], run: Run) -> None:
     """Check what can be checked before any work is done.
 
-    The group filter matches something on the bare architecture; the
-    data fit the model; the teacher's weights are here or within reach; earlier measurements are this machine's.
+    The group filter matches something on the bare architecture; the data fit the model; the teacher's weights are here
+    or within reach; earlier measurements are this machine's.
 
     Raises:
         ValueError: one sentence with the key and the remedy.
@@ -55,9 +55,15 @@ def check(stages: list[str], run: Run) -> None:
         _check_training(stage, run)
     if any("groups" in plan.reads for plan in plans):
         _subject("train", run).check_groups()
+    if "doctor" in stages and run.cfg.gpu.timing == "table":
+        raise ValueError(
+            "gpu.timing: a latency table knows nothing of launches and bandwidths; set gpu.timing=measured on the "
+            "device itself, or gpu.timing=simulated"
+        )
     if any(plan.measures for plan in plans):
         subject, watch, _ = open_stage(run.settings("profile"), run)
         subject.adapter.check_shape(watch.shape)
+        subject.adapter.check_layout(subject.cfg.export.layout, subject.groups)
     distilling = [plan.name for plan in plans if "distill" in plan.reads]
     if distilling:
         trains = any("kd" in plan.reads for plan in plans)
@@ -103,7 +109,13 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
     for stage in [name for name in PLANS if name in needed and PLANS[name].measures and run.is_finished(name)]:
         path = run.folder(stage) / "environment.json"
         remedy = "choose another name=..., or set overwrite=true to measure again"
-        recorded: Environment = from_json(Environment, json.loads(path.read_text()), place=str(path), remedy=remedy)
+        try:
+            recorded: Environment = from_json(Environment, json.loads(path.read_text()), place=str(path), remedy=remedy)
+        except ValueError:  # damaged, or another version's
+            if not (run.overwrite and stage in stages):
+                raise
+            run.discard(stage)
+            continue
         there = recorded.fingerprint
         different = [f"{key} {there.get(key)}" for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
         if different and run.overwrite and stage in stages:
@@ -111,7 +123,8 @@ def _check_same_machine(stages: list[str], run: Run) -> None:
         elif different:
             raise ValueError(
                 f"{run.folder(stage)} was measured elsewhere ({', '.join(different)}) and latencies do not carry over; "
-                "choose another name=..., or set overwrite=true to measure again"
+                + f"choose another name=..., or set overwrite=true {'' if stage in stages else f'and stage={stage} '}"
+                + "to measure again"
             )
 
 
@@ -149,7 +162,7 @@ def run_pipeline(run: Run) -> Conclusion:
     """Everything from a teacher to a verdict; `result.json` lies beside the stages' folders then."""
     conclusion: Conclusion | None = None
     for stage in order(run.cfg):
-        if stage == "pretrain" and (decided := result_of_profile(run)):
+        if stage == "pretrain" and not run.is_finished("train") and (decided := result_of_profile(run)):
             run.conclude(decided)
             return decided
         if stage == "publish" and conclusion is not None and not conclusion.verdict.may_be_published:
@@ -179,8 +192,8 @@ def result_of_profile(run: Run) -> DecidedByProfile | None:
     fastest = profile.fastest_ratio if everything else measure_fastest(watch)
     teacher = profile.teacher
     decided = watch.budget.decided_by_profile(teacher, fastest)
-    if decided is None:
-        return None
+    if decided is None or (profile.noisy is not None and decided[0] is Verdict.INFEASIBLE):
+        return None  # a machine that others use makes everything look too slow: the search finds out
     verdict, reason = decided
     return DecidedByProfile(
         summary=f"{verdict}: {reason}",

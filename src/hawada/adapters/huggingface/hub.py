@@ -137,16 +137,19 @@ def push(folder: Path, repo: str, *, extra: Sequence[Path] = (), private: bool =
         try:
             address = api.create_repo(repo, private=private, exist_ok=True)
             there = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
-            if there and MANIFEST_NAME not in there:
-                raise FileExistsError(
-                    f"it holds {there[0]} and no {MANIFEST_NAME}, so it is not this program's; give another"
-                )
-            api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=REPLACED_PATTERNS)
-            for path in extra:
-                api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
-            return str(address)
+            foreign = there[0] if there and MANIFEST_NAME not in there else None
+            if foreign is None:
+                api.upload_folder(repo_id=repo, folder_path=folder, delete_patterns=REPLACED_PATTERNS)
+                for path in extra:
+                    api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
+                return str(address)
         except Exception as refusal:  # its class depends on the version of huggingface_hub
             error = refusal
+        else:
+            raise ValueError(
+                f"export.push_to: {repo} holds {foreign} and no {MANIFEST_NAME}, so it is not this program's; "
+                "give another repository"
+            )
     raise ValueError(
         f"{folder} cannot be pushed to {repo} ({brief(error)}); "
         "connect to the network and run `hf auth login` with a token that may write there"

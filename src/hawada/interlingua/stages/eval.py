@@ -60,7 +60,9 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaEvalResult:
     parts, node = InterlinguaParts(cfg, run), cfg.interlingua
     prompt = tuned_prompt(parts)
     messenger = parts.new_messenger()
-    load_checkpoint(run.folder("interlingua") / "best", messenger, None)
+    best = run.folder("interlingua") / "best"
+    if load_checkpoint(best, messenger, None) is None:
+        raise RuntimeError(f"{best} is gone; run stage=interlingua with overwrite=true to train again")
     examples = parts.task.test(node.test_contexts)
     contexts = [example.context for example in examples]
     rows = compared_ways(messenger, prompt, examples, node.latent_len)

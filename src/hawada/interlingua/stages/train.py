@@ -57,7 +57,8 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaResult:
             if first >= state["best"]:
                 save_checkpoint(folder / "best", messenger, trainer.optimizer, state)
             save_checkpoint(folder / "last", messenger, trainer.optimizer, state)
-        load_checkpoint(folder / "best", messenger, None)
+        if load_checkpoint(folder / "best", messenger, None) is None:
+            raise RuntimeError(f"{folder / 'best'} is gone; run stage=interlingua with overwrite=true to train again")
         tests = parts.task.test(node.test_contexts)
         scores = {
             name: scores_of(answer(llm, latent(messenger), tests, max_new_tokens=node.max_new_tokens))
