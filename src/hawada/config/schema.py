@@ -36,10 +36,10 @@ LAYOUTS = ("uniform", "heterogeneous")
 PHASES = ("forward", "prefill", "decode", "generate")
 DEVICES = ("cpu", "mps", "cuda")
 
-MANY = 10**9  # more than there is of anything that is counted
+MAX_COUNT = 10**9  # more than there is of anything that is counted
 WIDEST = 2**16  # no layer of a known network has more units
-COUNT, COUNT_OR_ZERO = Number(1, MANY, whole=True), Number(0, MANY, whole=True)
-TWO_OR_MORE, NONE_OR_SEVERAL = Number(2, MANY, whole=True), Number(0, MANY, whole=True, alone=True)
+COUNT, COUNT_OR_ZERO = Number(1, MAX_COUNT, whole=True), Number(0, MAX_COUNT, whole=True)
+TWO_OR_MORE, NONE_OR_SEVERAL = Number(2, MAX_COUNT, whole=True), Number(0, MAX_COUNT, whole=True, alone=True)
 FRACTION, POSITIVE_FRACTION = Number(0, 1), Number(0, 1, above=True)
 WEIGHT, RATE = Number(0, 10**6), Number(0, 100, above=True)
 SECONDS, MILLISECONDS = Number(0, 10**6, above=True), Number(0, 10**7, above=True)

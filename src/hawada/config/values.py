@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f]")
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -108,7 +108,7 @@ class Text:
 
     def problem(self, key: str, value: Any) -> str | None:
         """See `Value`."""
-        good = isinstance(value, str) and (self.free or bool(value.strip() and not CONTROL.search(value)))
+        good = isinstance(value, str) and (self.free or bool(value.strip() and not CONTROL_CHARACTERS.search(value)))
         return None if good else f"{key}: {_shown(value)} is not {self}"
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Name:
         """See `Value`."""
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         good = isinstance(text, str) and bool(text.strip()) and text not in (".", "..") and len(text.encode()) <= 200
-        good = good and not CONTROL.search(text) and not set(text) & set("/\\")
+        good = good and not CONTROL_CHARACTERS.search(text) and not set(text) & set("/\\")
         return None if good else f"{key}: {_shown(value)} is not {self}"
 
     def __str__(self) -> str:
@@ -215,7 +215,7 @@ class Node:
 
 def _shown(value: Any) -> str:
     """A value as a message shows it: text that could be mistaken for nothing, or breaks a line, in quotes."""
-    quoted = isinstance(value, str) and (not value.strip() or CONTROL.search(value))
+    quoted = isinstance(value, str) and (not value.strip() or CONTROL_CHARACTERS.search(value))
     return repr(value) if quoted else str(value)
 
 

@@ -25,7 +25,7 @@ TEXT_FILES = f"UTF-8 text: {TEXT_SUFFIXES}"
 TEST_NAME, VALIDATION_NAME = (
     re.compile(rf"(?<![a-z])({word})(?![a-z])", re.IGNORECASE) for word in ("test(set)?", "valid(ation)?|dev")
 )
-TITLE = re.compile(r"\s?= (?!= ).+ =\s*")
+TITLE_LINE = re.compile(r"\s?= (?!= ).+ =\s*")
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 Gather = Callable[[Iterable[str]], Iterable[str]]
@@ -80,7 +80,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     """Gather WikiText's lines into articles, each from its title, ` = Title = `, to the next."""
     article: list[str] = []
     for line in lines:
-        if TITLE.fullmatch(line) and article:
+        if TITLE_LINE.fullmatch(line) and article:
             yield "\n".join(article).strip()
             article = []
         article.append(line.rstrip("\n"))
@@ -91,7 +91,7 @@ def articles_or_paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Gather articles where one of the first lines is a title, else paragraphs: local files need not be WikiText."""
     rest = iter(lines)
     first = list(islice(rest, TITLE_SEARCH_LINES))
-    gather = articles if any(TITLE.fullmatch(line) for line in first) else paragraphs
+    gather = articles if any(TITLE_LINE.fullmatch(line) for line in first) else paragraphs
     yield from gather(chain(first, rest))
 
 

@@ -36,7 +36,7 @@ REPLACED = "replaced.json"  # the manifest of a result that is being removed, so
 
 ATTEMPT = "attempt.json"  # what a stage that resumes was begun with
 
-MARK = "# Written by hawada, format 1, stage={stage}: the program replaces what it wrote in this folder.\n"
+ATTEMPT_MARK = "# Written by hawada, format 1, stage={stage}: the program replaces what it wrote in this folder.\n"
 
 RESULT_KEYS = {field.name for field in fields(Conclusion)}  # of every result.json beside the stages' folders
 
@@ -232,7 +232,7 @@ class Run:
         self.check_replaceable(stage)
         self._clear(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", MARK.format(stage=stage) + OmegaConf.to_yaml(self.settings(stage)))
+        write_text(folder / "config.yaml", ATTEMPT_MARK.format(stage=stage) + OmegaConf.to_yaml(self.settings(stage)))
         yield folder
 
     @contextmanager
@@ -352,7 +352,7 @@ class Run:
         if self._unfinished_attempt(stage) is not None:
             return True
         try:
-            return config.read_bytes().startswith(MARK.format(stage=stage).encode())
+            return config.read_bytes().startswith(ATTEMPT_MARK.format(stage=stage).encode())
         except OSError:
             return False
 

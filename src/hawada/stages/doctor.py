@@ -49,7 +49,7 @@ from hawada.report import Progress, describe, plot_staircases, summarize_finding
 from hawada.workspace import ModelStopwatch, Subject, open_stage
 
 PROBED_AGAIN = 2  # times at most, where the model did better than the probes had found possible
-REFUSALS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
+RUNTIME_ERRORS = (ValueError, RuntimeError, NotImplementedError)  # what a runtime raises that cannot hold a model
 
 
 def run(cfg: DictConfig, run: Run) -> DoctorResult:
@@ -163,7 +163,7 @@ def _compare_runtimes(
             models = [teacher] if half is None else [teacher, half]
             samplers = [watch.clock.prepare(teacher, inputs), *(clock.prepare(model, inputs) for model in models)]
             samples = watch.sample(samplers, _rounds(watch)).samples
-        except REFUSALS as error:
+        except RUNTIME_ERRORS as error:
             found[runtime] = RefusedRuntime(refused=" ".join(str(error).split()))
             continue
         found[runtime] = ComparedRuntime(

@@ -33,7 +33,7 @@ from hawada.experiment.results import (
     TimedAs,
 )
 from hawada.report import Progress, console, model_card
-from hawada.stages.export import EQUALITY
+from hawada.stages.export import MAX_RELATIVE_DIFFERENCE
 from hawada.workspace import (
     ModelStopwatch,
     Subject,
@@ -226,7 +226,8 @@ def prove_reload(subject: Subject, path: Path, outputs: Path, scratch: Path) -> 
     model must also generate the same tokens.
 
     Raises:
-        RuntimeError: when the process fails, the logits differ by more than `EQUALITY`, or the tokens differ.
+        RuntimeError: when the process fails, the logits differ by more than `MAX_RELATIVE_DIFFERENCE`, or the tokens
+            differ.
     """
     inputs, output = scratch / "reload_inputs.safetensors", scratch / "reload_output.safetensors"
     save_file({f"{index:03d}": x for index, x in enumerate(subject.check_inputs())}, inputs)
@@ -242,7 +243,7 @@ def prove_reload(subject: Subject, path: Path, outputs: Path, scratch: Path) -> 
     difference = compare_outputs(before["logits"], after["logits"])
     same_tokens = bool((before["tokens"] == after["tokens"]).all()) if "tokens" in before else None
     found = Reload(**difference, stock=subject.adapter.stock_reload is not None, same_tokens=same_tokens)
-    if not found.max_abs_diff <= EQUALITY * found.max_abs_logit:
+    if not found.max_abs_diff <= MAX_RELATIVE_DIFFERENCE * found.max_abs_logit:
         raise RuntimeError(f"{path} computes something else after reloading: {found.max_abs_diff:.3g}")
     if same_tokens is False:
         raise RuntimeError(f"{path} generates other tokens after reloading")

@@ -34,7 +34,7 @@ from hawada.workspace import (
     predicted,
 )
 
-EQUALITY = 1e-5  # largest difference of logits, relative to the largest logit, in float32
+MAX_RELATIVE_DIFFERENCE = 1e-5  # largest difference of logits, relative to the largest logit, in float32
 
 
 def run(cfg: DictConfig, run: Run) -> ExportResult | InfeasibleExport:
@@ -85,7 +85,7 @@ def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep:
     """Difference of logits between the hard-gated student and the slim model on example inputs.
 
     Raises:
-        RuntimeError: when they differ by more than `EQUALITY`: the adapter's declaration is wrong.
+        RuntimeError: when they differ by more than `MAX_RELATIVE_DIFFERENCE`: the adapter's declaration is wrong.
     """
     inputs = subject.check_inputs()
     slim = copy.deepcopy(slim).cpu().float()
@@ -93,7 +93,7 @@ def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep:
         gated = subject.adapter.logits(student.cpu()(*inputs))
         sliced = subject.adapter.logits(slim(*inputs))
     found = Difference(**compare_outputs(gated, sliced))
-    if not found.max_abs_diff <= EQUALITY * found.max_abs_logit:
+    if not found.max_abs_diff <= MAX_RELATIVE_DIFFERENCE * found.max_abs_logit:
         raise RuntimeError(f"the sliced model differs from the gated one by {found.max_abs_diff:.3g}: a group is wrong")
     return found
 
@@ -210,11 +210,11 @@ def described(found: SearchResult, groups: Sequence[Group]) -> SearchOutcome:
         f"{len(found.candidates)} models measured",
         status=found.status,
         measured=comparison,
-        candidates=tuple(_described(candidate, groups) for candidate in found.candidates),
+        candidates=tuple(_candidate_model(candidate, groups) for candidate in found.candidates),
     )
 
 
-def _described(candidate: Candidate, groups: Sequence[Group]) -> CandidateModel:
+def _candidate_model(candidate: Candidate, groups: Sequence[Group]) -> CandidateModel:
     return CandidateModel(
         level=candidate.level,
         predicted_ratio=candidate.predicted_ratio,

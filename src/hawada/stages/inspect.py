@@ -11,7 +11,7 @@ from hawada.report import console
 from hawada.stages.export import load_student
 from hawada.workspace import open_stage
 
-SHOWN = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
+SHOWN_COLUMNS = ("group", "kind", "units", "gated_at", "min", "mean", "max", "open")
 
 
 def run_inspect(run: Run) -> None:
@@ -22,8 +22,10 @@ def run_inspect(run: Run) -> None:
     student = load_student(subject, model) if trained else Student(model, subject.gated_groups, subject.new_gate)
     rows = group_table(student)
     table = Table(title=f"{len(rows)} groups" + (", gates as trained" if trained else ", gates as they start"))
-    for name in SHOWN:
+    for name in SHOWN_COLUMNS:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=name == "group")
     for row in rows:
-        table.add_row(*(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in SHOWN))
+        table.add_row(
+            *(f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in SHOWN_COLUMNS)
+        )
     console.print(table)

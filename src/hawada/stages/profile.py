@@ -33,10 +33,12 @@ from hawada.experiment.results import (
     result_from_json,
 )
 from hawada.report import Progress
-from hawada.workspace import FILE, ModelStopwatch, Subject, given_table, open_stage, predicted, write_table
+from hawada.workspace import TABLE_FILE, ModelStopwatch, Subject, given_table, open_stage, predicted, write_table
 
-CHUNK = 8  # sliced models held in memory at once
-CHUNK_SECONDS = 3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
+MODELS_PER_CHUNK = 8  # sliced models held in memory at once
+MAX_CHUNK_SECONDS = (
+    3.0  # and measured together at most, once there are enough rounds; many models make up for few rounds
+)
 
 
 def run(cfg: DictConfig, run: Run) -> ProfileResult:
@@ -49,7 +51,7 @@ def run(cfg: DictConfig, run: Run) -> ProfileResult:
     if cfg.gpu.timing == "table":
         return adopt_table(watch, run)
     teacher = watch.placed(subject.adapter.skeleton())
-    chunks = math.ceil((cfg.profile.fitted_models + cfg.profile.held_out_models + 2) / CHUNK)
+    chunks = math.ceil((cfg.profile.fitted_models + cfg.profile.held_out_models + 2) / MODELS_PER_CHUNK)
     with store.writing("profile") as folder, Progress("profile", len(subject.sites) + chunks) as progress:
         clock = build(cfg.proxy.clock) if cfg.proxy.get("clock") else watch.clock
         table = time_sites(watch, teacher, clock, progress)
@@ -129,7 +131,7 @@ def adopt_table(watch: ModelStopwatch, run: Run) -> ProfileResult:
         "profile", record["result"], place=str(subject.cfg.gpu.table), remedy=remedy
     )
     with subject.store.writing("profile") as folder:
-        write_json(folder / FILE, record)
+        write_json(folder / TABLE_FILE, record)
         write_json(folder / "proxy.json", record["proxy"])
         there = record["fingerprint"]["name"]
         return run.finish("profile", replace(result, summary=f"table of {there} taken from {subject.cfg.gpu.table}"))
@@ -156,10 +158,10 @@ def measure_models(
     records: list[ProfiledModel] = []
     noisy: str | None = None
     inputs, rounds = watch.inputs(), watch.quick_rounds
-    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, CHUNK_SECONDS), patience_s=watch.rounds.patience_s)
+    rounds = replace(rounds, max_seconds=min(rounds.max_seconds, MAX_CHUNK_SECONDS), patience_s=watch.rounds.patience_s)
     baseline = watch.clock.prepare(watch.timed(teacher), inputs)
-    for start in range(0, len(keeps), CHUNK):
-        models = [watch.timed(watch.subject.slim(teacher, keep)) for keep in keeps[start : start + CHUNK]]
+    for start in range(0, len(keeps), MODELS_PER_CHUNK):
+        models = [watch.timed(watch.subject.slim(teacher, keep)) for keep in keeps[start : start + MODELS_PER_CHUNK]]
         samplers = [baseline, *(watch.clock.prepare(model, inputs) for model in models)]
         sampled = watch.sample(samplers, rounds)
         noisy, samples = noisy or sampled.noisy, sampled.samples

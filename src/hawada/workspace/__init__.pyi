@@ -6,7 +6,7 @@ from .stopwatch import ModelStopwatch as ModelStopwatch, Stopwatch as Stopwatch
 from .store import Store as Store
 from .subject import Subject as Subject
 from .tables import (
-    FILE as FILE,
+    TABLE_FILE as TABLE_FILE,
     given_table as given_table,
     load_proxy as load_proxy,
     predicted as predicted,

@@ -22,7 +22,7 @@ from hawada.core.importance import (
     rank_units,
 )
 from hawada.core.reconstruction import reconstruct
-from hawada.core.search import ImportanceObjective, Objective, SensitivityObjective
+from hawada.core.search import ImportanceObjective, SearchObjective, SensitivityObjective
 from hawada.core.structure import Keep
 from hawada.experiment.results import Divergences, Sensitivities
 from hawada.report import Progress
@@ -30,7 +30,7 @@ from hawada.workspace.subject import Subject
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class ReconstructionOutcome:
     """What came of reconstructing a slim model.
 
     Attributes:
@@ -70,7 +70,7 @@ class Quality:
         self.importance: dict[str, Tensor] = dict(gates)
         self.sensitivity: Sensitivity | None = None
         self.divergence: OutputDivergence | None = None
-        self.objectives: list[Objective] = [ImportanceObjective(subject.groups, gates)]
+        self.objectives: list[SearchObjective] = [ImportanceObjective(subject.groups, gates)]
         self.batches: list[Any] = []
         measured = self.node.sensitivity == "measured" and self.node.widths == "allocation" and has_target
         if not samples or not (measured or self.node.reconstruct):
@@ -81,7 +81,7 @@ class Quality:
         if measured:
             self._measure(progress)
 
-    def reconstructed(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, Reconstruction]:
+    def reconstructed(self, slim: nn.Module, keep: Keep) -> tuple[nn.Module, ReconstructionOutcome]:
         """The slim model with refitted weights and BatchNorm statistics of its own, if that is better.
 
         Args:
@@ -92,18 +92,18 @@ class Quality:
             The better of the two models, and what came of reconstruction.
         """
         if not self.node.reconstruct or not self.batches:
-            return slim, Reconstruction(0)
+            return slim, ReconstructionOutcome(0)
         nats = None
         if self.divergence is not None:
             alone = self.divergence.without_reconstruction(keep)
             nats = Divergences(sliced=alone, refitted=self.divergence(keep))
             if nats.refitted > nats.sliced:
-                return slim, Reconstruction(0, nats)
+                return slim, ReconstructionOutcome(0, nats)
         student = self._placed(self.student)
         layers = reconstruct(student, self._ungated(), {g.name: keep[g.name] for g in student.groups}, self.batches)
         refitted = self.subject.slim(student.model, keep)
         recalibrate_batchnorm(refitted, self.batches)
-        return refitted.cpu(), Reconstruction(len(layers), nats)
+        return refitted.cpu(), ReconstructionOutcome(len(layers), nats)
 
     @property
     def sensitivities(self) -> Sensitivities | None:

@@ -37,7 +37,7 @@ TOLERANCE_ELSEWHERE = 0.06
 ROUNDS = {"cuda": {"precision": 0.005, "max_rounds": 400}}
 ROUNDS_ELSEWHERE = {"precision": 0.006, "max_rounds": 400}
 # Where many figures make up for each other's errors.
-QUICK = Rounds(precision=0.01, max_rounds=80, max_seconds=8.0, patience_s=3.0)
+QUICK_ROUNDS = Rounds(precision=0.01, max_rounds=80, max_seconds=8.0, patience_s=3.0)
 
 
 class Stopwatch:
@@ -100,10 +100,10 @@ class Stopwatch:
         rounds = self.rounds
         return replace(
             rounds,
-            precision=max(rounds.precision, QUICK.precision),
-            max_rounds=min(rounds.max_rounds, QUICK.max_rounds),
-            max_seconds=min(rounds.max_seconds, QUICK.max_seconds),
-            patience_s=min(rounds.patience_s, QUICK.patience_s),
+            precision=max(rounds.precision, QUICK_ROUNDS.precision),
+            max_rounds=min(rounds.max_rounds, QUICK_ROUNDS.max_rounds),
+            max_seconds=min(rounds.max_seconds, QUICK_ROUNDS.max_seconds),
+            patience_s=min(rounds.patience_s, QUICK_ROUNDS.patience_s),
         )
 
     @property

@@ -21,7 +21,7 @@ from hawada.experiment.results import ProfileResult, to_json
 from hawada.workspace.stopwatch import ModelStopwatch
 from hawada.workspace.subject import Subject
 
-FILE = "latency_table.json"
+TABLE_FILE = "latency_table.json"
 
 
 def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy: Proxy, result: ProfileResult) -> None:
@@ -37,7 +37,7 @@ def write_table(watch: ModelStopwatch, folder: Path, table: LatencyTable, proxy:
         "proxy": proxy.state(),
         "result": to_json(result),
     }
-    write_json(folder / FILE, record)
+    write_json(folder / TABLE_FILE, record)
 
 
 def given_table(watch: ModelStopwatch) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def given_table(watch: ModelStopwatch) -> dict[str, Any]:
 
 def load_proxy(subject: Subject, stage: str) -> Proxy:
     """The configured proxy over the profiled table, with the samples that a stage left."""
-    proxy = subject.new_proxy(LatencyTable.from_dict(json.loads((subject.store.folder("profile") / FILE).read_text())))
+    proxy = subject.new_proxy(
+        LatencyTable.from_dict(json.loads((subject.store.folder("profile") / TABLE_FILE).read_text()))
+    )
     proxy.load_state(json.loads((subject.store.folder(stage) / "proxy.json").read_text()))
     return proxy
 

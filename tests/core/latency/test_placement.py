@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from hawada.core.latency import DeviceMonitor, Rounds, monitor as monitor_module
-from hawada.core.latency.placement import ALIKE, KNOWN_PROBES, OPERATIONS, RECENT_PROBES, Placement
+from hawada.core.latency.placement import (
+    KNOWN_PROBES,
+    OPERATIONS_PER_TRY,
+    RECENT_PROBES,
+    SAME_PLACEMENT_FACTOR,
+    Placement,
+)
 from hawada.core.latency.profiler import measure_rounds
 
-NEAR, FAR = 3.0, 3.0 * ALIKE + 0.5
+NEAR, FAR = 3.0, 3.0 * SAME_PLACEMENT_FACTOR + 0.5
 ROUNDS = Rounds(precision=0.0, min_rounds=4, max_rounds=4, max_seconds=60.0, patience_s=5.0)
 
 
@@ -42,7 +48,7 @@ def measured(monitor, rounds=ROUNDS):
 def test_a_probe_is_the_fastest_try(monkeypatch):
     """Tries of 30 operations take so many microseconds an operation; the clock is read before and after each."""
     tries = [9.0, 5.0, 7.0, 6.0, 8.0, 8.0, 4.0, 9.0, 9.0]
-    readings = [edge for us in tries for edge in (0.0, us * OPERATIONS * 1e-6)]
+    readings = [edge for us in tries for edge in (0.0, us * OPERATIONS_PER_TRY * 1e-6)]
     monkeypatch.setattr(time, "perf_counter", lambda: readings.pop(0))
     placement = Placement()
     assert placement.near_us == pytest.approx(5.0)

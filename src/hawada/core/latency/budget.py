@@ -98,7 +98,7 @@ class Budget:
             return Verdict.UNVERIFIED, PREDICTED.get(comparison.source, f"comes from {comparison.source}, not measured")
         if comparison.noisy is not None:
             return Verdict.UNVERIFIED, f"noisy: {comparison.noisy}"
-        figures = self._described(comparison)
+        figures = self._figures(comparison)
         both = [self._of_target(known) for known in (comparison, every) if known is not None]
         if all(reached.high <= 1 for reached in both):
             return Verdict.MET, figures
@@ -106,10 +106,10 @@ class Budget:
             return Verdict.MISSED, figures
         one_sided = both[0].high <= 1 or both[0].low > 1
         if every is not None and one_sided:
-            figures += f", and {self._described(every, short=True)} with the rounds that were disturbed"
+            figures += f", and {self._figures(every, short=True)} with the rounds that were disturbed"
         return Verdict.UNVERIFIED, f"too noisy to tell: {figures}"
 
-    def _described(self, comparison: Comparison, *, short: bool = False) -> str:
+    def _figures(self, comparison: Comparison, *, short: bool = False) -> str:
         """The figures that are compared with the target, and unless it is to be short the target."""
         if self.target_ms is not None:
             figures, target = _range(comparison.candidate, "ms"), f"{self.target_ms:.3f} ms"

@@ -17,11 +17,9 @@ from collections import deque
 import numpy as np
 import torch
 
-ALIKE = 1.2  # placements whose hand-over times differ by less than this factor are the same
-ELEMENTS = (
-    17_000  # of an operation, for each thread: more than PyTorch gives to one alone, and as little work as can be
-)
-OPERATIONS, TRIES = 30, 3  # of a probe, about half a millisecond; the fastest try counts
+SAME_PLACEMENT_FACTOR = 1.2  # placements whose hand-over times differ by less than this factor are the same
+ELEMENTS_PER_THREAD = 17_000  # of an operation: more than PyTorch gives to one thread, and as little as can be
+OPERATIONS_PER_TRY, TRIES = 30, 3  # of a probe, about half a millisecond; the fastest try counts
 NEAR_QUANTILE = 0.25  # of the recent probes: what counts as near
 RECENT_PROBES = 64
 KNOWN_PROBES = 16  # what an earlier process found counts as much as so many probes
@@ -35,7 +33,7 @@ class Placement:
     """
 
     def __init__(self, near_us: float | None = None) -> None:
-        elements = ELEMENTS * torch.get_num_threads()
+        elements = ELEMENTS_PER_THREAD * torch.get_num_threads()
         self._source, self._target = torch.ones(elements), torch.empty(elements)
         self._recent = deque([] if near_us is None else [near_us] * KNOWN_PROBES, maxlen=RECENT_PROBES)
         self._recent.append(self.probe())
@@ -51,20 +49,20 @@ class Placement:
         tries = []
         for _ in range(TRIES):
             start = time.perf_counter()
-            for _ in range(OPERATIONS):
+            for _ in range(OPERATIONS_PER_TRY):
                 torch.add(self._source, self._source, out=self._target)
-            tries.append((time.perf_counter() - start) / OPERATIONS * 1e6)
+            tries.append((time.perf_counter() - start) / OPERATIONS_PER_TRY * 1e6)
         return min(tries)
 
     def apart(self) -> bool:
         """Whether the threads now run further from each other than they typically do when they are near."""
-        return self.probe() > ALIKE * self.near_us
+        return self.probe() > SAME_PLACEMENT_FACTOR * self.near_us
 
     def apart_after_round(self) -> bool:
         """Likewise, and what was seen tells from now on what is typical; waiting is not."""
         now_us, near_us = self.probe(), self.near_us
         self._recent.append(now_us)
-        return now_us > ALIKE * near_us
+        return now_us > SAME_PLACEMENT_FACTOR * near_us
 
     def wait(self, limit_s: float) -> bool:
         """Wait until they are near again, at most so long; returns whether they are."""

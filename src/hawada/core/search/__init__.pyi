@@ -1,7 +1,7 @@
 from .allocation import Allocation as Allocation
 from .objective import (
     ImportanceObjective as ImportanceObjective,
-    Objective as Objective,
+    SearchObjective as SearchObjective,
     SensitivityObjective as SensitivityObjective,
     reachable as reachable,
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from hawada.core.latency import Proxy
 from hawada.core.search.knapsack import Factor, solve
-from hawada.core.search.objective import Objective, complete_importance, total_value
+from hawada.core.search.objective import SearchObjective, complete_importance, total_value
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, best_first, full_widths, keep_first, widths_of
 
 
@@ -27,7 +27,7 @@ class Allocation:
         policy: allowed widths.
     """
 
-    def __init__(self, groups: Sequence[Group], objective: Objective, proxy: Proxy, policy: ExportPolicy) -> None:
+    def __init__(self, groups: Sequence[Group], objective: SearchObjective, proxy: Proxy, policy: ExportPolicy) -> None:
         self.groups = {group.name: group for group in groups}
         self.objective, self.policy, self.proxy = objective, policy, proxy
         self._importance = complete_importance(groups, objective.importance)

@@ -14,7 +14,7 @@ from hawada.core.importance import Sensitivity
 from hawada.core.structure import Group, Keep, best_first, keep_first, widths_of
 
 
-class Objective(Protocol):
+class SearchObjective(Protocol):
     """What a search maximises. The value of widths is a sum over groups, so that the best of them can be computed."""
 
     @property
@@ -45,7 +45,7 @@ class ImportanceObjective:
 
     Args:
         groups: every group of the model.
-        importance: see `Objective`; a group without an entry has an importance of 1 in all.
+        importance: see `SearchObjective`; a group without an entry has an importance of 1 in all.
     """
 
     def __init__(self, groups: Sequence[Group], importance: Mapping[str, Tensor]) -> None:
@@ -80,7 +80,7 @@ class SensitivityObjective:
     What groups cost together is not the sum of what each costs alone; the sum proposes widths, the whole ranks them.
 
     Args:
-        importance: see `Objective`.
+        importance: see `SearchObjective`.
         sensitivity: the output divergence by group and width.
         divergence: measures the output divergence of a choice of units.
     """
@@ -107,7 +107,7 @@ def complete_importance(groups: Sequence[Group], importance: Mapping[str, Tensor
     }
 
 
-def total_value(objective: Objective, groups: Sequence[Group], widths: Mapping[str, int]) -> float:
+def total_value(objective: SearchObjective, groups: Sequence[Group], widths: Mapping[str, int]) -> float:
     """The sum of the groups' values; what lies inside something that is removed adds nothing."""
     inside = reachable(groups, widths)
     return sum(objective.value(group, widths) for group in groups if group.name in inside)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hawada.core.latency import SEARCH_MARGIN_OF_TOLERANCE, Budget, Proxy
 from hawada.core.search.allocation import Allocation
-from hawada.core.search.objective import Objective
+from hawada.core.search.objective import SearchObjective
 from hawada.core.structure import ExportPolicy, Group, Keep, Widths, widths_of
 from hawada.core.verdict import Comparison, merged
 
@@ -30,7 +30,7 @@ class Candidate:
         keep: its kept indices.
         predicted_ratio: what the proxy predicted before the measurement, relative to the teacher.
         measurements: every comparison with the teacher, in order.
-        value: the total of its units, see `Objective`.
+        value: the total of its units, see `SearchObjective`.
     """
 
     level: int
@@ -86,7 +86,7 @@ class BudgetSearch:
     """
 
     groups: Sequence[Group]
-    objective: Objective
+    objective: SearchObjective
     proxy: Proxy
     policies: Sequence[ExportPolicy]
     measure: Callable[[Keep], Comparison]
@@ -94,7 +94,7 @@ class BudgetSearch:
     teacher_ms: float
     start: Widths | None = None
     confirmations: int = 0
-    alternatives: Sequence[Objective] = ()
+    alternatives: Sequence[SearchObjective] = ()
     _proposing: list[list[Allocation]] = field(init=False, repr=False, compare=False)  # by level, by objective
 
     def __post_init__(self) -> None:

@@ -43,8 +43,8 @@ from hawada.interlingua.stages.parts import InterlinguaParts
 from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report import Progress
 
-TIMED = 8  # examples of which prefill is timed at once
-COMPARED = (
+TIMED_EXAMPLES = 8  # examples of which prefill is timed at once
+COMPARED_ROWS = (
     "text",
     "shuffled latents",
     "prompt tuning",
@@ -97,14 +97,16 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaEvalResult:
                     rows={row: scores_of(answers) for row, answers in answered.items()},
                     latents_minus={
                         row: PairedDifference(**difference(answered["latents"].em, answered[row].em, contexts))
-                        for row in COMPARED
+                        for row in COMPARED_ROWS
                         if row in answered
                     },
                     context_tokens=answered["text"].tokens,
                     cache_bytes_saved=cache_bytes(
                         parts.llms[name], answered["text"].tokens - answered["latents"].tokens
                     ),
-                    prefill=prefill(parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED], rows),
+                    prefill=prefill(
+                        parts, parts.llms[name], messenger, of_different_contexts(examples)[:TIMED_EXAMPLES], rows
+                    ),
                 )
                 for name, answered in found.items()
             },

@@ -14,7 +14,7 @@ from hawada.interlingua.recall import Recall
 from hawada.interlingua.stages.parts import NAMES, InterlinguaParts
 from hawada.report import Progress
 
-TESTED = 256  # contexts
+TEST_CONTEXTS = 256  # contexts
 
 
 def run(cfg: DictConfig, run: Run) -> InterlinguaLLMsResult:
@@ -36,7 +36,7 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaLLMsResult:
             with quietly():
                 llm.model.save_pretrained(folder / name)
             em = {
-                str(pairs): float(answer(llm, text(), Recall(pairs, 1).test(TESTED)).em.mean())
+                str(pairs): float(answer(llm, text(), Recall(pairs, 1).test(TEST_CONTEXTS)).em.mean())
                 for pairs in sorted({2, 4, 8, 16, training["pairs"]})
                 if pairs <= training["pairs"]
             }

@@ -18,7 +18,7 @@ from hawada.interlingua.stages.parts import InterlinguaParts
 from hawada.interlingua.trainer import InterlinguaTrainer
 from hawada.report import Progress
 
-WATCHED = 64  # contexts by which the best is chosen, and on which collapse is looked for, while training
+WATCHED_CONTEXTS = 64  # contexts by which the best is chosen, and on which collapse is looked for, while training
 
 
 def run(cfg: DictConfig, run: Run) -> InterlinguaResult:
@@ -33,7 +33,7 @@ def run(cfg: DictConfig, run: Run) -> InterlinguaResult:
         parts.schedule,
         sequential=node.sequential_models,
     )
-    watched = parts.task.validation(WATCHED)
+    watched = parts.task.validation(WATCHED_CONTEXTS)
     with run.resuming("interlingua") as folder, Progress("interlingua", trainer.schedule.steps) as progress:
         log = MetricsLog(folder / "metrics.jsonl")
         state = load_checkpoint(folder / "last", messenger, trainer.optimizer) or {
