@@ -34,6 +34,9 @@ def handovers(monkeypatch):
 class Uncontended:
     """A machine on which nobody else computes, as the one that runs the tests may not be."""
 
+    def reset(self):
+        pass
+
     def begin(self):
         pass
 

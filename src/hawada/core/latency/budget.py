@@ -8,6 +8,9 @@ from hawada.core.verdict import Comparison, Interval, Verdict
 
 PREDICTED = {"table": "predicted from a latency table, not measured"}  # why a source proves nothing
 SEARCH_MARGIN_OF_TOLERANCE = 0.25  # a search keeps this share of the tolerance clear at either end
+# Share of the tolerance by which a model must be above the target to have missed it. On an idle virtual machine the
+# ratio of one tiny_vit to its teacher was 0.576 to 0.622 in ten verifications, each interval far narrower than that.
+SESSION_MARGIN_OF_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ class Budget:
         both = [self._of_target(known) for known in (comparison, every) if known is not None]
         if all(reached.high <= 1 for reached in both):
             return Verdict.MET, figures
-        if all(reached.low > 1 for reached in both):
+        if all(reached.low > 1 + SESSION_MARGIN_OF_TOLERANCE * self.tolerance for reached in both):
             return Verdict.MISSED, figures
+        if all(reached.low > 1 for reached in both):
+            reason = "above the target by less than one verification differs from the next"
+            return Verdict.UNVERIFIED, f"{reason}: {figures}"
         one_sided = both[0].high <= 1 or both[0].low > 1
         if every is not None and one_sided:
             figures += f", and {self._figures(every, short=True)} with the rounds that were disturbed"
