@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hawada.core.importance import importance_from_gates
 from hawada.core.latency import random_keep
@@ -295,7 +295,7 @@ def declared(draw):
     return groups, terms, importance, draw(st.floats(0.05, 1.0))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=declared())
 def test_the_value_of_the_widths_is_that_of_a_mixed_integer_program(oracle, problem):
     """The value is written down once more: a layer's own share, and what is inside only while the layer stays."""

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from hawada.core.search import knapsack
 from hawada.core.search.knapsack import Factor, solve
@@ -79,7 +79,7 @@ def coupled(draw):
     return domains, factors, low + math.floor(draw(st.floats(-0.1, 1.1)) * (high - low + 1)) + 0.5
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problem=coupled(), enumerated=st.sampled_from([1, 8, 4096]))
 def test_the_optimum_is_that_of_a_mixed_integer_program(oracle, problem, enumerated):
     domains, factors, limit = problem
