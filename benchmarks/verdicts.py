@@ -197,7 +197,7 @@ def verify(root: Path, target_ratio: float | None = None, kind: str | None = Non
             raise RuntimeError(f"{kind}: the measuring process was not found")
     if verification.comparison is None:
         raise RuntimeError(f"{root}: {verification.failed}")
-    verdict, reason = watch.budget.verdict(verification.comparison, verification.every)
+    verdict, reason = watch.budget.verdict(verification.comparison, verification.every, run.result("export").measured)
     return {
         "target_ratio": watch.budget.target_ratio,
         "verdict": verdict,

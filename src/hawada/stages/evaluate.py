@@ -78,7 +78,7 @@ def run(cfg: DictConfig, run: Run) -> EvaluateResult:
         if verification.failed is None and comparison.source != "table":
             phases |= measure_other_phases(watch, models)
         progress.step("")
-        decision = decide(watch, comparison, verification.every)
+        decision = decide(watch, comparison, verification.every, run.result("export").measured)
         place = str(paths["slim"].resolve())
         export = run.result("export")
         result = EvaluateResult(
@@ -166,15 +166,18 @@ class Decision:
     target_ratio: float | None
 
 
-def decide(watch: ModelStopwatch, comparison: Comparison, every: Comparison | None = None) -> Decision:
+def decide(
+    watch: ModelStopwatch, comparison: Comparison, every: Comparison | None = None, earlier: Comparison | None = None
+) -> Decision:
     """Compare a fresh measurement with the target.
 
     Args:
         watch: by which the stage measures.
         comparison: of the rounds that count.
         every: of all rounds; None when that is the same.
+        earlier: what the search measured of the chosen model; None when that is not known.
     """
-    verdict, reason = watch.budget.verdict(comparison, every)
+    verdict, reason = watch.budget.verdict(comparison, every, earlier)
     if verdict is Verdict.UNVERIFIED and comparison.source == "measured" and watch.budget.has_target:
         reason = f"{reason}; {remedy(watch)}"
     ratio = watch.budget.ratio(comparison.baseline.median) if watch.budget.has_target else None

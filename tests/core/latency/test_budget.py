@@ -91,6 +91,24 @@ def test_the_rounds_that_count_and_all_rounds_must_agree(budget, counted, every,
     assert budget.target_ms is not None or reason in why
 
 
+@pytest.mark.parametrize("budget", [Budget(None, 0.5, 0.05), Budget(5.0, None, 0.05)])
+@pytest.mark.parametrize(
+    ("now", "before", "verdict"),
+    [
+        (0.48, 0.49, "met"),
+        (0.48, 0.51, "unverified"),
+        (0.54, 0.51, "missed"),
+        (0.54, 0.49, "unverified"),
+        (0.495, 0.48, "unverified"),
+    ],
+)
+def test_no_verdict_rests_on_one_session_that_another_contradicts(budget, now, before, verdict):
+    found, why = budget.verdict(measured(now, 0.01), earlier=measured(before))
+    assert found == verdict
+    contradicted = (now < 0.5) != (before < 0.5)
+    assert why.startswith("two sessions disagree") == contradicted
+
+
 def test_without_a_target_nothing_is_met():
     assert Budget(None, None, 0.05).verdict(measured(0.1)) == ("unverified", "no target was set")
 

@@ -143,6 +143,23 @@ def test_widths_too_coarse_for_the_tolerance_give_the_slowest_that_holds(linear_
     assert result.chosen.comparison.ratio.median == max(holding)
 
 
+def test_a_model_that_holds_with_a_margin_goes_before_a_slower_one_without(linear_proxy):
+    """Another session may well measure the slower one above the target."""
+    groups, calls = wide_groups(), []
+    search = make_search(groups, linear_proxy, calls, Budget(None, 0.7, 0.1))
+    measured = search.measure
+
+    def measure(keep):
+        found = measured(keep)
+        median = 0.699 if len(calls) == 1 else 0.6
+        return replace(found, ratio=Interval(median, median, median))
+
+    search.measure = measure
+    result = search_export(search, max_measurements=3)
+    assert result.status == "held" and result.chosen.comparison.ratio.median == 0.6
+    assert search.budget.holds(result.candidates[0].comparison)
+
+
 def test_no_more_models_are_measured_than_allowed(linear_proxy):
     calls = []
     search = make_search(wide_groups(), linear_proxy, calls, Budget(None, 0.5, 1e-6), offset=7.0)

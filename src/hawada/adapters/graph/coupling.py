@@ -101,7 +101,8 @@ class Coupling:
         component = connected_components(graph, directed=False)[1]
         smallest = np.full(component.max() + 1, self._count)
         np.minimum.at(smallest, component, np.arange(self._count))
-        return smallest[component]
+        labels: Labels = smallest[component]
+        return labels
 
     def _visit(self, node: fx.Node) -> Axis | None:
         if node.op == "call_module":

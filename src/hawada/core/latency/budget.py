@@ -44,9 +44,9 @@ class Budget:
         """The ratio to aim at: the middle of the tolerated range."""
         return self.ratio(teacher_ms) * (1 - self.tolerance / 2)
 
-    def holds(self, comparison: Comparison) -> bool:
-        """Whether the whole interval of the measurement is at or below the target."""
-        return self._of_target(comparison).high <= 1
+    def holds(self, comparison: Comparison, *, margin: bool = False) -> bool:
+        """Whether the whole interval of the measurement is at or below the target, if asked with a search's margin."""
+        return self._of_target(comparison).high <= 1 - margin * SEARCH_MARGIN_OF_TOLERANCE * self.tolerance
 
     def misses(self, comparison: Comparison) -> bool:
         """Whether the whole interval of the measurement is above the target."""
@@ -57,8 +57,12 @@ class Budget:
 
         Two measurements minutes apart differ by about a percent, so a margin is kept at both ends.
         """
-        reached, margin = self._of_target(comparison), SEARCH_MARGIN_OF_TOLERANCE * self.tolerance
-        return reached.high <= 1 - margin and reached.median >= 1 - self.tolerance + margin
+        lowest = 1 - self.tolerance + SEARCH_MARGIN_OF_TOLERANCE * self.tolerance
+        return self.holds(comparison, margin=True) and self._of_target(comparison).median >= lowest
+
+    def _misses(self, both: list[Interval]) -> bool:
+        """Whether all intervals are above the target by more than one session differs from the next."""
+        return all(reached.low > 1 + SESSION_MARGIN_OF_TOLERANCE * self.tolerance for reached in both)
 
     def _of_target(self, comparison: Comparison) -> Interval:
         """What was measured, as a fraction of the target: milliseconds of the slim model, or paired ratios."""
@@ -86,12 +90,18 @@ class Budget:
             return Verdict.INFEASIBLE, f"the fastest is {fastest.median * teacher.median:.3f} ms, {target}"
         return None
 
-    def verdict(self, comparison: Comparison, every: Comparison | None = None) -> tuple[Verdict, str]:
+    def verdict(
+        self, comparison: Comparison, every: Comparison | None = None, earlier: Comparison | None = None
+    ) -> tuple[Verdict, str]:
         """(verdict, reason) for a fresh measurement of the teacher against the slim model.
+
+        A virtual machine can run at another ratio for a minute while it shows nothing that is different, so what
+        another process measured at another time must be on the same side of the target.
 
         Args:
             comparison: of the rounds that count.
             every: of all rounds, those that were disturbed included; None when that is the same.
+            earlier: of a model of the same widths, by another process minutes before; None when there is none.
         """
         if not self.has_target:
             return Verdict.UNVERIFIED, "no target was set"
@@ -103,9 +113,15 @@ class Budget:
             return Verdict.UNVERIFIED, f"noisy: {comparison.noisy}"
         figures = self._figures(comparison)
         both = [self._of_target(known) for known in (comparison, every) if known is not None]
-        if all(reached.high <= 1 for reached in both):
+        meets = all(reached.high <= 1 for reached in both)
+        if earlier is not None and meets != (self._of_target(earlier).median <= 1) and (meets or self._misses(both)):
+            return (
+                Verdict.UNVERIFIED,
+                f"two sessions disagree: {figures}, and {self._figures(earlier, short=True)} before",
+            )
+        if meets:
             return Verdict.MET, figures
-        if all(reached.low > 1 + SESSION_MARGIN_OF_TOLERANCE * self.tolerance for reached in both):
+        if self._misses(both):
             return Verdict.MISSED, figures
         if all(reached.low > 1 for reached in both):
             reason = "above the target by less than one verification differs from the next"

@@ -182,8 +182,8 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
         max_measurements: the most measurements in all, those of ever smaller models before giving up not counted.
 
     Returns:
-        The candidate on target with the largest value, else the slowest that holds the budget, else the
-        fastest.
+        The candidate on target with the largest value, else the slowest that holds the budget, with a margin where
+        there is one, else the fastest.
     """
     budget = search.budget
     tried = grid_search_latency(search)
@@ -212,7 +212,8 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     if on_target:
         confirmed = [candidate for candidate in on_target if candidate.times > search.confirmations]
         return SearchResult(max(confirmed or on_target, key=lambda candidate: candidate.value), "on_target", tried)
-    return SearchResult(max(holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
+    clear = [candidate for candidate in holding if budget.holds(candidate.comparison, margin=True)]
+    return SearchResult(max(clear or holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
 
 
 def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:
