@@ -15,6 +15,7 @@ from hawada.adapters.graph.block_states import BlockStates
 from hawada.adapters.graph.declaration import Declaration
 from hawada.adapters.graph.sites import find_sites
 from hawada.adapters.graph.trace import Trace, trace
+from hawada.adapters.graph.trial import declare
 from hawada.adapters.weights import WeightsSource
 from hawada.core.structure import Group, Site
 
@@ -117,7 +118,7 @@ class GraphAdapter(BlockStates):
     def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
         """Follow the forward pass of a model and declare its groups."""
         found = trace(model, self.example_inputs(Shape(2)))
-        return found, Declaration(found, stream=self.with_stream)
+        return found, declare(found, stream=self.with_stream)
 
     def _weights_source(self) -> WeightsSource:
         return WeightsSource(self.arch or str(self.factory), self.weights, self.path, named=self.arch is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonpath
 
@@ -10,14 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hawada.adapters.graph.axes import Axis, Labels
-from hawada.adapters.graph.coupling import KEPT_LABEL, Coupling, Place, describe
-from hawada.adapters.graph.operators import is_channel_norm
+from hawada.adapters.graph.labels import STAYS, Field, axes_of
+from hawada.adapters.graph.norms import find_norms
 from hawada.adapters.graph.residual import Residual, find_residuals
-from hawada.adapters.graph.trace import Trace
-from hawada.core.structure import Cut, GatePoint, Group, Removal
+from hawada.adapters.graph.rules import RULES
+from hawada.adapters.graph.trace import Call, Op, Trace
+from hawada.adapters.graph.walk import Place, Walk
+from hawada.core.structure import Cut, GatePoint, Group, Norm, Removal
 
 MAX_GROUPS_PER_SITE = 4  # the latency table of a site has one axis for each group that touches it
+# The attributes of modules that tell the size of an axis of their parameters, by the role of the axis.
+FOLLOWING = {
+    "produces": ("out_channels", "out_features", "embedding_dim"),
+    "consumes": ("in_channels", "in_features"),
+    "passes": ("num_features", "num_channels", "normalized_shape", "num_parameters"),
+}
+FOLLOWING_DEPTHWISE = ("out_channels", "in_channels", "groups")
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,12 @@ class Bundle:
         kind: The kind of the group.
         units: The number of each channel, see `Declaration.channels`.
         places: The axes of tensors that hold the channels.
-        order: The position in the graph of the first node that handles the channels.
+        order: The index of the first operator that handles the channels.
     """
 
     name: str
     kind: str
-    units: Labels
+    units: Field
     places: tuple[Place, ...]
     order: int
 
@@ -43,22 +51,39 @@ class Declaration:
     """The groups that can be removed from a traced model.
 
     Attributes:
-        coupling: The coupling of its channels.
+        walk: What was found on the way through the operators.
         channels: For every label the number of its channel; 0 stands for all that must stay.
         residuals: The blocks whose branch can go.
         groups: The branches with the groups inside them, in order of execution, then the streams.
+        units: For each group, the channels that are its units.
+        holder: For each channel, the index of its group; -1 where it has none.
+
+    Args:
+        trace: The forward pass.
+        stream: Whether residual streams may become narrower.
+        kept: Channels that must stay besides, by the axis of a tensor that holds them, with the reason.
+        attributes: Attributes of modules that follow an axis of a tensor, as (tensor, axis, attribute, divided by).
 
     Raises:
-        ValueError: Nothing can be removed; the message names the first node that keeps its channels.
+        ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
     """
 
-    def __init__(self, trace: Trace, *, stream: bool) -> None:
-        self.trace = trace
-        self.coupling = Coupling(trace)
+    def __init__(
+        self,
+        trace: Trace,
+        *,
+        stream: bool,
+        kept: Iterable[tuple[Op, Field, str]] = (),
+        attributes: Sequence[tuple[str, int, str, int, int]] = (),
+    ) -> None:
+        self.trace, self.attributes = trace, attributes
+        self.walk = Walk(trace, RULES, find_norms(trace))
+        for op, labels, reason in kept:
+            self.walk.keep_field(op, labels, reason)
         self.residuals = find_residuals(trace)
-        self._position = {node: index for index, node in enumerate(trace.nodes)}
+        self._join_uneven()
         self._join_concatenated()
-        self.channels = self.coupling.resolve()
+        self.channels = self.walk.labels.resolve()
         found = [self._group(bundle) for bundle in self._bundles(stream)]
         plain = [entry for entry in found if entry is not None]
         branches = [(self._branch(block), np.zeros(0, np.int64), block.call.start - 0.5) for block in self.residuals]
@@ -66,60 +91,86 @@ class Declaration:
         inner = [entry for entry in plain if entry[0].kind != "stream"]
         ordered = [*sorted([*branches, *inner], key=lambda entry: entry[2]), *sorted(streams, key=lambda e: e[2])]
         self.groups = [group for group, _, _ in ordered]
-        self._holder = np.full(len(self.channels), -1)  # for each channel, the index of its group
-        for index, (_, units, _) in enumerate(ordered):
-            self._holder[units] = index
+        self.units = [units for _, units, _ in ordered]
+        self.holder = np.full(len(self.channels), -1)  # for each channel, the index of its group
+        for index, units in enumerate(self.units):
+            self.holder[units] = index
+
+    def check(self) -> None:
+        """Refuse a model of which nothing can be removed."""
         if not self.groups:
-            reason = describe(self.coupling.obstacles) if self.coupling.obstacles else "it has no hidden channels"
+            reason = self._first_obstacle() or "it has no hidden channels"
             raise ValueError(
-                f"{type(trace.model).__name__}: nothing can be pruned: {reason}; "
+                f"{type(self.trace.model).__name__}: nothing can be pruned: {reason}; "
                 "declare its groups with an adapter of your own"
             )
 
-    def groups_on(self, axis: Axis | None) -> dict[str, int]:
-        """Return the groups that have channels on an axis, each with the number of elements that a unit has there."""
-        if axis is None:
-            return {}
-        index, counts = np.unique(self._holder[self.channels[axis.labels]], return_counts=True)
+    def groups_on(self, field: Field) -> dict[str, int]:
+        """Return the groups that have channels on a field, each with the number of elements that a unit has there."""
+        labels = self.channels[field.reshape(-1)]
+        index, counts = np.unique(self.holder[labels], return_counts=True)
         groups = [(self.groups[i], count) for i, count in zip(index, counts, strict=True) if i >= 0]
         return {group.name: int(count) // group.units for group, count in groups}
+
+    def _first_obstacle(self) -> str:
+        for op, labels, reason in self.walk.obstacles:
+            if any(dim == 0 for _, dim in self.walk.tensor_of(labels)):
+                return f"{op.place} {reason}"
+        return ""
+
+    def _join_uneven(self) -> None:
+        """Where channels differ along two axes at once, as in groups of channels, each group keeps the same ones."""
+        uneven = [field for value in self.trace.ops for made in value.outputs for field in self.walk.fields(made)]
+        uneven = [field for field in uneven if len(axes_of(field)) > 1]
+        again = bool(uneven)
+        while again:
+            again, channels = False, self.walk.labels.resolve()
+            for field in uneven:
+                seen = channels[field]
+                varying = [axis for axis in axes_of(seen) if (seen != seen.take([0], axis)).any()]
+                for axis in varying[:-1]:
+                    self.walk.labels.couple(field, field.take([0], axis))
+                    again = True
+                if varying[:-1]:
+                    break
 
     def _join_concatenated(self) -> None:
         """Couple groups of one size, index by index, where one layer consumes very many groups (in a dense block).
 
         A latency table has an axis for each group that touches a site, so their number must stay small.
         """
+        places = self.walk.places
         joined = True
         while joined:
-            joined, channels = False, self.coupling.resolve()
-            produced = [np.unique(channels[place.labels]) for place in self.coupling.places if place.role == "produces"]
-            produced = [units[units != KEPT_LABEL] for units in produced]
+            joined, channels = False, self.walk.labels.resolve()
+            produced = [np.unique(channels[place.labels]) for place in places if place.role == "produces"]
+            produced = [units[units != STAYS] for units in produced]
             producer = np.full(len(channels), -1)  # for each channel, the first place that produces it
             for index, units in reversed(list(enumerate(produced))):
                 producer[units] = index
-            for place in self.coupling.places:
-                if place.input is None:
+            for place in places:
+                if place.role != "consumes":
                     continue
-                present = np.unique(producer[channels[place.input.labels]])
+                present = np.unique(producer[channels[place.labels]])
                 present = present[present >= 0]
                 if len(present) <= MAX_GROUPS_PER_SITE:
                     continue
                 first: dict[int, int] = {}
                 for index in present:
                     alike = first.setdefault(len(produced[index]), index)
-                    if alike != index:
-                        self.coupling.couple(produced[alike], produced[index])
+                    if alike != index and not np.array_equal(produced[alike], produced[index]):
+                        self.walk.labels.couple(produced[alike], produced[index])
                         joined = True
 
     def _bundles(self, stream: bool) -> list[Bundle]:
         """Sort channels by the layers that produce them, with the places that hold them."""
-        places = self.coupling.places
+        places = self.walk.places
         producers: dict[int, dict[str, None]] = {}
         for place in places:
             if place.role == "produces":
                 for channel in np.unique(self.channels[place.labels]):
-                    producers.setdefault(int(channel), {})[str(place.node.target)] = None
-        producers.pop(KEPT_LABEL, None)
+                    producers.setdefault(int(channel), {})[place.tensor.rpartition(".")[0]] = None
+        producers.pop(STAYS, None)
         families: dict[tuple[str, ...], list[int]] = {}
         for channel in sorted(producers):
             families.setdefault(tuple(producers[channel]), []).append(channel)
@@ -127,20 +178,23 @@ class Declaration:
         for index, listed in enumerate(families.values()):
             family[listed] = index
         here = [set(family[self.channels[place.labels]]) for place in places]
-        added = {int(channel) for labels in self.coupling.sums for channel in np.unique(self.channels[labels])}
-        entering = {int(channel) for labels in self._entering() for channel in np.unique(self.channels[labels])}
+        added = self._channels_of(self.walk.sums)
+        entering = self._channels_of(self._entering())
         bundles = []
         for index, (paths, listed) in enumerate(families.items()):
             own = tuple(place for place, families_here in zip(places, here, strict=True) if index in families_here)
             in_stream = bool(added.intersection(listed))
             # Channels that enter a block with a projection and that nothing is added into (a separate stem) stay.
-            if (in_stream and not stream) or (not in_stream and entering.intersection(listed)):
+            if not stream and (in_stream or entering.intersection(listed)):
                 continue
             kind = "stream" if in_stream else self._kind_of_units(own)
             name = f"{self._stage(own) or paths[0]}.stream" if in_stream else paths[0]
-            order = min(self._position[place.node] for place in own)
+            order = min(place.op.index for place in own)
             bundles.append(Bundle(name, kind, np.asarray(listed, np.int64), own, order))
         return _unique(bundles)
+
+    def _channels_of(self, listed: Iterable[Field]) -> set[int]:
+        return {int(channel) for labels in listed for channel in np.unique(self.channels[labels])}
 
     def _kind_of_units(self, places: Sequence[Place]) -> str:
         """Name the kind of a group.
@@ -148,18 +202,18 @@ class Declaration:
         Units of a convolution with groups are few and large, so they are not rounded as other channels are.
         """
         produced = [self.channels[place.labels] for place in places if place.role == "produces"]
-        if any(place.times > 1 for place in places) or any(len(set(w[w > 0])) < (w > 0).sum() for w in produced):
-            return "grouped"
-        return "ffn" if all(place.follows in (None, "out_features", "in_features") for place in places) else "channel"
+        several = any(len(set(w[w > 0])) < (w > 0).sum() for w in produced)
+        if not any(place.op.name == "convolution" for place in places):
+            return "head" if several else "ffn"
+        return "grouped" if several or any(place.times > 1 for place in places) else "channel"
 
-    def _entering(self) -> list[Labels]:
+    def _entering(self) -> list[Field]:
         """List the labels of the channels that residual blocks are called with."""
-        axes = [self.coupling.axes[block.call.inputs[0]] for block in self.residuals]
-        return [axis.labels for axis in axes if axis is not None]
+        return [field.reshape(-1) for block in self.residuals for field in self.walk.fields(block.call.inputs[0])]
 
     def _stage(self, places: Sequence[Place]) -> str:
         """Return the path that all residual blocks which produce a stream have in common."""
-        producing = [str(place.node.target) for place in places if place.role == "produces"]
+        producing = [place.tensor.rpartition(".")[0] for place in places if place.role == "produces"]
         blocks = {block.path for block in self.residuals for path in producing if path.startswith(f"{block.path}.")}
         parents = [path.rpartition(".")[0].replace(".", "/") for path in blocks]
         return commonpath(parents).replace("/", ".") if parents else ""
@@ -169,7 +223,7 @@ class Declaration:
             name=f"{block.path}.branch",
             kind="branch",
             units=1,
-            gated_at=(GatePoint(block.gate),),
+            gated_at=tuple(GatePoint(gate) for gate in block.gates),
             removes=(Removal(block.path, block.keeps),),
             parent=self._parent([block.path]),
         )
@@ -179,79 +233,123 @@ class Declaration:
         holding = [block.path for block in self.residuals if all(block.holds(module) for module in modules)]
         return f"{max(holding, key=len)}.branch" if holding else None
 
-    def _group(self, bundle: Bundle) -> tuple[Group, Labels, float] | None:
+    def _group(self, bundle: Bundle) -> tuple[Group, Field, float] | None:
         """Make the group of a bundle, with its channels and its rank in order; None where no pattern describes it."""
-        cuts, seen = [], set()
+        cuts: dict[Cut, None] = {}
         for place in sorted(bundle.places, key=lambda place: place.role == "consumes"):
             layout = _layout(self.channels[place.labels], bundle.units)
             if layout is None:
-                self.coupling.obstacles.append((place.node, "holds channels in an order that has no pattern"))
+                self.walk.obstacles.append((place.op, bundle.units, "holds channels in an order that has no pattern"))
                 return None
-            cut = Cut(place.tensor, place.dim, *layout, follows=place.follows, times=place.times)
-            cuts += [cut] if cut not in seen else []
-            seen.add(cut)
-        points = self._behind_producers(bundle) if bundle.kind == "stream" else None
-        points = points or self._before_consumers(bundle)
+            cuts |= dict.fromkeys(
+                Cut(place.tensor, place.dim, *layout, **follows) for follows in self._following(place)
+            )
+        points = self._points(bundle)
         if not points:
             return None
-        modules = [cut.tensor.rpartition(".")[0] for cut in cuts] + [point.module for point in points]
+        norms = self._norms(bundle)
+        if norms is None:
+            return None
+        modules = [cut.module for cut in cuts] + [point.module for point in points]
         group = Group(
             name=bundle.name,
             kind=bundle.kind,
             units=len(bundle.units),
-            gated_at=points,
+            gated_at=tuple(points),
             cuts=tuple(cuts),
             parent=self._parent(modules),
+            norms=norms,
         )
         return group, bundle.units, bundle.order
 
-    def _before_consumers(self, bundle: Bundle) -> tuple[GatePoint, ...] | None:
-        """Gate the inputs of all consumers: removed channels reach them as zeros, whatever came before."""
-        points: dict[str, GatePoint] = {}
-        for place in bundle.places:
-            if place.role != "consumes" or place.input is None:
-                continue
-            point = self._point(str(place.node.target), "input", place.input, bundle)
-            if point is None or points.setdefault(point.module, point) != point:
-                return None
-        return tuple(points.values())
+    def _following(self, place: Place) -> list[dict[str, object]]:
+        """The attributes that tell the size of an axis, as arguments of `Cut`; one without any where there is none."""
+        module, _, name = place.tensor.rpartition(".")
+        owner, size = self.trace.model.get_submodule(module), len(place.labels)
+        names = FOLLOWING[place.role] if name == "weight" or place.role == "passes" else ()
+        if place.role == "passes" and place.op.name == "convolution" and name == "weight":
+            names = FOLLOWING_DEPTHWISE
+            size //= 1
+        found: list[dict[str, object]] = []
+        for attribute in names:
+            value = getattr(owner, attribute, None)
+            if value == size * place.times or value == (size,):
+                found.append({"follows": attribute, "times": place.times})
+            elif attribute in ("in_channels", "groups") and isinstance(value, int) and value and size % value == 0:
+                found.append({"follows": attribute, "divided_by": size // value})
+        found += [
+            {"follows": attribute, "times": times, "divided_by": divided_by}
+            for tensor, dim, attribute, times, divided_by in self.attributes
+            if (tensor, dim) == (place.tensor, place.dim)
+        ]
+        return found or [{}]
 
-    def _behind_producers(self, bundle: Bundle) -> tuple[GatePoint, ...] | None:
-        """Gate behind the norm of every producer; None unless zeros stay zeros from there on."""
-        points: dict[str, GatePoint] = {}
-        behind = set()
+    def _points(self, bundle: Bundle) -> list[GatePoint | Cut] | None:
+        """Gate what consumes the units: removed channels reach it as zeros, whatever came before.
+
+        That is the input of the module, where its only use is the consumption, and else the columns of its weight.
+        """
+        points: dict[GatePoint | Cut, None] = {}
         for place in bundle.places:
-            if place.role != "produces":
+            if place.role != "consumes":
                 continue
-            node = place.node
-            users = list(node.users)
-            if (
-                len(users) == 1
-                and users[0].op == "call_module"
-                and is_channel_norm(self._submodule(str(users[0].target)))
-            ):
-                node = users[0]
-                behind.add(node)
-            axis = self.coupling.axes[node]
-            point = None if axis is None else self._point(str(node.target), "output", axis, bundle)
+            point = self._at_input(place, bundle)
             if point is None:
-                return None
-            points[point.module] = point
-        for node, labels in self.coupling.shifts:
-            if node not in behind and np.isin(self.channels[labels], bundle.units).any():
-                return None
-        return tuple(points.values())
+                layout = _layout(self.channels[place.labels], bundle.units)
+                if layout is None:
+                    return None
+                per_unit, offsets = layout
+                point = Cut(place.tensor, place.dim, per_unit, offsets)
+            points[point] = None
+        return list(points)
 
-    def _point(self, module: str, side: str, axis: Axis, bundle: Bundle) -> GatePoint | None:
-        layout = _layout(self.channels[axis.labels], bundle.units)
-        if layout is None:
+    def _at_input(self, place: Place, bundle: Bundle) -> GatePoint | None:
+        path = place.tensor.rpartition(".")[0]
+        call = next((call for call in reversed(place.op.calls) if call.path == path), None)
+        if call is None or not call.leaf or call.first is None or call.output is None:
             return None
-        per_unit, offsets = layout
-        fills = offsets == (0,) and per_unit * len(bundle.units) == len(axis.labels)
-        return GatePoint(module, side, axis.dim, per_unit, None if fills else offsets)
+        if any(np.isin(self.channels[field], bundle.units).any() for field in self.walk.fields(call.output)):
+            return None
+        own = [op for op in self.trace.ops[call.start : call.end] if op.name in CONSUMING]
+        if own != [place.op]:
+            return None
+        for field in self.walk.fields(call.first):
+            axes = axes_of(field)
+            if len(axes) == 1:
+                layout = _layout(self.channels[field.reshape(-1)], bundle.units)
+                if layout is not None:
+                    return GatePoint(path, "input", axes[0], *_within(layout, bundle, field))
+        return None
 
-    def _submodule(self, path: str) -> nn.Module:
+    def _norms(self, bundle: Bundle) -> tuple[Norm, ...] | None:
+        """The norms over the units; None where they lie in an order that has no pattern."""
+        found: dict[Norm, None] = {}
+        for norm in self.walk.norms:
+            labels = self.channels[norm.labels]
+            if not np.isin(labels, bundle.units).any():
+                continue
+            layout = _layout(labels, bundle.units)
+            if layout is None:
+                return None
+            per_unit, offsets = _within(layout, bundle, norm.labels)
+            found[
+                Norm(norm.call.path, norm.kind, norm.eps, norm.dim, norm.parts, per_unit, offsets, multiplied=False)
+            ] = None
+        return tuple(found)
+
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a path of the traced model."""
         return self.trace.model.get_submodule(path)
+
+
+CONSUMING = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
+
+
+def _within(layout: tuple[int, tuple[int, ...]], bundle: Bundle, field: Field) -> tuple[int, tuple[int, ...] | None]:
+    """A layout as gate points and norms have it: None for the offsets where the units fill the axis."""
+    per_unit, offsets = layout
+    fills = offsets == (0,) and per_unit * len(bundle.units) == field.size
+    return per_unit, None if fills else offsets
 
 
 def _unique(bundles: list[Bundle]) -> list[Bundle]:
@@ -272,7 +370,7 @@ def _unique(bundles: list[Bundle]) -> list[Bundle]:
     ]
 
 
-def _layout(channels: Labels, units: Labels) -> tuple[int, tuple[int, ...]] | None:
+def _layout(channels: Field, units: Field) -> tuple[int, tuple[int, ...]] | None:
     """Describe where units lie on an axis by (per_unit, offsets), as `Cut` does; None where no pattern fits."""
     where = np.flatnonzero(np.isin(channels, units))
     if not len(where) or len(where) % len(units):

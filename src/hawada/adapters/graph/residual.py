@@ -1,33 +1,32 @@
-"""Residual blocks, which are recognised by their structure, and the parts of each that stay when its branch goes."""
+"""Residual blocks, which are recognised by their structure, and the parts of each that stay when its branches go."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
+from hawada.adapters.graph.rules.views import VIEWS
+from hawada.adapters.graph.trace import Call, Op, Trace, Value
 
-from hawada.adapters.graph.operators import SUM_FUNCTIONS, is_type, never_negative, operator_name
-from hawada.adapters.graph.trace import VALUE_META_KEY, Call, Trace
-
-IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)  # they return their input in eval mode
-RELU_MODULES = (nn.ReLU,)
+ZERO_KEEPING = {*VIEWS.table, "clone", "mul", "div", "_to_copy", "alias"} - {"cat", "concat", "stack", "embedding"}
+NON_NEGATIVE = {"relu", "sigmoid", "hardsigmoid", "softplus", "exp", "_softmax", "square", "abs"}
+SIGN_KEEPING = {*VIEWS.table, "clone", "add", "mul", "mean", "amax", "max_pool2d_with_indices", "max_pool2d",
+                "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "alias"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Residual:
-    """A block that computes after(x + branch(x)) or after(shortcut(x) + branch(x)).
+    """A block that computes after(x + branch(x) + …) or after(shortcut(x) + branch(x)).
 
     Attributes:
         call: The call of the block's module.
-        gate: The path of the module whose output is the branch's output.
-        keeps: The names of the children that stay when the branch goes.
+        gates: The paths of the modules with whose outputs the branches end.
+        keeps: The names of the children that stay when the branches go.
         shortcut: The name of the child on the shortcut, or "" where the shortcut is the input itself.
     """
 
     call: Call
-    gate: str
+    gates: tuple[str, ...]
     keeps: tuple[str, ...]
     shortcut: str
 
@@ -37,7 +36,7 @@ class Residual:
         return self.call.path
 
     def holds(self, module: str) -> bool:
-        """Return whether the module at this path goes with the branch."""
+        """Return whether the module at this path goes with the branches."""
         if not module.startswith(f"{self.path}."):
             return False
         return not any(
@@ -46,104 +45,114 @@ class Residual:
 
 
 def find_residuals(trace: Trace) -> list[Residual]:
-    """Find the blocks whose branch can be removed exactly, in order of execution, outer ones first."""
+    """Find the blocks whose branches can be removed exactly, in order of execution, outer ones first."""
     calls = trace.once()
-    position = {node: index for index, node in enumerate(trace.nodes)}
-    found = [_residual(trace, call, calls, position) for call in calls if not call.leaf and len(call.inputs) == 1]
+    found = [_residual(trace, call, calls) for call in calls if not call.leaf and call.alone]
     return [block for block in found if block is not None]
 
 
-def _residual(trace: Trace, call: Call, calls: Sequence[Call], position: dict[fx.Node, int]) -> Residual | None:
-    given, node = call.inputs[0], call.output
+def _residual(trace: Trace, call: Call, calls: Sequence[Call]) -> Residual | None:
+    given, value = call.inputs[0], call.output
     children = [c for c in trace.calls if c.path.rpartition(".")[0] == call.path and call.holds(c)]
-    if node is None or not _is_closed(trace, call, position):
+    if value is None or value is given or not _is_closed(trace, call):
         return None
-    after: list[tuple[str, fx.Node]] = []  # the steps after the sum; functions have no name
-    while position[node] in call and operator_name(node) not in SUM_FUNCTIONS:
-        child = next((c for c in children if c.output is node and len(c.inputs) == 1 and c.inputs[0] is not node), None)
-        if child is None and (operator_name(node) != "relu" or len(node.all_input_nodes) != 1):
+    after: list[tuple[str, Op]] = []  # the steps after the sum; functions have no name
+    while (op := value.op) in call and op is not None and not _is_sum(op):
+        child = next((c for c in children if c.output is value and c.alone and c.inputs[0] is not value), None)
+        if child is None and (op.name != "relu" or len(op.inputs) != 1):
             return None
-        after.insert(0, (child.path.rpartition(".")[2] if child else "", node))
-        node = child.inputs[0] if child else node.all_input_nodes[0]
-    if position[node] not in call or operator_name(node) == "sub":
-        return None
-    if any(call.holds(inner) and position[node] in inner for inner in trace.calls):
+        after.insert(0, (child.path.rpartition(".")[2] if child else "", op))
+        value = child.inputs[0] if child else op.inputs[0]
+    if op is None or op not in call or any(call.holds(inner) and op in inner for inner in trace.calls):
         return None  # an inner module is the block
-    ways = _ways(node, given, children)
+    ways = _ways(value, given, children, call)
     if ways is None:
         return None
-    shortcut, branch = ways
-    gate = _gated(branch, calls, call, trace.model)
-    if gate is None:
+    shortcut, branches = ways
+    gates = [_gated(branch, calls, call) for branch in branches]
+    if not gates or not all(gates) or len(set(gates)) < len(gates):
         return None
-    stays = given if shortcut is None else shortcut.output
-    assert stays is not None
-    if after and _is_relu(after[0][1], trace.model) and never_negative(stays, trace.model):
+    kept = given if shortcut is None else shortcut.output
+    assert kept is not None
+    if after and after[0][1].name == "relu" and never_negative(kept):
         after = after[1:]  # relu(x) = x where x is not negative
     if any(not name for name, _ in after):
         return None  # a function after the sum would go with the block
     name = "" if shortcut is None else shortcut.path.rpartition(".")[2]
     keeps = tuple(part for part in (name, *(child for child, _ in after)) if part)
-    return Residual(call, gate, keeps, name)
+    return Residual(call, tuple(gate for gate in gates if gate), keeps, name)
 
 
-def _is_closed(trace: Trace, call: Call, position: dict[fx.Node, int]) -> bool:
+def _is_sum(op: Op) -> bool:
+    return op.name == "add" and len(op.args) == 2 and not op.kwargs and len(op.inputs) == 2
+
+
+def _is_closed(trace: Trace, call: Call) -> bool:
     """Return whether the block takes nothing but its input and hands on nothing but its output."""
-    inside = set(trace.nodes[call.start : call.end])
-    for node in inside:
-        if any(other not in inside and other is not call.inputs[0] for other in node.all_input_nodes):
+    given = call.inputs[0]
+    for op in trace.ops[call.start : call.end]:
+        if any(value is not given and not value.constant and value.op not in call for value in op.inputs):
             return False
-        if node is not call.output and any(user not in inside for user in node.users):
-            return False
-    return call.output in inside
+        for value in op.outputs:
+            if value is not call.output and any(user not in call for user in value.users):
+                return False
+    return call.output is not None and call.output.op in call
 
 
-def _ways(node: fx.Node, given: fx.Node, children: Sequence[Call]) -> tuple[Call | None, fx.Node] | None:
-    """Tell a sum's operands apart: the child on the shortcut (None for the input itself), the branch's last node."""
-    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    if len(node.args) != 2 or node.kwargs or len(operands) != 2 or operands[0] is operands[1]:
+def _ways(value: Value, given: Value, children: Sequence[Call], call: Call) -> tuple[Call | None, list[Value]] | None:
+    """Tell the operands of a sum apart: the child on the shortcut (None for the input itself), the branches' ends."""
+    op = value.op
+    if op is None or op not in call or not _is_sum(op):
         return None
-    shapes = {
-        tuple(operand.meta[VALUE_META_KEY].shape)
-        for operand in operands
-        if isinstance(operand.meta[VALUE_META_KEY], Tensor)
-    }
-    if shapes != {tuple(node.meta[VALUE_META_KEY].shape)}:
+    one, other = op.inputs
+    if one is other or one.shape != value.shape or other.shape != value.shape:
         return None
-    for shortcut, branch in (operands, operands[::-1]):
-        if shortcut is given:
-            return None, branch
+    for stays, branch in ((one, other), (other, one)):
+        if stays is given:
+            return None, [branch]
+    for stays, branch in ((one, other), (other, one)):
+        before = _ways(stays, given, children, call)
+        if before is not None and before[0] is None:
+            return None, [*before[1], branch]
     found = []
-    for shortcut, branch in (operands, operands[::-1]):
-        child = next((c for c in children if c.output is shortcut and c.inputs == (given,)), None)
+    for stays, branch in ((one, other), (other, one)):
+        child = next((c for c in children if c.output is stays and c.inputs == (given,)), None)
         if child is not None:
             found.append((child, branch))
     if len(found) == 2:  # where both are children, the projection is the shorter one
         lengths = [child.end - child.start for child, _ in found]
         if lengths[0] == lengths[1]:
             return None
-        return found[lengths.index(min(lengths))]
-    return found[0] if found else None
+        child, branch = found[lengths.index(min(lengths))]
+        return child, [branch]
+    return (found[0][0], [found[0][1]]) if found else None
 
 
-def _gated(branch: fx.Node, calls: Sequence[Call], block: Call, model: nn.Module) -> str | None:
-    """Find the module that a branch ends with, before modules that do nothing in eval mode."""
-    ends = [c for c in calls if c.output is branch and block.holds(c)]
-    inner = ends[-1] if ends else None
-    while inner is not None and is_identity(model.get_submodule(inner.path)) and len(inner.inputs[0].users) == 1:
-        before = [c for c in calls if c.output is inner.inputs[0] and block.holds(c)]
-        if not before:
-            break
-        inner = before[-1]
-    return None if inner is None else inner.path
+def _gated(branch: Value, calls: Sequence[Call], block: Call) -> str | None:
+    """Find the module that a branch ends with, before operators that make nothing of zeros but zeros."""
+    while True:
+        ends = [c for c in calls if c.output is branch and block.holds(c) and branch not in c.inputs]
+        if ends:
+            return ends[-1].path
+        op = branch.op
+        if op is None or op not in block or op.name not in ZERO_KEEPING:
+            return None
+        moving = [value for value in op.inputs if not value.constant]
+        if len(moving) != 1 or (op.name == "div" and op.inputs[0] is not moving[0]):
+            return None
+        branch = moving[0]
 
 
-def is_identity(module: nn.Module) -> bool:
-    """Return whether a module returns its input unchanged in eval mode."""
-    return isinstance(module, StochasticDepth) or is_type(module, IDENTITY_MODULES)
-
-
-def _is_relu(node: fx.Node, model: nn.Module) -> bool:
-    if node.op == "call_module":
-        return is_type(model.get_submodule(str(node.target)), RELU_MODULES)
-    return operator_name(node) == "relu"
+def never_negative(value: Value) -> bool:
+    """Return whether no element of a value can be below zero."""
+    op = value.op
+    if op is None:
+        return False
+    if op.name in NON_NEGATIVE or (op.name == "hardtanh" and op.argument(1, "min_val", -1) >= 0):
+        return True
+    if op.name == "clamp" and (op.argument(1, "min") or -1) >= 0:
+        return True
+    numbers = [arg for arg in (*op.args, *op.kwargs.values()) if isinstance(arg, int | float)]
+    if op.name in ("add", "mul", "constant_pad_nd") and any(number < 0 for number in numbers):
+        return False
+    return op.name in SIGN_KEEPING and bool(op.inputs) and all(never_negative(given) for given in op.inputs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hawada.adapters.graph.axes import Axis
 from hawada.adapters.graph.declaration import MAX_GROUPS_PER_SITE, Declaration
-from hawada.adapters.graph.residual import Residual, is_identity
+from hawada.adapters.graph.labels import axes_of
+from hawada.adapters.graph.residual import Residual
 from hawada.adapters.graph.trace import Call, Trace
 from hawada.core.structure import Site
 
@@ -33,9 +33,8 @@ def _candidates(trace: Trace) -> list[Call]:
     """List the calls that take and return one tensor; a layer that is called again is timed once."""
     once, seen, found = set(trace.once()), set(), []
     for call in trace.calls:
-        layer = call.leaf and any(True for _ in trace.model.get_submodule(call.path).parameters())
-        nothing = call.leaf and is_identity(trace.model.get_submodule(call.path))
-        if len(call.inputs) != 1 or call.output is None or nothing or call.path in seen:
+        layer = call.leaf and any(True for _ in trace.module(call).parameters())
+        if not call.path or not call.alone or call.output in call.inputs or call.path in seen:
             continue
         if call in once or layer:
             seen.add(call.path)
@@ -47,22 +46,23 @@ def _site(trace: Trace, declared: Declaration, call: Call, blocks: Sequence[Resi
     """Make the site of one call; None where no group touches it or its input cannot be cut to fit."""
     within = [block for block in blocks if block.call is call or call.holds(block.call)]
     names = {f"{block.path}.branch" for block in within}
-    axes = [declared.coupling.axes[node] for node in (call.inputs[0], *trace.nodes[call.start : call.end])]
-    for axis in axes:
-        names |= set(declared.groups_on(axis))
+    values = [call.inputs[0], *(value for op in trace.ops[call.start : call.end] for value in op.outputs)]
+    for value in values:
+        for field in declared.walk.fields(value):
+            names |= set(declared.groups_on(field))
     if not names:
         return None
     touching = tuple(group.name for group in declared.groups if group.name in names)
-    given: Axis | None = axes[0]
-    read = declared.groups_on(given)
-    each = set(read.values())
-    if len(each) > 1:
-        return None
     kind = _kind_of_site(call, blocks)
-    if given is None or not read:
+    entering = [(field, read) for field in declared.walk.fields(call.inputs[0]) if (read := declared.groups_on(field))]
+    if not entering:
         return Site(call.path, touching, kind)
+    field, read = entering[0]
+    each = set(read.values())
+    if len(entering) > 1 or len(each) > 1 or len(axes_of(field)) > 1:
+        return None
     reads = next(iter(read)) if len(read) == 1 else tuple(read)
-    return Site(call.path, touching, kind, reads, given.dim, each.pop())
+    return Site(call.path, touching, kind, reads, axes_of(field)[0], each.pop())
 
 
 def _kind_of_site(call: Call, blocks: Sequence[Residual]) -> str:

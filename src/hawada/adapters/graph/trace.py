@@ -1,178 +1,318 @@
-"""A model's forward pass as a graph: the calls of its modules, and the shapes that flow between them."""
+"""A model's forward pass as a list of operators, with the shapes that flow between them and the calls of its modules."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torchvision.ops import StochasticDepth
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hawada.core.structure import Inputs
-
-LEAF_MODULES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Linear,
-    _NormBase,
-    StochasticDepth,
-)  # and their subclasses: their calls stay single nodes, which the adapter understands by class
-VALUE_META_KEY = "value"  # under this key a node's meta holds its value, with tensors on the meta device
+from hawada.core.structure import Inputs, all_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class Value:
+    """A tensor that flows through the forward pass.
+
+    Attributes:
+        shape: Its shape.
+        op: The operator that made it; None for what was there before, or made by code that no operator shows.
+        name: The name of the parameter or buffer that it is, or "".
+        constant: Whether it depends on parameters and buffers alone.
+        users: The operators that take it, in order.
+    """
+
+    shape: tuple[int, ...]
+    op: Op | None = None
+    name: str = ""
+    constant: bool = False
+    users: list[Op] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Op:
+    """One operator that the forward pass runs.
+
+    Attributes:
+        index: The number of operators before it.
+        name: The name of the operator (`convolution`), without that of its overload or the mark of an in-place one.
+        func: The operator itself.
+        args: Its arguments, with a `Value` for every tensor.
+        kwargs: Its keyword arguments, likewise.
+        outputs: The tensors that it makes.
+        calls: The calls of modules that it runs in, outer ones first.
+    """
+
+    index: int
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Value, ...]
+    calls: tuple[Call, ...]
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The tensors among its arguments, in order."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Value)]
+
+    @property
+    def output(self) -> Value:
+        """The first of its outputs."""
+        return self.outputs[0]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its position or else by its name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def place(self) -> str:
+        """The innermost module that it runs in and its name, for messages."""
+        path = self.calls[-1].path if self.calls else ""
+        return f"{path or 'the model'} ({self.name})"
+
+
+@dataclass(eq=False)
 class Call:
     """One call of a module.
 
     Attributes:
-        path: The path of the module.
-        inputs: The nodes of the tensors among its arguments.
-        output: The node of its result; None unless it is called with one tensor alone and returns one.
+        path: The path of the module; "" is the whole model.
         index: The number of calls that began before it.
-        start: The number of nodes before its first one.
-        end: The number of nodes up to and with its last one.
-        leaf: Whether the graph does not look inside the module.
+        start: The number of operators before it.
+        inputs: The tensors among its arguments.
+        first: The tensor that is its first positional argument; None where that is something else.
+        end: The number of operators before its end.
+        output: Its result; None unless that is one tensor.
+        leaf: Whether no other module is called within it.
     """
 
     path: str
-    inputs: tuple[fx.Node, ...]
-    output: fx.Node | None
     index: int
     start: int
-    end: int
-    leaf: bool
+    inputs: tuple[Value, ...]
+    first: Value | None
+    end: int = -1
+    output: Value | None = None
+    leaf: bool = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether it takes one tensor, as the first argument, and returns one."""
+        return len(self.inputs) == 1 and self.first is self.inputs[0] and self.output is not None
 
     def holds(self, other: Call) -> bool:
         """Return whether the other call happens within this one."""
-        return self.index < other.index and other.end <= self.end
+        return self.index < other.index and other.end <= self.end and other.start >= self.start
 
-    def __contains__(self, index: int) -> bool:
-        return self.start <= index < self.end
+    def __contains__(self, op: Op | None) -> bool:
+        return op is not None and self.start <= op.index < self.end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One forward pass in eval mode.
 
     Attributes:
         model: A copy of the model whose parameters are on the meta device and so have no values.
-        nodes: The nodes in order of execution; `node.meta["value"]` is the value of each.
+        ops: The operators in order of execution.
         calls: The calls of modules, in the order in which they begin, outer ones first.
+        tensors: The parameters and buffers, each under the first of its names.
+        inputs: The tensors that the model is called with.
+        outputs: The tensors that it returns.
+        given: What the model is called with, on its device.
+        error: Why the pass was broken off, or None.
     """
 
     model: nn.Module
-    nodes: tuple[fx.Node, ...]
-    calls: tuple[Call, ...]
+    ops: list[Op]
+    calls: list[Call]
+    tensors: dict[str, Value]
+    inputs: list[Value]
+    outputs: list[Value]
+    given: tuple[Any, ...]
+    error: Exception | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the pass was computed and not only followed: the values of tensors may have had a say in it."""
+        return any(not tensor.is_meta for tensor in all_tensors(self.model).values())
 
     def once(self) -> list[Call]:
         """List the calls of modules that are called exactly once, without that of the whole model."""
         paths = [call.path for call in self.calls]
         return [call for call in self.calls if call.path and paths.count(call.path) == 1]
 
+    def module(self, call: Call) -> nn.Module:
+        """Return the module that is called."""
+        return self.model.get_submodule(call.path)
 
-class _Tracer(fx.Tracer):
-    """A tracer that records where each module's call begins and ends."""
 
-    def __init__(self) -> None:
+class _Recorder(TorchDispatchMode):
+    """Writes down every operator that runs while it is active, and through hooks every call of a module."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.begun = 0
+        self.ops: list[Op] = []
         self.calls: list[Call] = []
+        self.stack: list[Call] = []
+        self.tensors: dict[str, Value] = {}
+        self.values: dict[int, Value] = {}
+        self._alive: list[Any] = []  # an id means a tensor only as long as the tensor lives
+        for name, tensor in all_tensors(model).items():
+            if id(tensor) not in self.values:
+                self.tensors[name] = self._remember(tensor, Value(tuple(tensor.shape), name=name, constant=True))
+        self.handles = []
+        for path, module in model.named_modules():
+            self.handles += [
+                module.register_forward_pre_hook(self._begins(path), with_kwargs=True),
+                module.register_forward_hook(self._ends, with_kwargs=True),
+            ]
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAF_MODULES) or super().is_leaf_module(m, module_qualified_name)
+    def value(self, tensor: Tensor) -> Value:
+        """Return the value that a tensor holds now; one that no operator made becomes known."""
+        known = self.values.get(id(tensor))
+        return known or self._remember(tensor, Value(tuple(tensor.shape), constant=True))
 
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path, start, index = self.path_of_module(m), len(self.graph.nodes), self.begun
-        self.begun += 1
-        output = super().call_module(m, forward, args, kwargs)
-        given = (*args, *kwargs.values())
-        one = isinstance(output, fx.Proxy) and len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs
-        call = Call(
-            path=path,
-            inputs=tuple(arg.node for arg in given if isinstance(arg, fx.Proxy)),
-            output=output.node if one else None,
-            index=index,
-            start=start,
-            end=len(self.graph.nodes),
-            leaf=self.is_leaf_module(m, path),
-        )
-        self.calls.append(call)
-        return output
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        result = func(*args, **kwargs)
+        given = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+        op = Op(len(self.ops), _name_of(func), func, tuple(given[0]), given[1], (), tuple(self.stack))
+        constant = all(value.constant for value in op.inputs)
+        for value in op.inputs:
+            value.users.append(op)
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = [Value(tuple(tensor.shape), op, constant=constant) for tensor in made]
+        for tensor, value in zip(made, outputs, strict=True):
+            self._remember(tensor, value)  # an in-place operator makes a new value of an old tensor
+        op.outputs = tuple(outputs)
+        self.ops.append(op)
+        return result
 
+    def _remember(self, tensor: Tensor, value: Value) -> Value:
+        self.values[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
 
-class _Evaluator(fx.Interpreter):
-    """An interpreter that stores the value of every node in its meta."""
+    def _begins(self, path: str) -> Any:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            first = self.value(args[0]) if args and isinstance(args[0], Tensor) else None
+            inputs = tuple(self.value(tensor) for tensor in given)
+            if self.stack:
+                self.stack[-1].leaf = False
+            call = Call(path, len(self.calls), len(self.ops), inputs, first)
+            self.calls.append(call)
+            self.stack.append(call)
 
-    def run_node(self, n: fx.Node) -> Any:
-        n.meta[VALUE_META_KEY] = super().run_node(n)
-        return n.meta[VALUE_META_KEY]
+        return begin
+
+    def _ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self.stack.pop()
+        call.end = len(self.ops)
+        call.output = self.value(output) if isinstance(output, Tensor) else None
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Follow a forward pass without computing it; the model may be on any device and is not changed.
 
+    Where operators depend on values, as in a detector's postprocessing, the pass is computed on the CPU after all.
+
     Raises:
-        ValueError: The pass depends on data, does not fit the inputs, skips a module with parameters or returns
-            something other than one tensor; the message names the place.
+        ValueError: The pass fails, or skips a module with parameters; the message names the place.
     """
-    valueless: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    valueless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    model = copy.deepcopy(model, valueless).eval()  # the copy shares nothing and copies no values
-    tracer = _Tracer()
-    name = type(model).__name__
-    try:
-        graph = tracer.trace(model, _optional_arguments(model))
-    except Exception as error:  # a forward pass may do anything with a stand-in for a tensor
+    found = record(_without_values(model), inputs, "meta")
+    if found.error is not None and not any(tensor.is_meta for tensor in all_tensors(model).values()):
+        computed = record(copy.deepcopy(model).cpu().eval(), inputs, "cpu")
+        found = computed if computed.error is None else found
+    if found.error is not None:
+        shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
         raise ValueError(
-            f"{name}: torch.fx cannot follow {_innermost_line(error)} ({_first_line_of(error)}); "
-            "write forward without branches or loops that depend on the values or shapes of tensors"
-        ) from error
-    try:
-        _Evaluator(fx.GraphModule(tracer.root, graph)).run(*(x.to("meta") for x in inputs))
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(
-            f"{name}: the forward pass fails on an input of shape {shapes} ({_first_line_of(error)}); "
-            "set model.adapter.image_size and model.adapter.channels to what the model takes"
-        ) from error
-    nodes = tuple(graph.nodes)
-    returned = nodes[-1].meta[VALUE_META_KEY]
-    if not isinstance(returned, Tensor):
-        raise ValueError(
-            f"{name}: output returns {nodes[-1].args[0]} and not one tensor, the logits; wrap the model in a module "
-            "that picks them"
-        )
-    found = Trace(model, nodes, tuple(sorted(tracer.calls, key=lambda call: call.index)))
+            f"{type(model).__name__}: the forward pass fails on an input of shape {shapes} at "
+            f"{_innermost_line(found.error)} ({_first_line_of(found.error)}); set model.adapter.image_size and "
+            "model.adapter.channels to what the model takes"
+        ) from found.error
+    if not found.outputs:
+        raise ValueError(f"{type(model).__name__}: the forward pass returns no tensor; wrap it in a module that does")
     _check_complete(found)
     return found
 
 
-def _optional_arguments(model: nn.Module) -> dict[str, Any]:
-    """Return the default values of the optional arguments, so that branches on a flag can be followed."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    return {p.name: p.default for p in parameters[1:] if p.default is not inspect.Parameter.empty}
+def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
+    """Run a model once and write down what it does, up to where it fails; the model gets and loses hooks.
+
+    Args:
+        model: On `device`, in eval mode.
+        inputs: What it is called with; copies on `device` are.
+        device: `meta` for shapes alone, or `cpu`.
+    """
+    given = pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), tuple(inputs))
+    recorder = _Recorder(model)
+    known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    entering = [recorder._remember(tensor, Value(tuple(tensor.shape))) for tensor in known]
+    error: Exception | None = None
+    result: Any = ()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole block would hide its parts
+    try:
+        with torch.no_grad(), recorder:
+            result = model(*given)
+    except Exception as raised:  # a forward pass may raise anything
+        error = raised
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for handle in recorder.handles:
+            handle.remove()
+    returned = [recorder.value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return Trace(model, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, error)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Copy a model with every parameter and buffer on the meta device; the copy shares nothing and copies no values."""
+    valueless: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+    valueless |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    bare = copy.deepcopy(model, valueless).eval()
+    for module in bare.modules():
+        for name, plain in vars(module).items():  # tensors that were never registered
+            if isinstance(plain, Tensor):
+                setattr(module, name, plain.to("meta"))
+    return bare
+
+
+def _name_of(func: Any) -> str:
+    name = str(func.name()).partition("::")[2].partition(".")[0]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def _check_complete(found: Trace) -> None:
     """Refuse a module that eval mode skips: it would keep its old width and fail when the slim model trains."""
+    used = {name for name, value in found.tensors.items() if value.users}
     called = {call.path for call in found.calls}
-    read = {str(node.target).rpartition(".")[0] for node in found.nodes if node.op == "get_attr"}
-    aliases: dict[int, list[str]] = {}
-    for path, module in found.model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(path)
-    for paths in aliases.values():
-        if not paths[0] or not found.model.get_submodule(paths[0])._parameters:
-            continue
-        inside_leaf = any(f"{path}.".startswith(f"{c.path}.") for path in paths for c in found.calls if c.leaf)
-        if not called.intersection(paths) and not read.intersection(paths) and not inside_leaf:
-            raise ValueError(
-                f"{paths[0]}: never called in eval mode, so its channels would no longer fit; build the model without "
-                "it (model.adapter.arguments, for example aux_logits: false)"
-            )
+    names = {id(tensor): name for name, tensor in reversed(all_tensors(found.model).items())}
+    for path, module in found.model.named_modules():
+        own = [names[id(parameter)] for parameter in module._parameters.values() if parameter is not None]
+        if own and path and path not in called and not used.intersection(own) and not module._buffers:
+            raise ValueError(_skipped(path))
+        if own and path and not used.intersection(own) and isinstance(module, nn.modules.batchnorm._NormBase):
+            raise ValueError(_skipped(path))
+
+
+def _skipped(path: str) -> str:
+    return (
+        f"{path}: never called in eval mode, so its channels would no longer fit; build the model without it "
+        "(model.adapter.arguments, for example aux_logits: false)"
+    )
+
+
+def values_of(tree: Any) -> Iterator[Value]:
+    """The values among arguments."""
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value))
 
 
 def _first_line_of(error: Exception) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hawada.core.gates.gates import SigmoidGate, multiply_along
-from hawada.core.structure import GatePoint, Group, ModelHook, Norm, check_groups, without_orphans
+from hawada.core.structure import Cut, GatePoint, Group, ModelHook, Norm, check_groups, without_orphans
 
 GateFactory = Callable[[int], SigmoidGate]
 """A function that makes a gate for a number of units."""
@@ -36,24 +38,89 @@ class NormHook(ModelHook):
     """Computes a norm again with statistics over the kept units: a gate of 0 takes a unit out of mean and variance.
 
     If all gates are equal, the result is the norm's output times that gate. The output of a unit whose gate is 0 is
-    exactly 0.
+    exactly 0, but for its bias where no gate multiplies the norm's input.
+
+    Args:
+        gates: every gate whose units lie on the norm's axis, each with its norm, which say the same but for where.
     """
 
-    def __init__(self, gate: SigmoidGate, norm: Norm) -> None:
-        self.gate = gate
-        self.norm = norm
+    def __init__(self, gates: Sequence[tuple[SigmoidGate, Norm]]) -> None:
+        self.gates = tuple(gates)
+        self.norm = gates[0][1]
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        gate = self.gate.factor
-        x = args[0].float()  # (..., units); the hook of the module that made it has already multiplied it by the gate
-        if self.norm.kind == "layer":
-            x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
-        variance = x.square().sum(-1, keepdim=True) / gate.square().sum()
-        normed = (x * torch.rsqrt(variance + self.norm.eps)).to(output.dtype)
-        scaled: Tensor = module.weight * normed
-        if self.norm.kind == "layer":
-            scaled = scaled + module.bias * gate.to(output.dtype)
-        return scaled
+        norm = self.norm
+        x = args[0].float().transpose(norm.dim, -1)  # (..., elements of the axis)
+        gate = x.new_ones(x.shape[-1])
+        for own, at in self.gates:
+            gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets)
+        if not norm.multiplied:
+            x = x * gate
+        if norm.kind == "group":
+            normed = self._of_parts(x.transpose(norm.dim, -1), gate).transpose(norm.dim, -1)
+        else:
+            if norm.kind == "layer":
+                x = x - gate * (x.sum(-1, keepdim=True) / gate.sum())
+            normed = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / gate.square().sum() + norm.eps)
+        scaled = normed.to(output.dtype)
+        if getattr(module, "weight", None) is not None:
+            scaled = module.weight.flatten() * scaled
+        if getattr(module, "bias", None) is not None:
+            bias = module.bias.flatten()
+            scaled = scaled + (bias * gate.to(output.dtype) if norm.multiplied else bias)
+        return scaled.transpose(norm.dim, -1)
+
+    def _of_parts(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalise each part of the second axis with the axes behind it; x is (batch, channels, …), gated."""
+        parts = x.reshape(len(x), self.norm.parts, -1, x[0, 0].numel())  # (batch, part, channel, position)
+        gates = gate.view(1, self.norm.parts, -1, 1)
+        positions = parts.shape[-1]
+        mean = parts.sum((2, 3), keepdim=True) / (gates.sum(2, keepdim=True) * positions)
+        parts = parts - gates * mean
+        count = gates.square().sum(2, keepdim=True) * positions
+        variance = parts.square().sum((2, 3), keepdim=True) / count
+        return (parts * torch.rsqrt(variance + self.norm.eps)).reshape(x.shape)
+
+
+class WeightGates:
+    """Multiplies the columns of weights that are read by no module's call; the model holds the products meanwhile.
+
+    Passes of several threads may overlap, as when batches wait for a layer side by side: they share the products.
+    """
+
+    def __init__(self, model: nn.Module, gates: Sequence[tuple[SigmoidGate, Cut]]) -> None:
+        self.model, self.gates = model, tuple(gates)
+        self._lock, self._passes = threading.Lock(), 0
+        self._originals: dict[tuple[nn.Module, str], nn.Parameter | None] = {}
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._passes += 1
+            if self._passes > 1:
+                return
+            products: dict[str, Tensor] = {}
+            for gate, cut in self.gates:
+                tensor = products.get(cut.tensor, self.model.get_parameter(cut.tensor))
+                products[cut.tensor] = multiply_along(tensor, gate.factor, cut.dim, cut.per_unit, cut.offsets)
+            owners = {id(self.model.get_parameter(name)): product for name, product in products.items()}
+            for module in self.model.modules():
+                for name, parameter in module._parameters.items():
+                    if id(parameter) in owners:
+                        self._originals[module, name] = parameter
+            for (module, name), parameter in self._originals.items():
+                module._parameters[name] = owners[id(parameter)]  # type: ignore[assignment]  # a product is no Parameter
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._passes -= 1
+            if self._passes == 0:
+                for (module, name), parameter in self._originals.items():
+                    module._parameters[name] = parameter
+                self._originals.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightGates:
+        gates = [(copy.deepcopy(gate, memo), cut) for gate, cut in self.gates]
+        return WeightGates(copy.deepcopy(self.model, memo), gates)
 
 
 class Student(nn.Module):
@@ -77,15 +144,15 @@ class Student(nn.Module):
         groups = [group if group.parent in names else replace(group, parent=None) for group in groups]
         check_groups(groups, model)
         for group in groups:
-            for point in group.gated_at:
+            for point in (point for point in group.gated_at if isinstance(point, GatePoint)):
                 if point.side not in ("input", "output"):
                     raise ValueError(
                         f"{group.name}: side {point.side!r} of {point.module} is not input or output; choose one"
                     )
             for norm in group.norms:
-                if norm.kind not in ("layer", "rms"):
+                if norm.kind not in ("layer", "rms", "group"):
                     raise ValueError(
-                        f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer or rms; choose one"
+                        f"{group.name}: norm kind {norm.kind!r} of {norm.module} is not layer, rms or group; choose one"
                     )
         self.groups = tuple(groups)
         self.model = model
@@ -93,20 +160,29 @@ class Student(nn.Module):
         self.gates = nn.ModuleList(gates)
         self._handles: list[Any] = []
         modules = dict(model.named_modules())
+        norms: dict[str, list[tuple[SigmoidGate, Norm]]] = {}
+        weights: list[tuple[SigmoidGate, Cut]] = []
         for group, group_gate in zip(groups, gates, strict=True):
             for point in group.gated_at:
+                if isinstance(point, Cut):
+                    weights.append((group_gate, point))
+                    continue
                 module, hook = modules[point.module], GateHook(group_gate, point)
                 attach = module.register_forward_pre_hook if point.side == "input" else module.register_forward_hook
                 self._handles.append(attach(hook))
             for norm in group.norms:
-                self._handles.append(modules[norm.module].register_forward_hook(NormHook(group_gate, norm)))
+                norms.setdefault(norm.module, []).append((group_gate, norm))
+        for path, gated in norms.items():
+            self._handles.append(modules[path].register_forward_hook(NormHook(gated)))
+        self._weight_gates: AbstractContextManager[None] = WeightGates(model, weights) if weights else nullcontext()
         device = next((parameter.device for parameter in model.parameters()), None)
         self.gates.to(device=device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for _, gate in self.groups_and_gates():
             gate.redraw()
-        return self.model(*args, **kwargs)
+        with self._weight_gates:
+            return self.model(*args, **kwargs)
 
     def groups_and_gates(self) -> Iterator[tuple[Group, SigmoidGate]]:
         """Iterate over the groups, each with its gate."""
@@ -147,6 +223,7 @@ class Student(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._weight_gates = nullcontext()
         return self.model
 
     def __enter__(self) -> Student:

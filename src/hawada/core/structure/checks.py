@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hawada.core.structure.groups import Group
+from hawada.core.structure.groups import Cut, Group
 from hawada.core.structure.slicing import all_tensors
 
 
@@ -55,7 +55,7 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
             path, _, name = attribute.rpartition(".")
             if not hasattr(modules[path], name):
                 raise ValueError(f"{group.name}: the model has no attribute {attribute!r}")
-        for cut in group.cuts:
+        for cut in (*group.cuts, *(point for point in group.gated_at if isinstance(point, Cut))):
             if cut.tensor not in tensors:
                 raise ValueError(f"{group.name}: the model has no parameter or buffer {cut.tensor!r}")
             size, last = tensors[cut.tensor].shape[cut.dim], max(cut.offsets) + group.units * cut.per_unit - 1

@@ -88,10 +88,9 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
         for cut in group.cuts:
             dims = removed.setdefault(cut.tensor, {})
             dims[cut.dim] = _union(dims.get(cut.dim), cut.elements(gone))
-            if cut.follows:
-                owner = cut.tensor.rpartition(".")[0]
+            if cut.attribute:
                 size = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim])
-                attributes[f"{owner}.{cut.follows}"] = size * cut.times
+                attributes[cut.attribute] = cut.followed(size)
     return Edits(_under_every_name(removed, tensors), attributes, replaced)
 
 

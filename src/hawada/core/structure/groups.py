@@ -46,8 +46,10 @@ class Cut:
         dim: the axis that is cut.
         per_unit: consecutive elements per unit.
         offsets: where unit 0 begins, once for each run of elements.
-        follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
+        follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None; with
+            a dot in it, the path of another module's attribute (`blocks.0.attn.num_heads`).
         times: the attribute is this many times the size (`in_channels` of a convolution with groups).
+        divided_by: and divided by this (the size of a head, for a number of heads).
     """
 
     tensor: str
@@ -56,6 +58,23 @@ class Cut:
     offsets: tuple[int, ...] = (0,)
     follows: str | None = None
     times: int = 1
+    divided_by: int = 1
+
+    @property
+    def module(self) -> str:
+        """Path of the module that owns the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str | None:
+        """Path of the attribute that follows, or None."""
+        if self.follows is None or "." in self.follows:
+            return self.follows
+        return f"{self.module}.{self.follows}"
+
+    def followed(self, size: int) -> int:
+        """The attribute's value when the axis has this size."""
+        return size * self.times // self.divided_by
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
@@ -79,17 +98,28 @@ class Removal:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over a gated stream: its statistics must run over the kept units only.
+    """A norm over gated units: its statistics must run over the kept units only.
 
     Attributes:
-        module: its path; it has a `weight` and, for a LayerNorm, a `bias`.
-        kind: `layer` (Ba et al., Layer Normalization, 2016) or `rms` (Zhang and Sennrich, 2019).
+        module: its path; it may have a `weight` and a `bias`, one number for each element of the axis.
+        kind: `layer` (Ba et al., Layer Normalization, 2016), `rms` (Zhang and Sennrich, 2019) or `group` (Wu and He,
+            Group Normalization, 2018: statistics over the axis and all behind it, apart for each of `parts`).
         eps: what it adds to the variance.
+        dim: the axis of its input that it normalises over; of `group`, the axis of channels.
+        parts: into how many equal parts the axis is divided, each with statistics of its own.
+        per_unit: consecutive elements of the axis that belong to one unit.
+        offsets: where unit 0 begins, once for each run of elements, as in `GatePoint`.
+        multiplied: whether its input is multiplied by the gate already; otherwise the norm does that too.
     """
 
     module: str
     kind: str
     eps: float
+    dim: int = -1
+    parts: int = 1
+    per_unit: int = 1
+    offsets: tuple[int, ...] | None = None
+    multiplied: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +131,8 @@ class Group:
         kind: `channel`, `head`, `ffn`, `branch`, `layer` …; the key of `gpu.multiple` and of group filters. Under the
             uniform layout, groups of one kind have the same width.
         units: how many units the unpruned model has.
-        gated_at: exactly one point per writer of the gated stream.
+        gated_at: where the gate multiplies: one point for each layer that writes the units, or one for each that reads
+            them; where no module's input holds what is read, the cut of the weight that reads it is multiplied.
         cuts: the axes that shrink.
         removes: for groups of one unit that have no axis to cut (branches, layers).
         parent: name of the group inside which this one lives. The units are shared out among the parent's in order and
@@ -115,7 +146,7 @@ class Group:
     name: str
     kind: str
     units: int
-    gated_at: tuple[GatePoint, ...]
+    gated_at: tuple[GatePoint | Cut, ...]
     cuts: tuple[Cut, ...] = ()
     removes: tuple[Removal, ...] = ()
     parent: str | None = None
