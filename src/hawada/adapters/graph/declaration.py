@@ -28,6 +28,24 @@ FOLLOWING = {
 FOLLOWING_DEPTHWISE = ("out_channels", "in_channels", "groups")
 
 
+Following = tuple[str, int, str, int, int]  # tensor, axis, attribute (a path), times, divided by
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What a trial found to be necessary.
+
+    Attributes:
+        kept: Channels that must stay, with the operator and the reason.
+        tied: Channels that are the same, position by position.
+        following: Attributes of modules that follow an axis of a tensor.
+    """
+
+    kept: tuple[tuple[Op, Field, str], ...] = ()
+    tied: tuple[tuple[Field, Field], ...] = ()
+    following: tuple[Following, ...] = ()
+
+
 @dataclass(frozen=True)
 class Bundle:
     """Channels that have the same producers: the units of one group.
@@ -61,8 +79,7 @@ class Declaration:
     Args:
         trace: The forward pass.
         stream: Whether residual streams may become narrower.
-        kept: Channels that must stay besides, by the axis of a tensor that holds them, with the reason.
-        attributes: Attributes of modules that follow an axis of a tensor, as (tensor, axis, attribute, divided by).
+        remedies: What a trial found to be necessary.
 
     Raises:
         ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
@@ -73,13 +90,14 @@ class Declaration:
         trace: Trace,
         *,
         stream: bool,
-        kept: Iterable[tuple[Op, Field, str]] = (),
-        attributes: Sequence[tuple[str, int, str, int, int]] = (),
+        remedies: Remedies = Remedies(),
     ) -> None:
-        self.trace, self.attributes = trace, attributes
+        self.trace, self.remedies = trace, remedies
         self.walk = Walk(trace, RULES, find_norms(trace))
-        for op, labels, reason in kept:
+        for op, labels, reason in remedies.kept:
             self.walk.keep_field(op, labels, reason)
+        for labels, others in remedies.tied:
+            self.walk.labels.couple(labels, others)
         self.residuals = find_residuals(trace)
         self._join_uneven()
         self._join_concatenated()
@@ -279,7 +297,7 @@ class Declaration:
                 found.append({"follows": attribute, "divided_by": size // value})
         found += [
             {"follows": attribute, "times": times, "divided_by": divided_by}
-            for tensor, dim, attribute, times, divided_by in self.attributes
+            for tensor, dim, attribute, times, divided_by in self.remedies.following
             if (tensor, dim) == (place.tensor, place.dim)
         ]
         return found or [{}]

@@ -167,12 +167,9 @@ class _Recorder(TorchDispatchMode):
         for name, tensor in all_tensors(model).items():
             if id(tensor) not in self.values:
                 self.tensors[name] = self._remember(tensor, Value(tuple(tensor.shape), name=name, constant=True))
-        self.handles = []
         for path, module in model.named_modules():
-            self.handles += [
-                module.register_forward_pre_hook(self._begins(path), with_kwargs=True),
-                module.register_forward_hook(self._ends, with_kwargs=True),
-            ]
+            module.register_forward_pre_hook(self._begins(path), with_kwargs=True)
+            module.register_forward_hook(self._ends, with_kwargs=True)
 
     def value(self, tensor: Tensor) -> Value:
         """Return the value that a tensor holds now; one that no operator made becomes known."""
@@ -245,7 +242,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
-    """Run a model once and write down what it does, up to where it fails; the model gets and loses hooks.
+    """Run a copy of a model once and write down what it does, up to where it fails.
 
     Args:
         model: On `device`, in eval mode.
@@ -253,6 +250,7 @@ def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
         device: `meta` for shapes alone, or `cpu`.
     """
     given = pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), tuple(inputs))
+    untouched, model = model, copy.deepcopy(model)  # a pass may leave something behind, such as a cache of positions
     recorder = _Recorder(model)
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     entering = [recorder._remember(tensor, Value(tuple(tensor.shape))) for tensor in known]
@@ -267,10 +265,8 @@ def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
         error = raised
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for handle in recorder.handles:
-            handle.remove()
     returned = [recorder.value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Trace(model, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, error)
+    return Trace(untouched, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, error)
 
 
 def _without_values(model: nn.Module) -> nn.Module:

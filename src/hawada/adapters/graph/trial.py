@@ -8,19 +8,19 @@ stay.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
-from hawada.adapters.graph.declaration import Declaration
-from hawada.adapters.graph.labels import STAYS, Field
-from hawada.adapters.graph.trace import Call, Op, Trace, Value, record
+from hawada.adapters.graph.declaration import Declaration, Following, Remedies
+from hawada.adapters.graph.labels import STAYS, Field, axes_of
+from hawada.adapters.graph.trace import Op, Trace, Value, record
 from hawada.core.structure import Keep, materialize
 
 MAX_TRIALS = 80
-Following = tuple[str, int, str, int, int]  # the arguments of `Declaration`: tensor, axis, attribute, times, divided by
+MAX_CALLS_AROUND = 3  # modules around an operator whose attributes may have a say in it
 WRITTEN = "has the number of channels written into code"
 
 
@@ -43,30 +43,28 @@ def declare(trace: Trace, *, stream: bool) -> Declaration:
     Raises:
         ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
     """
-    kept: list[tuple[Op, Field, str]] = []
-    following: list[Following] = []
-    tried: dict[int, int] = {}  # how many ways were tried at an operator
-    last: list[Following] = []
+    remedies = before = Remedies()
+    attempts: Counter[Op] = Counter()  # how many ways were tried at an operator
+    pending: Op | None = None  # the operator at which the last attempt should have helped
     for _ in range(MAX_TRIALS):
-        declared = Declaration(trace, stream=stream, kept=kept, attributes=following)
+        declared = Declaration(trace, stream=stream, remedies=remedies)
         fault = find_fault(declared) if declared.groups else None
         if fault is None:
             break
-        if tried.get(fault.op.index):
-            following = [entry for entry in following if entry not in last]  # it did not help
-        ways = _ways_to_follow(declared, fault.op)
-        number = tried.get(fault.op.index, 0)
-        tried[fault.op.index] = number + 1
-        if number < len(ways):
-            last = [entry for op in _alike(trace, fault.op) for entry in _follow(declared, op, ways[number])]
-            following = following + last
-            continue
-        last = []
-        more = [(op, labels, WRITTEN) for op in _alike(trace, fault.op) for labels in _touching(declared, op)]
-        kept += more or [(fault.op, labels, WRITTEN) for labels in _around(declared, fault.op)]
+        op = fault.op
+        if pending is not None and op.index <= pending.index:
+            op, remedies = pending, before  # the attempt did not help
+            declared = Declaration(trace, stream=stream, remedies=remedies)
+        before, ways = remedies, _ways(declared, op)
+        if attempts[op] < len(ways):
+            remedies, pending = _with_way(declared, remedies, op, ways[attempts[op]]), op
+        else:
+            remedies, pending = replace(remedies, kept=(*remedies.kept, *_to_keep(declared, op))), None
+        attempts[op] += 1
     else:
-        kept += [(trace.ops[-1], np.arange(1, declared.walk.labels.count), "could not be cut so that the model runs")]
-        declared = Declaration(trace, stream=stream, kept=kept)
+        everything = np.arange(1, declared.walk.labels.count)
+        kept = (trace.ops[-1], everything, "could not be cut so that the model runs")
+        declared = Declaration(trace, stream=stream, remedies=Remedies(kept=(kept,)))
     declared.check()
     return declared
 
@@ -80,7 +78,10 @@ def find_fault(declared: Declaration) -> Fault | None:
     found = record(slim, trace.given, "cpu" if trace.computed else "meta")
     if trace.computed:  # what operators follow may depend on values
         return None if found.error is None else Fault(trace.ops[min(len(found.ops), len(trace.ops) - 1)], str(found.error))
+    unseen = [norm.call for norm in declared.walk.norms]  # the walk does not look into a norm
     for op, again in zip(trace.ops, found.ops, strict=False):
+        if any(op in call for call in unseen):
+            continue
         if op.name != again.name:
             return Fault(op, f"{again.name} runs in its place")
         for value, cut in zip(op.outputs, again.outputs, strict=False):
@@ -126,6 +127,20 @@ class _Expected:
         return tuple(shape)
 
 
+def _to_keep(declared: Declaration, op: Op) -> list[tuple[Op, Field, str]]:
+    """What stays when nothing helps at an operator: what it touches, or else what the modules around it touch."""
+    for alike in (_alike(declared.trace, op), [op]):
+        found = [(other, labels, WRITTEN) for other in alike for labels in _touching(declared, other)]
+        if found:
+            return found
+    for call in (*reversed(op.calls), None):
+        ops = declared.trace.ops if call is None else declared.trace.ops[call.start : call.end]
+        found = [(op, labels, WRITTEN) for inner in ops for labels in _touching(declared, inner)]
+        if found:
+            return found
+    return []
+
+
 def _touching(declared: Declaration, op: Op) -> list[Field]:
     """The labels of groups that an operator touches."""
     fields = [field for value in (*op.inputs, *op.outputs) for field in declared.walk.fields(value)]
@@ -133,44 +148,84 @@ def _touching(declared: Declaration, op: Op) -> list[Field]:
     return [own for own in labels if (declared.holder[declared.channels[own]] >= 0).any()]
 
 
-def _around(declared: Declaration, op: Op) -> list[Field]:
-    """The labels of groups that the modules around an operator touch, of the innermost that touches any."""
-    for call in (*reversed(op.calls), None):
-        ops = declared.trace.ops if call is None else declared.trace.ops[call.start : call.end]
-        found = [labels for inner in ops for labels in _touching(declared, inner)]
-        if found:
-            return found
-    return []
+@dataclass(frozen=True)
+class Way:
+    """A way to make a cut model run.
+
+    Attributes:
+        attribute: An attribute that follows an axis, and by its place among the calls around, from the innermost on,
+            that of its module; None for none.
+        axis: The tensor of the operator, counted through inputs and outputs, and the axis that the attribute follows.
+        tied: The place among the calls around whose input has as many channels as the operator has elements; None for
+            none.
+    """
+
+    attribute: tuple[str, int] | None
+    axis: tuple[int, int] | None
+    tied: int | None
 
 
-def _ways_to_follow(declared: Declaration, op: Op) -> list[tuple[int, int, str, int]]:
-    """Attributes that may hold a number of channels, as (which output, axis, attribute, which of the calls around)."""
-    ways = []
-    for number in range(1, len(op.calls) + 1):
+def _ways(declared: Declaration, op: Op) -> list[Way]:
+    """What may help where a cut model does otherwise than expected, the simplest first."""
+    attributes: list[Way] = []
+    for number in range(1, min(len(op.calls), MAX_CALLS_AROUND) + 1):
         module = declared.trace.module(op.calls[-number])
-        for output, value in enumerate(op.outputs[:1]):
+        for index, value in enumerate((*op.outputs[:1], *op.inputs)):
             for field in declared.walk.fields(value):
-                for axis, size in enumerate(value.shape):
-                    if field.shape[axis] == 1:
-                        continue
-                    ways += [(output, axis, name, number) for name in _holding(module, size)]
-    return ways
+                for axis in (axis for axis in axes_of(field) if (declared.holder[declared.channels[field]] >= 0).any()):
+                    names = _holding(module, value.shape[axis])
+                    attributes += [Way((name, number), (index, axis), None) for name in names]
+    ties = [
+        Way(None, None, number)
+        for number in range(1, min(len(op.calls), MAX_CALLS_AROUND) + 1)
+        if _tie(declared, op, number)
+    ]
+    both = [Way(way.attribute, way.axis, tie.tied) for tie in ties for way in attributes]
+    return list(dict.fromkeys([*attributes, *ties, *both]))
 
 
-def _holding(module: nn.Module, size: int) -> Iterator[str]:
-    for name, value in vars(module).items():
-        if not name.startswith("_") and type(value) is int and value == size:
-            yield name
+def _with_way(declared: Declaration, remedies: Remedies, op: Op, way: Way) -> Remedies:
+    """Add a way at an operator, and at the same one in calls of other modules of its class."""
+    following, tied = list(remedies.following), list(remedies.tied)
+    for other in _alike(declared.trace, op):
+        if way.attribute is not None and way.axis is not None:
+            following += _follow(declared, other, way.attribute, way.axis)
+        if way.tied is not None:
+            tied += _tie(declared, other, way.tied)
+    return replace(remedies, following=tuple(following), tied=tuple(tied))
 
 
-def _follow(declared: Declaration, op: Op, way: tuple[int, int, str, int]) -> list[Following]:
-    """Let an attribute of a module around an operator follow an axis of the operator's output."""
-    output, axis, attribute, number = way
-    if output >= len(op.outputs) or number > len(op.calls) or axis >= len(op.outputs[output].shape):
+def _holding(module: nn.Module, size: int) -> list[str]:
+    """The attributes of a module that are a whole number of this size."""
+    return [name for name, value in vars(module).items() if not name.startswith("_") and type(value) is int and value == size]
+
+
+def _tie(declared: Declaration, op: Op, number: int) -> list[tuple[Field, Field]]:
+    """Couple the channels of a call's input with as many elements of an operator's result, position by position.
+
+    This is for code that gives the result the number of channels of the input, such as the heads of an attention.
+    """
+    if number > len(op.calls) or not op.calls[-number].inputs:
         return []
-    value, call = op.outputs[output], op.calls[-number]
+    given = op.calls[-number].inputs[0]
+    entering = [field.reshape(-1) for field in declared.walk.fields(given) if len(axes_of(field)) == 1]
+    found = []
+    for field in declared.walk.fields(op.output):
+        for labels in entering:
+            if field.size % len(labels) == 0 and field.size >= len(labels) > 1:
+                found.append((field.reshape(-1, len(labels)), labels[None]))
+    return found
+
+
+def _follow(declared: Declaration, op: Op, attribute: tuple[str, int], at: tuple[int, int]) -> list[Following]:
+    """Let an attribute of a module around an operator follow an axis of one of the operator's tensors."""
+    (name, number), (index, axis) = attribute, at
+    values = (*op.outputs[:1], *op.inputs)
+    if index >= len(values) or number > len(op.calls) or axis >= len(values[index].shape):
+        return []
+    value, call = values[index], op.calls[-number]
     size = value.shape[axis]
-    if getattr(declared.trace.module(call), attribute, None) != size:
+    if getattr(declared.trace.module(call), name, None) != size:
         return []
     channels: set[int] = set()
     for field in declared.walk.fields(value):
@@ -181,9 +236,9 @@ def _follow(declared: Declaration, op: Op, way: tuple[int, int, str, int]) -> li
         if own == channels and own != {STAYS}:
             count = len(place.labels)
             if count % size == 0:
-                return [(place.tensor, place.dim, f"{call.path}.{attribute}", 1, count // size)]
+                return [(place.tensor, place.dim, f"{call.path}.{name}", 1, count // size)]
             if size % count == 0:
-                return [(place.tensor, place.dim, f"{call.path}.{attribute}", size // count, 1)]
+                return [(place.tensor, place.dim, f"{call.path}.{name}", size // count, 1)]
     return []
 
 
@@ -194,13 +249,10 @@ def _alike(trace: Trace, op: Op) -> list[Op]:
     inner = op.calls[-1]
     kind, offset = type(trace.module(inner)), op.index - inner.start
     found = [op]
-    for call in _calls_of(trace, kind):
+    for call in trace.calls:
         index = call.start + offset
-        if call is not inner and index < call.end and trace.ops[index].name == op.name:
-            if trace.ops[index].calls[-1] is call:
-                found.append(trace.ops[index])
+        if call is not inner and index < call.end and type(trace.module(call)) is kind:
+            other = trace.ops[index]
+            if other.name == op.name and other.calls[-1] is call:
+                found.append(other)
     return found
-
-
-def _calls_of(trace: Trace, kind: type[nn.Module]) -> Sequence[Call]:
-    return [call for call in trace.calls if type(trace.module(call)) is kind]

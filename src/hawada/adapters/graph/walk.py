@@ -103,6 +103,7 @@ class Walk:
             for field in self.fields(value):
                 self.labels.keep(field)
         self._join_slices()
+        self._add_other_places()
 
     def fields(self, value: Value) -> Fields:
         """The fields of a value."""
@@ -238,6 +239,14 @@ class Walk:
         self.norms.append(NormPlace(call, kind, eps, dim, parts, labels))
         self._fields[made] = tuple(compress(along_axis))
         return True
+
+    def _add_other_places(self) -> None:
+        """Parameters that only flow along, such as a class token that is joined to the patches, pass channels too."""
+        known = {(place.tensor, place.dim) for place in self.places}
+        for name, value in self.trace.tensors.items():
+            for field in self._fields[value] if value.users else ():
+                if (name, axes_of(field)[0]) not in known:
+                    self._place(value.users[0], field.reshape(-1), "passes")
 
     def _join_slices(self) -> None:
         """Slices of one length that make up an axis come from code that divides it: each keeps the same."""

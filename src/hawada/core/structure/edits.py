@@ -153,10 +153,17 @@ def set_structure(
     return model
 
 
+class Skipped(nn.Identity):
+    """Returns its first argument, whatever else the removed module was called with."""
+
+    def forward(self, input: Tensor, *_: object, **__: object) -> Tensor:
+        return input
+
+
 def remains_of(module: nn.Module, keeps: Sequence[str]) -> nn.Module:
     """What stands where a removed module was: its kept children in a row, under their old names, or the identity."""
     if not keeps:
-        return nn.Identity()
+        return Skipped()
     remains = nn.Sequential()
     for name in keeps:
         remains.add_module(name, getattr(module, name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hawada.core.structure.edits import plan_edits, remains_of, set_structure, sliced_tensors
+from hawada.core.structure.edits import Skipped, plan_edits, remains_of, set_structure, sliced_tensors
 from hawada.core.structure.groups import Group
 from hawada.core.structure.hooks import ModelHook
 from hawada.core.structure.kept import Keep
@@ -35,7 +35,7 @@ def materialize(
     edits = plan_edits(model, groups, keep)
     keeps = edits.replaced.get(prefix)
     if edits.removes(prefix) and not keeps:
-        return nn.Identity()
+        return Skipped()
     tensors = all_tensors(model)
     sliced = sliced_tensors(model, edits, prefix).items()
     # What a deep copy finds in its memo it takes as the copy: every tensor is replaced by its slice, tied ones by one.

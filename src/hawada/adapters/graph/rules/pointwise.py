@@ -42,10 +42,6 @@ def combined(op: Op, walk: Walk) -> list[Fields]:
         moving = [value for value, fields in given if fields and not value.constant]
         if len(moving) > 1:
             walk.sums += [field.reshape(-1) for field in found]
-    for value, fields in given:
-        if value.constant and any(not other.constant for other, _ in given):
-            for field in fields:
-                walk.passes(op, field.reshape(-1))
     return [found]
 
 
