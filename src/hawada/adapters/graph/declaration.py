@@ -181,26 +181,24 @@ class Declaration:
                         joined = True
 
     def _bundles(self, stream: bool) -> list[Bundle]:
-        """Sort channels by the layers that produce them, with the places that hold them."""
+        """Sort channels by the layers that produce them and the places that hold them."""
         places = self.walk.places
         producers: dict[int, dict[str, None]] = {}
-        for place in places:
-            if place.role == "produces":
-                for channel in np.unique(self.channels[place.labels]):
+        holders: dict[int, dict[int, None]] = {}
+        for number, place in enumerate(places):
+            for channel in np.unique(self.channels[place.labels]):
+                holders.setdefault(int(channel), {})[number] = None
+                if place.role == "produces":
                     producers.setdefault(int(channel), {})[place.tensor.rpartition(".")[0]] = None
         producers.pop(STAYS, None)
-        families: dict[tuple[str, ...], list[int]] = {}
+        families: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
         for channel in sorted(producers):
-            families.setdefault(tuple(producers[channel]), []).append(channel)
-        family = np.full(len(self.channels), -1)
-        for index, listed in enumerate(families.values()):
-            family[listed] = index
-        here = [set(family[self.channels[place.labels]]) for place in places]
+            families.setdefault((tuple(producers[channel]), tuple(holders[channel])), []).append(channel)
         added = self._channels_of(self.walk.sums)
         entering = self._channels_of(self._entering())
         bundles = []
-        for index, (paths, listed) in enumerate(families.items()):
-            own = tuple(place for place, families_here in zip(places, here, strict=True) if index in families_here)
+        for (paths, numbers), listed in families.items():
+            own = tuple(places[number] for number in numbers)
             in_stream = bool(added.intersection(listed))
             # Channels that enter a block with a projection and that nothing is added into (a separate stem) stay.
             if not stream and (in_stream or entering.intersection(listed)):

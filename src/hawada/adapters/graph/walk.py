@@ -225,7 +225,8 @@ class Walk:
         given, made = call.inputs[0], call.output
         assert made is not None
         along_axis = [field for field in self.fields(given) if axes_of(field) == [dim]]
-        if not along_axis or len(self.fields(given)) > 1:
+        others = [field for field in self.fields(given) if axes_of(field) != [dim]]
+        if not along_axis or any(field.shape[dim] > 1 for field in others) or (kind == "group" and others):
             return False
         labels = along_axis[0].reshape(-1)
         if parts > 1:
@@ -237,7 +238,7 @@ class Walk:
                 self.labels.couple(field.reshape(-1), labels)
                 self.passes(op, field.reshape(-1))
         self.norms.append(NormPlace(call, kind, eps, dim, parts, labels))
-        self._fields[made] = tuple(compress(along_axis))
+        self._fields[made] = compress([*along_axis, *others])
         return True
 
     def _add_other_places(self) -> None:

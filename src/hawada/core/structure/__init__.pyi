@@ -1,5 +1,6 @@
 from .checks import check_groups as check_groups
 from .edits import (
+    attribute_of as attribute_of,
     Edits as Edits,
     plan_edits as plan_edits,
     set_structure as set_structure,

@@ -143,14 +143,35 @@ def set_structure(
     for name, value in attributes.items():
         path, _, attribute = name.rpartition(".")
         if not prefix or f"{path}.".startswith(f"{prefix}."):
-            owner = model.get_submodule(path[skip:])
-            setattr(owner, attribute, (value,) if isinstance(getattr(owner, attribute), tuple) else value)
+            set_attribute(model.get_submodule(path[skip:]), attribute, value)
     for path, keeps in replaced.items():
         if not prefix or path.startswith(f"{prefix}."):
             parent, _, child = path[skip:].rpartition(".")
             owner = model.get_submodule(parent)
             setattr(owner, child, remains_of(getattr(owner, child), keeps))
     return model
+
+
+def attribute_of(owner: nn.Module, name: str) -> object:
+    """The attribute of a module, or with `sizes[1]` one element of a list or tuple; None where there is none."""
+    attribute, bracket, position = name.partition("[")
+    value = getattr(owner, attribute, None)
+    if not bracket:
+        return value
+    index = int(position.rstrip("]"))
+    return value[index] if isinstance(value, list | tuple) and index < len(value) else None
+
+
+def set_attribute(owner: nn.Module, name: str, value: int) -> None:
+    """Set the attribute of a module; of a tuple the only element, or with `sizes[1]` that one."""
+    attribute, bracket, position = name.partition("[")
+    known = getattr(owner, attribute)
+    if bracket:
+        listed = list(known)
+        listed[int(position.rstrip("]"))] = value
+        setattr(owner, attribute, type(known)(listed))
+    else:
+        setattr(owner, attribute, (value,) if isinstance(known, tuple) else value)
 
 
 class Skipped(nn.Identity):
