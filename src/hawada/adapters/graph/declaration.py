@@ -14,9 +14,9 @@ from hawada.adapters.graph.labels import STAYS, Field, axes_of
 from hawada.adapters.graph.norms import find_norms
 from hawada.adapters.graph.residual import Residual, find_residuals
 from hawada.adapters.graph.rules import RULES
-from hawada.adapters.graph.trace import Call, Op, Trace
+from hawada.adapters.graph.trace import Op, Trace
 from hawada.adapters.graph.walk import Place, Walk
-from hawada.core.structure import Cut, GatePoint, Group, Norm, Removal
+from hawada.core.structure import Cut, GatePoint, Group, Norm, Removal, Size
 
 MAX_GROUPS_PER_SITE = 4  # the latency table of a site has one axis for each group that touches it
 # The attributes of modules that tell the size of an axis of their parameters, by the role of the axis.
@@ -28,7 +28,7 @@ FOLLOWING = {
 FOLLOWING_DEPTHWISE = ("out_channels", "in_channels", "groups")
 
 
-Following = tuple[str, int, str, int, int]  # tensor, axis, attribute (a path), times, divided by
+Following = tuple[str, Field]  # the path of an attribute and the labels of the axis that it tells the size of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Remedies:
     Attributes:
         kept: Channels that must stay, with the operator and the reason.
         tied: Channels that are the same, position by position.
-        following: Attributes of modules that follow an axis of a tensor.
+        following: Attributes of modules that follow an axis, with its labels.
     """
 
     kept: tuple[tuple[Op, Field, str], ...] = ()
@@ -275,8 +275,18 @@ class Declaration:
             cuts=tuple(cuts),
             parent=self._parent(modules),
             norms=norms,
+            sizes=self._sizes(bundle),
         )
         return group, bundle.units, bundle.order
+
+    def _sizes(self, bundle: Bundle) -> tuple[Size, ...]:
+        """The attributes that become smaller with the units."""
+        found = {}
+        for attribute, labels in self.remedies.following:
+            here = int(np.isin(self.channels[labels], bundle.units).sum())
+            if here:
+                found[attribute] = Size(attribute, here // len(bundle.units))
+        return tuple(found.values())
 
     def _following(self, place: Place) -> list[dict[str, object]]:
         """The attributes that tell the size of an axis, as arguments of `Cut`; one without any where there is none."""
@@ -293,11 +303,6 @@ class Declaration:
                 found.append({"follows": attribute, "times": place.times})
             elif attribute in ("in_channels", "groups") and isinstance(value, int) and value and size % value == 0:
                 found.append({"follows": attribute, "divided_by": size // value})
-        found += [
-            {"follows": attribute, "times": times, "divided_by": divided_by}
-            for tensor, dim, attribute, times, divided_by in self.remedies.following
-            if (tensor, dim) == (place.tensor, place.dim)
-        ]
         return found or [{}]
 
     def _points(self, bundle: Bundle) -> list[GatePoint | Cut] | None:

@@ -57,7 +57,7 @@ def _norm(module: nn.Module, shape: tuple[int, ...]) -> tuple[str, float, int, i
     for axis in dict.fromkeys(axes):
         candidates = [("layer", 1), ("rms", 1)]
         if axis == 1:
-            candidates += [("group", parts) for parts in sorted({1, *groups}) if 1 <= parts and shape[1] % parts == 0]
+            candidates += [("group", parts) for parts in sorted({1, *groups}) if parts >= 1 and shape[1] % parts == 0]
         for kind, parts in candidates:
             for eps in (*own_eps, *USUAL_EPS):
                 hook = NormHook([(_open(shape[axis]), Norm("", kind, eps, axis, parts, multiplied=False))])

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from hawada.adapters.graph.declaration import Declaration, Following, Remedies
-from hawada.adapters.graph.labels import STAYS, Field, axes_of
+from hawada.adapters.graph.labels import Field, axes_of
 from hawada.adapters.graph.trace import Op, Trace, Value, record
 from hawada.core.structure import Keep, attribute_of, materialize
 
@@ -250,19 +250,12 @@ def _follow(declared: Declaration, op: Op, name: str, number: int, index: int, a
     size = value.shape[axis]
     if attribute_of(declared.trace.module(call), name) != size:
         return []
-    channels: set[int] = set()
+    found = []
     for field in declared.walk.fields(value):
         if field.shape[axis] > 1:
-            channels |= set(np.unique(declared.channels[field]))
-    for place in declared.walk.places:
-        own = set(np.unique(declared.channels[place.labels]))
-        if own == channels and own != {STAYS}:
-            count = len(place.labels)
-            if count % size == 0:
-                return [(place.tensor, place.dim, f"{call.path}.{name}", 1, count // size)]
-            if size % count == 0:
-                return [(place.tensor, place.dim, f"{call.path}.{name}", size // count, 1)]
-    return []
+            others = tuple(0 if other != axis else slice(None) for other in range(field.ndim))
+            found.append((f"{call.path}.{name}", field[others]))
+    return found
 
 
 def _alike(trace: Trace, op: Op) -> list[Op]:

@@ -17,7 +17,7 @@ from hawada.adapters.graph.trace import Call, Op, Trace, Value
 Rule = Callable[[Op, "Walk"], list[Fields]]
 
 
-class rules:  # noqa: N801 (it reads as a decorator)
+class rules:
     """A table of rules: the name of an operator, and what makes the fields of its outputs from those of its inputs."""
 
     def __init__(self) -> None:
@@ -119,6 +119,20 @@ class Walk:
         self.obstacles.append((op, np.unique(field), reason))
         self.labels.keep(field)
 
+    def collapse(self, op: Op, field: Field, axes: Iterable[int], reason: str) -> Field:
+        """Let what lies along these axes go together, as the elements of a head; where that is all there is, it stays."""
+        mixed = [axis for axis in axes if field.shape[axis] > 1]
+        if not mixed:
+            return field
+        if len(mixed) == len(axes_of(field)):
+            self.keep_field(op, field, reason)
+            return np.zeros([1] * field.ndim, np.int64)
+        whole = field
+        for axis in mixed:
+            whole = whole.take([0], axis)
+        self.labels.couple(field, whole)
+        return whole
+
     def keep(self, op: Op, value: Value, reason: str) -> None:
         """Keep all channels of one input of an operator."""
         for field in self.fields(value):
@@ -166,8 +180,10 @@ class Walk:
         for at, fields in enumerate(listed):
             for field in fields:
                 axes = [axis for axis in axes_of(field) if axis != but]
-                if self._meets_what_stays(field, axes, shapes, listed, at):
-                    self.keep_field(op, field, "joins channels with something that has none")
+                bare = self._met_by_what_stays(axes, shapes, listed, at)
+                field = self.collapse(op, field, bare, "joins channels with something that has none")
+                axes = [axis for axis in axes_of(field) if axis != but]
+                if not field.any():
                     continue
                 known = next((i for i, other in enumerate(result) if set(axes_of(other)) & set(axes)), None)
                 if known is None:
@@ -179,17 +195,18 @@ class Walk:
         return result
 
     @staticmethod
-    def _meets_what_stays(
-        field: Field, axes: Sequence[int], shapes: Sequence[Sequence[int]], listed: Sequence[Sequence[Field]], at: int
-    ) -> bool:
-        """Whether another tensor has elements along a field's axes that belong to no channel."""
-        for other, (shape, fields) in enumerate(zip(shapes, listed, strict=True)):
-            if other == at:
-                continue
-            for axis in axes:
-                if shape[axis] > 1 and not any(f.shape[axis] > 1 for f in fields):
-                    return True
-        return False
+    def _met_by_what_stays(
+        axes: Sequence[int], shapes: Sequence[Sequence[int]], listed: Sequence[Sequence[Field]], at: int
+    ) -> list[int]:
+        """The axes along which another tensor has elements that belong to no channel."""
+        return [
+            axis
+            for axis in axes
+            if any(
+                other != at and shape[axis] > 1 and not any(field.shape[axis] > 1 for field in fields)
+                for other, (shape, fields) in enumerate(zip(shapes, listed, strict=True))
+            )
+        ]
 
     def _axes_of_tensor(self, name: str, value: Value) -> Iterable[Field]:
         """Hand out labels for the elements of every axis of a parameter."""

@@ -1,6 +1,6 @@
+from .attributes import attribute_of as attribute_of
 from .checks import check_groups as check_groups
 from .edits import (
-    attribute_of as attribute_of,
     Edits as Edits,
     plan_edits as plan_edits,
     set_structure as set_structure,
@@ -14,6 +14,7 @@ from .groups import (
     Norm as Norm,
     Removal as Removal,
     Site as Site,
+    Size as Size,
 )
 from .hooks import ModelHook as ModelHook
 from .kept import (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from hawada.core.structure.attributes import attribute_of
 from hawada.core.structure.groups import Cut, Group
 from hawada.core.structure.slicing import all_tensors
 
@@ -55,6 +56,10 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
             path, _, name = attribute.rpartition(".")
             if not hasattr(modules[path], name):
                 raise ValueError(f"{group.name}: the model has no attribute {attribute!r}")
+        for size in group.sizes:
+            path, _, name = size.attribute.rpartition(".")
+            if not isinstance(attribute_of(modules[path], name) if path in modules else None, int):
+                raise ValueError(f"{group.name}: the model has no whole number {size.attribute!r}")
         for cut in (*group.cuts, *(point for point in group.gated_at if isinstance(point, Cut))):
             if cut.tensor not in tensors:
                 raise ValueError(f"{group.name}: the model has no parameter or buffer {cut.tensor!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hawada.core.structure.attributes import attribute_of, set_attribute
 from hawada.core.structure.checks import check_groups
 from hawada.core.structure.groups import Group
 from hawada.core.structure.kept import widths_of, without_orphans
@@ -88,10 +89,20 @@ def plan_edits(model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Seq
         for cut in group.cuts:
             dims = removed.setdefault(cut.tensor, {})
             dims[cut.dim] = _union(dims.get(cut.dim), cut.elements(gone))
-            if cut.attribute:
-                size = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim])
-                attributes[cut.attribute] = cut.followed(size)
+            if cut.follows:
+                left = tensors[cut.tensor].shape[cut.dim] - len(dims[cut.dim])
+                attributes[f"{cut.module}.{cut.follows}"] = left * cut.times // cut.divided_by
+        for size in group.sizes:
+            known = attributes.get(size.attribute, _number(model, size.attribute))
+            attributes[size.attribute] = known - len(gone) * size.per_unit
     return Edits(_under_every_name(removed, tensors), attributes, replaced)
+
+
+def _number(model: nn.Module, attribute: str) -> int:
+    path, _, name = attribute.rpartition(".")
+    value = attribute_of(model.get_submodule(path), name)
+    assert isinstance(value, int), "check_groups looked at it"
+    return value
 
 
 def _union(removed: Tensor | None, more: Tensor) -> Tensor:
@@ -150,28 +161,6 @@ def set_structure(
             owner = model.get_submodule(parent)
             setattr(owner, child, remains_of(getattr(owner, child), keeps))
     return model
-
-
-def attribute_of(owner: nn.Module, name: str) -> object:
-    """The attribute of a module, or with `sizes[1]` one element of a list or tuple; None where there is none."""
-    attribute, bracket, position = name.partition("[")
-    value = getattr(owner, attribute, None)
-    if not bracket:
-        return value
-    index = int(position.rstrip("]"))
-    return value[index] if isinstance(value, list | tuple) and index < len(value) else None
-
-
-def set_attribute(owner: nn.Module, name: str, value: int) -> None:
-    """Set the attribute of a module; of a tuple the only element, or with `sizes[1]` that one."""
-    attribute, bracket, position = name.partition("[")
-    known = getattr(owner, attribute)
-    if bracket:
-        listed = list(known)
-        listed[int(position.rstrip("]"))] = value
-        setattr(owner, attribute, type(known)(listed))
-    else:
-        setattr(owner, attribute, (value,) if isinstance(known, tuple) else value)
 
 
 class Skipped(nn.Identity):

@@ -46,10 +46,9 @@ class Cut:
         dim: the axis that is cut.
         per_unit: consecutive elements per unit.
         offsets: where unit 0 begins, once for each run of elements.
-        follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None; with
-            a dot in it, the path of another module's attribute (`blocks.0.attn.num_heads`).
+        follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
         times: the attribute is this many times the size (`in_channels` of a convolution with groups).
-        divided_by: and divided by this (the size of a head, for a number of heads).
+        divided_by: and divided by this (`in_channels` of a convolution that has several filters for each channel).
     """
 
     tensor: str
@@ -65,22 +64,24 @@ class Cut:
         """Path of the module that owns the tensor."""
         return self.tensor.rpartition(".")[0]
 
-    @property
-    def attribute(self) -> str | None:
-        """Path of the attribute that follows, or None."""
-        if self.follows is None or "." in self.follows:
-            return self.follows
-        return f"{self.module}.{self.follows}"
-
-    def followed(self, size: int) -> int:
-        """The attribute's value when the axis has this size."""
-        return size * self.times // self.divided_by
-
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
         starts = torch.as_tensor(sorted(units), dtype=torch.long) * self.per_unit
         runs = [offset + starts[:, None] + torch.arange(self.per_unit) for offset in self.offsets]  # each (units, k)
         return torch.cat([run.reshape(-1) for run in runs]).sort().values
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number in a module's code that becomes smaller with the group.
+
+    Attributes:
+        attribute: `path.name`, or `path.name[1]` for an element of a list or tuple.
+        per_unit: by how much it becomes smaller for every unit that goes.
+    """
+
+    attribute: str
+    per_unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Group:
             (query heads of a KV head); None leaves them free.
         norms: norms whose statistics run over these units.
         attributes: module attributes, `path.name`, that must equal the group's width.
+        sizes: numbers in modules that become smaller with the group; several groups may have a share in one.
     """
 
     name: str
@@ -153,6 +155,7 @@ class Group:
     equal_per_parent: int | None = None
     norms: tuple[Norm, ...] = ()
     attributes: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     @property
     def full_width(self) -> int:

@@ -51,13 +51,22 @@ def within_axis(op: Op, walk: Walk) -> list[Fields]:
     """Elements of one axis are mixed; channels on it stay."""
     given: Value = op.args[0]
     axis = op.argument(2 if op.name == "topk" else 1, "dim", -1) % max(len(given.shape), 1)
-    found = []
-    for field in walk.fields(given):
-        if field.shape[axis] > 1:
-            walk.keep_field(op, field, "mixes channels")
-        else:
-            found.append(field)
+    found = [walk.collapse(op, field, [axis], "mixes channels") for field in walk.fields(given)]
     return [compress(found) for _ in op.outputs]
+
+
+@POINTWISE.rule("native_layer_norm", "_fused_rms_norm")
+def normalised(op: Op, walk: Walk) -> list[Fields]:
+    """A norm over the last axes that is not a module of its own: what lies along them stays together."""
+    given: Value = op.args[0]
+    rank, over = len(given.shape), len(op.args[1])
+    found = [
+        walk.collapse(op, field, range(rank - over, rank), "takes statistics over channels")
+        for field in walk.fields(given)
+    ]
+    for value in op.inputs[1:]:
+        walk.keep(op, value, "takes statistics over channels")
+    return [compress(found), *([()] * (len(op.outputs) - 1))]
 
 
 @POINTWISE.rule("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "norm", "prod", "any",
@@ -71,17 +80,11 @@ def reduced(op: Op, walk: Walk) -> list[Fields]:
     if op.name in ("max", "min") and isinstance(dims, Value):  # the larger of two tensors
         return combined(op, walk)
     listed = sorted({int(dim) % rank for dim in np.atleast_1d(dims)}) if dims not in (None, []) else list(range(rank))
-    made = []
-    for output in op.outputs:
-        found: list[Field] = []
-        for field in walk.fields(given):
-            if any(field.shape[axis] > 1 for axis in listed):
-                if output is op.output:
-                    walk.keep_field(op, field, "sums over channels")
-            else:
-                found.append(field if len(output.shape) == rank else field.squeeze(tuple(listed)))
-        made.append(compress(found))
-    return made
+    whole = [walk.collapse(op, field, listed, "sums over channels") for field in walk.fields(given)]
+    return [
+        compress(field if len(output.shape) == rank else field.squeeze(tuple(listed)) for field in whole)
+        for output in op.outputs
+    ]
 
 
 @POINTWISE.rule(
@@ -131,9 +134,7 @@ def batch_normalised(op: Op, walk: Walk) -> list[Fields]:
     found: list[Field] = []
     own = [value for value in op.inputs[1:] if value.shape == given.shape[1:2]]
     for field in walk.fields(given):
-        if axes_of(field) == [1]:
-            found.append(field)
-        elif all(axis == 0 for axis in axes_of(field)) and op.name != "native_batch_norm":
+        if axes_of(field) == [1] or (all(axis == 0 for axis in axes_of(field)) and op.name != "native_batch_norm"):
             found.append(field)
         else:
             walk.keep_field(op, field, "takes statistics over channels")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from hawada.adapters.graph.labels import Field, Fields, along, axes_of, compress
 from hawada.adapters.graph.trace import Op, Value
 from hawada.adapters.graph.walk import Walk, rules
