@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from os.path import commonpath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,15 @@ FOLLOWING_DEPTHWISE = ("out_channels", "in_channels", "groups")
 
 
 Following = tuple[str, Field]  # the path of an attribute and the labels of the axis that it tells the size of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where units lie on an axis, as in `Cut`."""
+
+    per_unit: int
+    offsets: tuple[int, ...]
+    stride: int | None
 
 
 @dataclass(frozen=True)
@@ -257,9 +267,8 @@ class Declaration:
             if layout is None:
                 self.walk.obstacles.append((place.op, bundle.units, "holds channels in an order that has no pattern"))
                 return None
-            cuts |= dict.fromkeys(
-                Cut(place.tensor, place.dim, *layout, **follows) for follows in self._following(place)
-            )
+            where = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, stride=layout.stride)
+            cuts |= dict.fromkeys(replace(where, **follows) for follows in self._following(place))
         points = self._points(bundle)
         if not points:
             return None
@@ -288,15 +297,14 @@ class Declaration:
                 found[attribute] = Size(attribute, here // len(bundle.units))
         return tuple(found.values())
 
-    def _following(self, place: Place) -> list[dict[str, object]]:
+    def _following(self, place: Place) -> list[dict[str, Any]]:
         """The attributes that tell the size of an axis, as arguments of `Cut`; one without any where there is none."""
         module, _, name = place.tensor.rpartition(".")
         owner, size = self.trace.model.get_submodule(module), len(place.labels)
         names = FOLLOWING[place.role] if name == "weight" or place.role == "passes" else ()
         if place.role == "passes" and place.op.name == "convolution" and name == "weight":
             names = FOLLOWING_DEPTHWISE
-            size //= 1
-        found: list[dict[str, object]] = []
+        found: list[dict[str, Any]] = []
         for attribute in names:
             value = getattr(owner, attribute, None)
             if value == size * place.times or value == (size,):
@@ -314,13 +322,12 @@ class Declaration:
         for place in bundle.places:
             if place.role != "consumes":
                 continue
-            point = self._at_input(place, bundle)
+            point: GatePoint | Cut | None = self._at_input(place, bundle)
             if point is None:
                 layout = _layout(self.channels[place.labels], bundle.units)
                 if layout is None:
                     return None
-                per_unit, offsets = layout
-                point = Cut(place.tensor, place.dim, per_unit, offsets)
+                point = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, stride=layout.stride)
             points[point] = None
         return list(points)
 
@@ -339,7 +346,7 @@ class Declaration:
             if len(axes) == 1:
                 layout = _layout(self.channels[field.reshape(-1)], bundle.units)
                 if layout is not None:
-                    return GatePoint(path, "input", axes[0], *_within(layout, bundle, field))
+                    return GatePoint(path, "input", axes[0], **_within(layout, bundle, field))
         return None
 
     def _norms(self, bundle: Bundle) -> tuple[Norm, ...] | None:
@@ -352,10 +359,8 @@ class Declaration:
             layout = _layout(labels, bundle.units)
             if layout is None:
                 return None
-            per_unit, offsets = _within(layout, bundle, norm.labels)
-            found[
-                Norm(norm.call.path, norm.kind, norm.eps, norm.dim, norm.parts, per_unit, offsets, multiplied=False)
-            ] = None
+            where = _within(layout, bundle, norm.labels)
+            found[Norm(norm.call.path, norm.kind, norm.eps, norm.dim, norm.parts, multiplied=False, **where)] = None
         return tuple(found)
 
     def submodule(self, path: str) -> nn.Module:
@@ -366,11 +371,10 @@ class Declaration:
 CONSUMING = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
 
 
-def _within(layout: tuple[int, tuple[int, ...]], bundle: Bundle, field: Field) -> tuple[int, tuple[int, ...] | None]:
-    """A layout as gate points and norms have it: None for the offsets where the units fill the axis."""
-    per_unit, offsets = layout
-    fills = offsets == (0,) and per_unit * len(bundle.units) == field.size
-    return per_unit, None if fills else offsets
+def _within(layout: Layout, bundle: Bundle, field: Field) -> dict[str, Any]:
+    """A layout as gate points and norms have it: None for the offsets where the units fill the axis in order."""
+    fills = layout.offsets == (0,) and layout.stride is None and layout.per_unit * len(bundle.units) == field.size
+    return asdict(layout) | {"offsets": None if fills else layout.offsets}
 
 
 def _unique(bundles: list[Bundle]) -> list[Bundle]:
@@ -391,8 +395,8 @@ def _unique(bundles: list[Bundle]) -> list[Bundle]:
     ]
 
 
-def _layout(channels: Field, units: Field) -> tuple[int, tuple[int, ...]] | None:
-    """Describe where units lie on an axis by (per_unit, offsets), as `Cut` does; None where no pattern fits."""
+def _layout(channels: Field, units: Field) -> Layout | None:
+    """Describe where units lie on an axis, as `Cut` does; None where no pattern fits."""
     where = np.flatnonzero(np.isin(channels, units))
     if not len(where) or len(where) % len(units):
         return None
@@ -401,11 +405,14 @@ def _layout(channels: Field, units: Field) -> tuple[int, tuple[int, ...]] | None
     table: NDArray[np.int64] = where[order].reshape(len(units), -1)  # one row per unit
     if (rank[order].reshape(table.shape) != np.arange(len(units))[:, None]).any():
         return None
-    each = table.shape[1]
-    in_a_row = int(table[0, -1] - table[0, 0]) == each - 1
-    step = int(table[1, 0] - table[0, 0]) if len(units) > 1 else (each if in_a_row else 1)
-    if step < 1 or each % step:
+    breaks = np.flatnonzero(np.diff(table[0]) != 1) + 1  # where a run of elements of unit 0 ends
+    per_unit = int(breaks[0]) if len(breaks) else table.shape[1]
+    stride = int(table[1, 0] - table[0, 0]) if len(units) > 1 else per_unit
+    if stride < 1 or table.shape[1] % min(per_unit, stride):
         return None
-    offsets = table[0, ::step]
-    expected = (offsets[:, None] + np.arange(step)).reshape(1, -1) + np.arange(len(units))[:, None] * step
-    return (step, tuple(int(offset) for offset in offsets)) if (table == expected).all() else None
+    per_unit = min(per_unit, stride)
+    offsets = table[0, ::per_unit]
+    expected = (offsets[:, None] + np.arange(per_unit)).reshape(1, -1) + np.arange(len(units))[:, None] * stride
+    if (table != expected).any():
+        return None
+    return Layout(per_unit, tuple(int(offset) for offset in offsets), None if stride == per_unit else stride)

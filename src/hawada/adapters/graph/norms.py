@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hawada.adapters.graph.trace import Call, Trace
+from hawada.adapters.graph.walk import NormFound
 from hawada.core.gates import NormHook
 from hawada.core.structure import Norm
 
@@ -21,10 +22,10 @@ SAME_WITHIN = 1e-5
 MAX_PROBED_POSITIONS = 7  # along an axis that is no channels
 
 
-def find_norms(trace: Trace) -> dict[Call, tuple[str, float, int, int]]:
+def find_norms(trace: Trace) -> dict[Call, NormFound]:
     """The calls of norms over channels, each with (kind, eps, axis of its input, number of parts)."""
-    found: dict[Call, tuple[str, float, int, int]] = {}
-    known: dict[Any, tuple[str, float, int, int] | None] = {}
+    found: dict[Call, NormFound] = {}
+    known: dict[Any, NormFound | None] = {}
     for call in trace.calls:
         ops = trace.ops[call.start : call.end]
         mixes = any(op.name in MIXING for op in ops)
@@ -42,7 +43,7 @@ def find_norms(trace: Trace) -> dict[Call, tuple[str, float, int, int]]:
     return found
 
 
-def _norm(module: nn.Module, shape: tuple[int, ...]) -> tuple[str, float, int, int] | None:
+def _norm(module: nn.Module, shape: tuple[int, ...]) -> NormFound | None:
     """What a module normalises; None where it is not one of the known norms."""
     rank = len(shape)
     sizes = {tuple(parameter.shape) for parameter in module.parameters()}
@@ -82,7 +83,8 @@ def _filled(module: nn.Module) -> nn.Module:
 def _probes(shape: tuple[int, ...]) -> list[Tensor]:
     """Inputs of ordinary and of small size, so that what is added to the variance shows; other axes are short."""
     generator = torch.Generator().manual_seed(0)
-    small = [2, *(min(size, MAX_PROBED_POSITIONS) if 1 < axis < len(shape) - 1 else size for axis, size in enumerate(shape) if axis)]
+    inner = [min(size, MAX_PROBED_POSITIONS) for size in shape[2:-1]]
+    small = [2, *shape[1:2], *inner, *shape[2:][-1:]]
     x = torch.randn(small, generator=generator, device="cpu")
     return [x + 0.3, 3e-3 * x]
 
@@ -98,4 +100,6 @@ def _same(module: nn.Module, hook: NormHook, x: Tensor) -> bool:
             theirs = module(x)
         except Exception:  # a module may take inputs of one size alone
             return False
-        return isinstance(theirs, Tensor) and torch.allclose(hook(module, (x,), theirs), theirs, SAME_WITHIN, SAME_WITHIN)
+        if not isinstance(theirs, Tensor):
+            return False
+        return torch.allclose(hook(module, (x,), theirs), theirs, SAME_WITHIN, SAME_WITHIN)

@@ -1,9 +1,9 @@
-"""A model's forward pass as a list of operators, with the shapes that flow between them and the calls of its modules."""
+"""A model's forward pass: its operators, the shapes that flow between them, and the calls of its modules."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,8 @@ class Trace:
         tensors: The parameters and buffers, each under the first of its names.
         inputs: The tensors that the model is called with.
         outputs: The tensors that it returns.
-        given: What the model is called with, on its device.
+        given: What the model is called with, on the meta device.
+        result: What it returns.
         error: Why the pass was broken off, or None.
     """
 
@@ -136,12 +137,8 @@ class Trace:
     inputs: list[Value]
     outputs: list[Value]
     given: tuple[Any, ...]
+    result: Any = None
     error: Exception | None = None
-
-    @property
-    def computed(self) -> bool:
-        """Whether the pass was computed and not only followed: the values of tensors may have had a say in it."""
-        return any(not tensor.is_meta for tensor in all_tensors(self.model).values())
 
     def once(self) -> list[Call]:
         """List the calls of modules that are called exactly once, without that of the whole model."""
@@ -153,11 +150,11 @@ class Trace:
         return self.model.get_submodule(call.path)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate what subclassing calls
     """Writes down every operator that runs while it is active, and through hooks every call of a module."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.stack: list[Call] = []
@@ -219,37 +216,41 @@ class _Recorder(TorchDispatchMode):
 def trace(model: nn.Module, inputs: Inputs) -> Trace:
     """Follow a forward pass without computing it; the model may be on any device and is not changed.
 
-    Where operators depend on values, as in a detector's postprocessing, the pass is computed on the CPU after all.
-
     Raises:
-        ValueError: The pass fails, or skips a module with parameters; the message names the place.
+        ValueError: The pass depends on the values of tensors, does not fit the inputs, skips a module with parameters
+            or returns something other than one tensor; the message names the place.
     """
-    found = record(_without_values(model), inputs, "meta")
-    if found.error is not None and not any(tensor.is_meta for tensor in all_tensors(model).values()):
-        computed = record(copy.deepcopy(model).cpu().eval(), inputs, "cpu")
-        found = computed if computed.error is None else found
+    found = record(_without_values(model), inputs)
+    name = type(model).__name__
     if found.error is not None:
         shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+        place, reason = _innermost_line(found.error), _first_line_of(found.error)
+        if "meta" in reason.lower():
+            raise ValueError(
+                f"{name}: {place} depends on the values of tensors ({reason}); write forward without branches or loops "
+                "that do"
+            ) from found.error
         raise ValueError(
-            f"{type(model).__name__}: the forward pass fails on an input of shape {shapes} at "
-            f"{_innermost_line(found.error)} ({_first_line_of(found.error)}); set model.adapter.image_size and "
-            "model.adapter.channels to what the model takes"
+            f"{name}: the forward pass fails on an input of shape {shapes} at {place} ({reason}); set "
+            "model.adapter.image_size and model.adapter.channels to what the model takes"
         ) from found.error
-    if not found.outputs:
-        raise ValueError(f"{type(model).__name__}: the forward pass returns no tensor; wrap it in a module that does")
+    if not isinstance(found.result, Tensor):
+        raise ValueError(
+            f"{name}: forward returns a {type(found.result).__name__} and not one tensor, the logits; wrap the model "
+            "in a module that picks them"
+        )
     _check_complete(found)
     return found
 
 
-def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
-    """Run a copy of a model once and write down what it does, up to where it fails.
+def record(model: nn.Module, inputs: Inputs) -> Trace:
+    """Run a copy of a model once without computing anything and write down what it does, up to where it fails.
 
     Args:
-        model: On `device`, in eval mode.
-        inputs: What it is called with; copies on `device` are.
-        device: `meta` for shapes alone, or `cpu`.
+        model: The model on the meta device, in eval mode.
+        inputs: What it is called with, on any device.
     """
-    given = pytree.tree_map_only(Tensor, lambda x: x.to(device, copy=True), tuple(inputs))
+    given = pytree.tree_map_only(Tensor, lambda x: x.to("meta", copy=True), tuple(inputs))
     untouched, model = model, copy.deepcopy(model)  # a pass may leave something behind, such as a cache of positions
     recorder = _Recorder(model)
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
@@ -266,7 +267,7 @@ def record(model: nn.Module, inputs: Inputs, device: str) -> Trace:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     returned = [recorder.value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Trace(untouched, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, error)
+    return Trace(untouched, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, result, error)
 
 
 def _without_values(model: nn.Module) -> nn.Module:
@@ -304,11 +305,6 @@ def _skipped(path: str) -> str:
         f"{path}: never called in eval mode, so its channels would no longer fit; build the model without it "
         "(model.adapter.arguments, for example aux_logits: false)"
     )
-
-
-def values_of(tree: Any) -> Iterator[Value]:
-    """The values among arguments."""
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value))
 
 
 def _first_line_of(error: Exception) -> str:

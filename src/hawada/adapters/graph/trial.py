@@ -83,9 +83,7 @@ def _fault_of(declared: Declaration, keep: Keep) -> Fault | None:
     trace = declared.trace
     expected = _Expected(declared, keep)
     slim = materialize(trace.model, declared.groups, keep)
-    found = record(slim, trace.given, "cpu" if trace.computed else "meta")
-    if trace.computed:  # what operators follow may depend on values
-        return None if found.error is None else Fault(trace.ops[min(len(found.ops), len(trace.ops) - 1)], str(found.error))
+    found = record(slim, trace.given)
     unseen = [norm.call for norm in declared.walk.norms]  # the walk does not look into a norm
     done = -1
     for op, again in zip(_computing(trace.ops), _computing(found.ops), strict=False):

@@ -14,6 +14,7 @@ import numpy as np
 from hawada.adapters.graph.labels import STAYS, Field, Fields, Labels, along, axes_of, compress
 from hawada.adapters.graph.trace import Call, Op, Trace, Value
 
+NormFound = tuple[str, float, int, int]  # kind, eps, axis of the input, number of parts
 Rule = Callable[[Op, "Walk"], list[Fields]]
 
 
@@ -86,7 +87,7 @@ class Walk:
         obstacles: The operators that keep channels, with those channels and the reason.
     """
 
-    def __init__(self, trace: Trace, table: Mapping[str, Rule], norms: Mapping[Call, tuple[str, float, int, int]]) -> None:
+    def __init__(self, trace: Trace, table: Mapping[str, Rule], norms: Mapping[Call, NormFound]) -> None:
         self.trace, self.table = trace, table
         self.labels = Labels()
         self.places: list[Place] = []
@@ -120,7 +121,7 @@ class Walk:
         self.labels.keep(field)
 
     def collapse(self, op: Op, field: Field, axes: Iterable[int], reason: str) -> Field:
-        """Let what lies along these axes go together, as the elements of a head; where that is all there is, it stays."""
+        """Let what lies along these axes go together, as in a head; all of it stays where there are no other axes."""
         mixed = [axis for axis in axes if field.shape[axis] > 1]
         if not mixed:
             return field
@@ -221,7 +222,7 @@ class Walk:
             own = next(field for field in self._fields[self.trace.tensors[name]] if field.shape[dim] > 1)
             self.places.append(Place(name, dim, own.reshape(-1), role, op, times))
 
-    def _run(self, norms: Mapping[Call, tuple[str, float, int, int]]) -> None:
+    def _run(self, norms: Mapping[Call, NormFound]) -> None:
         starts = {call.start: call for call in norms if call.end > call.start}
         skipped_until = 0
         for op in self.trace.ops:

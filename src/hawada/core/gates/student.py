@@ -28,7 +28,9 @@ class GateHook(ModelHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
         x, *rest = args if self.point.side == "input" else (output if isinstance(output, tuple) else (output,))
-        x = multiply_along(x, self.gate.factor, self.point.dim, self.point.per_unit, self.point.offsets)
+        x = multiply_along(
+            x, self.gate.factor, self.point.dim, self.point.per_unit, self.point.offsets, self.point.stride
+        )
         if self.point.side == "input" or isinstance(output, tuple):
             return (x, *rest)
         return x
@@ -53,7 +55,7 @@ class NormHook(ModelHook):
         x = args[0].float().transpose(norm.dim, -1)  # (..., elements of the axis)
         gate = x.new_ones(x.shape[-1])
         for own, at in self.gates:
-            gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets)
+            gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets, at.stride)
         if not norm.multiplied:
             x = x * gate
         if norm.kind == "group":
@@ -101,7 +103,9 @@ class WeightGates:
             products: dict[str, Tensor] = {}
             for gate, cut in self.gates:
                 tensor = products.get(cut.tensor, self.model.get_parameter(cut.tensor))
-                products[cut.tensor] = multiply_along(tensor, gate.factor, cut.dim, cut.per_unit, cut.offsets)
+                products[cut.tensor] = multiply_along(
+                    tensor, gate.factor, cut.dim, cut.per_unit, cut.offsets, cut.stride
+                )
             owners = {id(self.model.get_parameter(name)): product for name, product in products.items()}
             for module in self.model.modules():
                 for name, parameter in module._parameters.items():
@@ -144,8 +148,8 @@ class Student(nn.Module):
         groups = [group if group.parent in names else replace(group, parent=None) for group in groups]
         check_groups(groups, model)
         for group in groups:
-            for point in (point for point in group.gated_at if isinstance(point, GatePoint)):
-                if point.side not in ("input", "output"):
+            for point in group.gated_at:
+                if isinstance(point, GatePoint) and point.side not in ("input", "output"):
                     raise ValueError(
                         f"{group.name}: side {point.side!r} of {point.module} is not input or output; choose one"
                     )

@@ -212,8 +212,10 @@ def search_export(search: BudgetSearch, max_measurements: int = 10) -> SearchRes
     if on_target:
         confirmed = [candidate for candidate in on_target if candidate.times > search.confirmations]
         return SearchResult(max(confirmed or on_target, key=lambda candidate: candidate.value), "on_target", tried)
-    clear = [candidate for candidate in holding if budget.holds(candidate.comparison, margin=True)]
-    return SearchResult(max(clear or holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried)
+    with_margin = [candidate for candidate in holding if budget.holds(candidate.comparison, margin=True)]
+    return SearchResult(
+        max(with_margin or holding, key=lambda candidate: candidate.comparison.ratio.median), "held", tried
+    )
 
 
 def _step_down(search: BudgetSearch, tried: list[Candidate]) -> bool:

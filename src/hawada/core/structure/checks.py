@@ -56,13 +56,13 @@ def check_groups(groups: Sequence[Group], model: nn.Module) -> None:
             path, _, name = attribute.rpartition(".")
             if not hasattr(modules[path], name):
                 raise ValueError(f"{group.name}: the model has no attribute {attribute!r}")
-        for size in group.sizes:
-            path, _, name = size.attribute.rpartition(".")
+        for number in group.sizes:
+            path, _, name = number.attribute.rpartition(".")
             if not isinstance(attribute_of(modules[path], name) if path in modules else None, int):
-                raise ValueError(f"{group.name}: the model has no whole number {size.attribute!r}")
+                raise ValueError(f"{group.name}: the model has no whole number {number.attribute!r}")
         for cut in (*group.cuts, *(point for point in group.gated_at if isinstance(point, Cut))):
             if cut.tensor not in tensors:
                 raise ValueError(f"{group.name}: the model has no parameter or buffer {cut.tensor!r}")
-            size, last = tensors[cut.tensor].shape[cut.dim], max(cut.offsets) + group.units * cut.per_unit - 1
+            size, last = tensors[cut.tensor].shape[cut.dim], int(cut.elements(range(group.units)).max())
             if last >= size:
                 raise ValueError(f"{group.name}: {cut.tensor} has {size} elements on axis {cut.dim}, not {last + 1}")

@@ -25,6 +25,7 @@ class GatePoint:
         dim: the activation's axis that holds the units; ignored when the group has one unit.
         per_unit: consecutive elements along `dim` that belong to one unit (a head's head_dim).
         offsets: where unit 0 begins, once for each run of elements, as in `Cut`; None where one run fills the axis.
+        stride: elements from one unit to the next, as in `Cut`; None: `per_unit`.
     """
 
     module: str
@@ -32,14 +33,15 @@ class GatePoint:
     dim: int = 1
     per_unit: int = 1
     offsets: tuple[int, ...] | None = None
+    stride: int | None = None
 
 
 @dataclass(frozen=True)
 class Cut:
     """One axis of one parameter or buffer that shrinks with the group.
 
-    Unit `u` owns the elements `offset + u * per_unit + [0, per_unit)` for each of `offsets` (a fused q/k/v projection
-    has three). Elements that no unit owns always stay.
+    Unit `u` owns the elements `offset + u * stride + [0, per_unit)` for each of `offsets` (a fused q/k/v projection has
+    three). Elements that no unit owns always stay.
 
     Attributes:
         tensor: qualified name of the parameter or buffer, e.g. `layer1.0.conv1.weight`.
@@ -49,6 +51,7 @@ class Cut:
         follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
         times: the attribute is this many times the size (`in_channels` of a convolution with groups).
         divided_by: and divided by this (`in_channels` of a convolution that has several filters for each channel).
+        stride: elements from one unit to the next (two where channels were shuffled in pairs); None: `per_unit`.
     """
 
     tensor: str
@@ -58,6 +61,7 @@ class Cut:
     follows: str | None = None
     times: int = 1
     divided_by: int = 1
+    stride: int | None = None
 
     @property
     def module(self) -> str:
@@ -66,7 +70,7 @@ class Cut:
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
-        starts = torch.as_tensor(sorted(units), dtype=torch.long) * self.per_unit
+        starts = torch.as_tensor(sorted(units), dtype=torch.long) * (self.stride or self.per_unit)
         runs = [offset + starts[:, None] + torch.arange(self.per_unit) for offset in self.offsets]  # each (units, k)
         return torch.cat([run.reshape(-1) for run in runs]).sort().values
 
@@ -110,6 +114,7 @@ class Norm:
         parts: into how many equal parts the axis is divided, each with statistics of its own.
         per_unit: consecutive elements of the axis that belong to one unit.
         offsets: where unit 0 begins, once for each run of elements, as in `GatePoint`.
+        stride: elements from one unit to the next, as in `GatePoint`.
         multiplied: whether its input is multiplied by the gate already; otherwise the norm does that too.
     """
 
@@ -120,6 +125,7 @@ class Norm:
     parts: int = 1
     per_unit: int = 1
     offsets: tuple[int, ...] | None = None
+    stride: int | None = None
     multiplied: bool = True
 
 

@@ -69,8 +69,9 @@ def normalised(op: Op, walk: Walk) -> list[Fields]:
     return [compress(found), *([()] * (len(op.outputs) - 1))]
 
 
-@POINTWISE.rule("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "norm", "prod", "any",
-                "all", "argmax", "argmin", "logsumexp", "linalg_vector_norm", "median", "count_nonzero")  # fmt: skip
+@POINTWISE.rule("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "norm", "prod",
+                "any", "all", "argmax", "argmin", "logsumexp", "linalg_vector_norm", "median",
+                "count_nonzero")  # fmt: skip
 def reduced(op: Op, walk: Walk) -> list[Fields]:
     """Reductions over other axes leave channels alone."""
     given: Value = op.args[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hawada.adapters.graph.labels import Field, Fields, along, axes_of, compress, expanded
 from hawada.adapters.graph.trace import Op, Value
@@ -36,7 +37,9 @@ def _matching(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[in
     """Divide the axes of two shapes into the shortest runs that hold equally many elements."""
     runs, i, j = [], 0, 0
     while i < len(before) or j < len(after):
-        ours, theirs, mine, its = [], [], 1, 1
+        ours: list[int] = []
+        theirs: list[int] = []
+        mine = its = 1
         while True:
             if i < len(before) and (mine <= its or j >= len(after)) and not (ours and theirs and mine == its):
                 mine, i = mine * before[i], i + 1
@@ -64,7 +67,7 @@ def _rearrange(op: Op, field: Field, given: Value) -> Field:
     if op.name == "expand":
         new = len(op.output.shape) - len(given.shape)
         return field.reshape((1,) * new + field.shape)
-    moved: Field = op.func(torch.from_numpy(field), *op.args[1:], **op.kwargs).numpy()
+    moved: Field = op.func(as_tensor(field), *op.args[1:], **op.kwargs).numpy()
     return moved
 
 
@@ -93,9 +96,7 @@ def divided(op: Op, walk: Walk) -> list[Fields]:
         if field.shape[axis] == 1:
             parts = [field.squeeze(axis) if op.name == "unbind" else field] * len(op.outputs)
         else:
-            parts = [
-                part.numpy() for part in op.func(torch.from_numpy(field.copy()), *op.args[1:], **op.kwargs)
-            ]
+            parts = [part.numpy() for part in op.func(as_tensor(field), *op.args[1:], **op.kwargs)]
             if op.name == "unbind":
                 if len(axes_of(field)) == 1:  # the pieces have no axis left on which anything could go
                     walk.keep_field(op, field, "takes channels one by one")
@@ -285,10 +286,15 @@ def expanded_on(field: Field, axis: int, given: Value) -> Field:
     return expanded(field, shape)
 
 
+def as_tensor(field: Field) -> Tensor:
+    """A copy of a field as a tensor on the CPU."""
+    return torch.from_numpy(np.array(field))
+
+
 def _run(op: Op, field: Field, *, value: bool = False) -> Field:
     """Run the operator on labels; what is padded gets the label of what stays."""
-    arguments: tuple[Any, ...] = op.args[1:2] + (0,) if value else op.args[1:]
-    found: Field = op.func(torch.from_numpy(np.ascontiguousarray(field)), *arguments, **({} if value else op.kwargs)).numpy()
+    arguments: tuple[Any, ...] = (op.args[1], 0) if value else op.args[1:]
+    found: Field = op.func(as_tensor(field), *arguments, **({} if value else op.kwargs)).numpy()
     return found
 
 
