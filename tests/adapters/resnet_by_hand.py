@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -95,8 +95,8 @@ def _produced(conv: str, norm: str) -> tuple[Cut, ...]:
     """Cut the filters of a convolution and the norm behind it."""
     return (
         Cut(f"{conv}.weight", 0, follows="out_channels"),
-        *(Cut(f"{norm}.{name}", 0) for name in ("weight", "bias", "running_mean")),
-        Cut(f"{norm}.running_var", 0, follows="num_features"),
+        Cut(f"{norm}.weight", 0, follows="num_features"),
+        *(Cut(f"{norm}.{name}", 0) for name in ("bias", "running_mean", "running_var")),
     )
 
 
@@ -143,16 +143,18 @@ def _streams(model: nn.Module) -> list[_Stream]:
             last = len(_inner_convs(path, residual)) + 1
             streams[-1].producers[f"{path}.conv{last}"] = f"{path}.bn{last}"
     streams[-1].consumers.append("fc")
-    return streams if residuals[0][1].downsample is None else streams[1:]  # a stem of its own is no stage
+    if residuals[0][1].downsample is not None:  # a stem of its own is no stage
+        streams[0] = replace(streams[0], name="conv1.stream")
+    return streams
 
 
 def _stream_group(model: nn.Module, stream: _Stream) -> Group:
-    """Gate the stream behind the norm of every producer: sums, ReLUs and pooling pass on non-negative factors."""
+    """Gate the stream before everything that consumes it."""
     produced = [cut for conv, norm in stream.producers.items() for cut in _produced(conv, norm)]
     return Group(
         name=stream.name,
         kind="stream",
         units=model.get_parameter(produced[0].tensor).shape[0],
-        gated_at=tuple(GatePoint(norm) for norm in stream.producers.values()),
+        gated_at=tuple(GatePoint(consumer, "input") for consumer in stream.consumers),
         cuts=(*produced, *(_consumed(consumer) for consumer in stream.consumers)),
     )

@@ -233,7 +233,7 @@ def test_a_norm_over_a_gated_stream_keeps_its_dtype_and_passes_gradients(normed,
 def test_a_norm_of_an_unknown_kind_is_refused(normed):
     model, stream = normed
     stream = replace(stream, norms=(Norm("norm", "batch", EPS),))
-    with pytest.raises(ValueError, match="stream: norm kind 'batch' of norm is not layer or rms; choose one"):
+    with pytest.raises(ValueError, match="stream: norm kind 'batch' of norm is not layer, rms or group; choose one"):
         Student(model, [stream])
     assert count_hooks(model) == 0
 

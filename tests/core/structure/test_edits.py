@@ -30,7 +30,7 @@ def test_a_removed_module_leaves_the_named_children_in_a_row(inputs):
     block = materialize(model, [group], {"branch": ()}, "block")
     assert list(dict(block.named_children())) == ["a", "c"] and torch.equal(block(inputs), slim(inputs))
     assert torch.equal(materialize(model, [group], {"branch": ()}, "block.a")(inputs), model.block.a(inputs))
-    assert type(materialize(model, [group], {"branch": ()}, "block.b")) is nn.Identity
+    assert isinstance(materialize(model, [group], {"branch": ()}, "block.b"), nn.Identity)
     assert set(slim.state_dict()) == {"block.a.weight", "block.a.bias"}
 
 

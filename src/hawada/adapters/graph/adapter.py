@@ -117,8 +117,9 @@ class GraphAdapter(BlockStates):
 
     def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
         """Follow the forward pass of a model and declare its groups."""
-        found = trace(model, self.example_inputs(Shape(2)))
-        return found, declare(found, stream=self.with_stream)
+        with torch.device("cpu"):  # labels are computed with, whatever device the model is made on
+            found = trace(model, self.example_inputs(Shape(2)))
+            return found, declare(found, stream=self.with_stream)
 
     def _weights_source(self) -> WeightsSource:
         return WeightsSource(self.arch or str(self.factory), self.weights, self.path, named=self.arch is not None)

@@ -38,7 +38,7 @@ class Layout:
 
     per_unit: int
     offsets: tuple[int, ...]
-    stride: int | None
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ class Declaration:
         bundles = []
         for (paths, numbers), listed in families.items():
             own = tuple(places[number] for number in numbers)
-            in_stream = bool(added.intersection(listed))
-            # Channels that enter a block with a projection and that nothing is added into (a separate stem) stay.
-            if not stream and (in_stream or entering.intersection(listed)):
+            # Channels that enter a block with a projection, and into which nothing is added, are a stream of the stem.
+            in_stream = bool((added | entering).intersection(listed))
+            if in_stream and not stream:
                 continue
             kind = "stream" if in_stream else self._kind_of_units(own)
             name = f"{self._stage(own) or paths[0]}.stream" if in_stream else paths[0]
@@ -265,9 +265,9 @@ class Declaration:
         for place in sorted(bundle.places, key=lambda place: place.role == "consumes"):
             layout = _layout(self.channels[place.labels], bundle.units)
             if layout is None:
-                self.walk.obstacles.append((place.op, bundle.units, "holds channels in an order that has no pattern"))
+                self.walk.obstacles.append((place.op, bundle.units, "holds some channels more often than others"))
                 return None
-            where = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, stride=layout.stride)
+            where = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, positions=layout.positions)
             cuts |= dict.fromkeys(replace(where, **follows) for follows in self._following(place))
         points = self._points(bundle)
         if not points:
@@ -301,7 +301,8 @@ class Declaration:
         """The attributes that tell the size of an axis, as arguments of `Cut`; one without any where there is none."""
         module, _, name = place.tensor.rpartition(".")
         owner, size = self.trace.model.get_submodule(module), len(place.labels)
-        names = FOLLOWING[place.role] if name == "weight" or place.role == "passes" else ()
+        telling = "weight" if getattr(owner, "weight", None) is not None else "running_mean"
+        names = FOLLOWING[place.role] if name == telling else ()
         if place.role == "passes" and place.op.name == "convolution" and name == "weight":
             names = FOLLOWING_DEPTHWISE
         found: list[dict[str, Any]] = []
@@ -327,7 +328,7 @@ class Declaration:
                 layout = _layout(self.channels[place.labels], bundle.units)
                 if layout is None:
                     return None
-                point = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, stride=layout.stride)
+                point = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, positions=layout.positions)
             points[point] = None
         return list(points)
 
@@ -373,8 +374,8 @@ CONSUMING = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
 
 def _within(layout: Layout, bundle: Bundle, field: Field) -> dict[str, Any]:
     """A layout as gate points and norms have it: None for the offsets where the units fill the axis in order."""
-    fills = layout.offsets == (0,) and layout.stride is None and layout.per_unit * len(bundle.units) == field.size
-    return asdict(layout) | {"offsets": None if fills else layout.offsets}
+    fills = layout.offsets == (0,) and not layout.positions and layout.per_unit * len(bundle.units) == field.size
+    return asdict(layout) | {"offsets": None if fills or layout.positions else layout.offsets}
 
 
 def _unique(bundles: list[Bundle]) -> list[Bundle]:
@@ -396,7 +397,7 @@ def _unique(bundles: list[Bundle]) -> list[Bundle]:
 
 
 def _layout(channels: Field, units: Field) -> Layout | None:
-    """Describe where units lie on an axis, as `Cut` does; None where no pattern fits."""
+    """Describe where units lie on an axis, as `Cut` does; None where not all have equally many elements there."""
     where = np.flatnonzero(np.isin(channels, units))
     if not len(where) or len(where) % len(units):
         return None
@@ -405,14 +406,12 @@ def _layout(channels: Field, units: Field) -> Layout | None:
     table: NDArray[np.int64] = where[order].reshape(len(units), -1)  # one row per unit
     if (rank[order].reshape(table.shape) != np.arange(len(units))[:, None]).any():
         return None
-    breaks = np.flatnonzero(np.diff(table[0]) != 1) + 1  # where a run of elements of unit 0 ends
-    per_unit = int(breaks[0]) if len(breaks) else table.shape[1]
-    stride = int(table[1, 0] - table[0, 0]) if len(units) > 1 else per_unit
-    if stride < 1 or table.shape[1] % min(per_unit, stride):
-        return None
-    per_unit = min(per_unit, stride)
-    offsets = table[0, ::per_unit]
-    expected = (offsets[:, None] + np.arange(per_unit)).reshape(1, -1) + np.arange(len(units))[:, None] * stride
-    if (table != expected).any():
-        return None
-    return Layout(per_unit, tuple(int(offset) for offset in offsets), None if stride == per_unit else stride)
+    each = table.shape[1]
+    in_a_row = int(table[0, -1] - table[0, 0]) == each - 1
+    step = int(table[1, 0] - table[0, 0]) if len(units) > 1 else (each if in_a_row else 1)
+    if step >= 1 and each % step == 0:
+        offsets = table[0, ::step]
+        expected = (offsets[:, None] + np.arange(step)).reshape(1, -1) + np.arange(len(units))[:, None] * step
+        if (table == expected).all():
+            return Layout(step, tuple(int(offset) for offset in offsets))
+    return Layout(each, (0,), tuple(int(position) for position in table.reshape(-1)))

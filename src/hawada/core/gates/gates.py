@@ -15,7 +15,7 @@ def multiply_along(
     dim: int,
     per_unit: int = 1,
     offsets: Sequence[int] | None = None,
-    stride: int | None = None,
+    positions: Sequence[int] = (),
 ) -> Tensor:
     """Multiply `x` by one gate value per unit along `dim`.
 
@@ -27,18 +27,19 @@ def multiply_along(
         per_unit: how many consecutive elements of that axis share a gate value.
         offsets: the positions at which runs of all the units begin, for an axis that holds other elements too; those
             elements stay as they are.
-        stride: elements from one unit to the next; None: `per_unit`.
+        positions: the positions of all elements, unit by unit, where the units lie in no such order.
 
     Raises:
         ValueError: when the axis does not hold that many units.
     """
     gate = gate.to(x.dtype)
-    if gate.numel() == 1 and offsets is None:
+    if gate.numel() == 1 and offsets is None and not positions:
         return x * gate.reshape(())
     if per_unit > 1:
         gate = gate.repeat_interleave(per_unit)
-    if offsets is not None and stride not in (None, per_unit):
-        gate = _scattered(gate, x.shape[dim], per_unit, offsets, stride)
+    if positions:
+        index = torch.as_tensor(positions, device=gate.device)
+        gate = gate.new_ones(x.shape[dim]).index_copy(0, index, gate)
     elif offsets is not None:
         gate = _spread(gate, x.shape[dim], offsets)
     if x.shape[dim] != gate.numel():
@@ -49,14 +50,6 @@ def multiply_along(
     shape = [1] * x.dim()
     shape[dim] = -1
     return x * gate.view(shape)
-
-
-def _scattered(gate: Tensor, size: int, per_unit: int, offsets: Sequence[int], stride: int) -> Tensor:
-    """An axis of `size` ones, (size,), in which units that lie `stride` apart have the gate's values."""
-    starts = torch.arange(len(gate) // per_unit, device=gate.device)[:, None] * stride
-    run = (starts + torch.arange(per_unit, device=gate.device)).reshape(-1)
-    positions = torch.cat([offset + run for offset in offsets])
-    return gate.new_ones(size).index_copy(0, positions, gate.repeat(len(offsets)))
 
 
 def _spread(gate: Tensor, size: int, offsets: Sequence[int]) -> Tensor:

@@ -29,7 +29,7 @@ class GateHook(ModelHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
         x, *rest = args if self.point.side == "input" else (output if isinstance(output, tuple) else (output,))
         x = multiply_along(
-            x, self.gate.factor, self.point.dim, self.point.per_unit, self.point.offsets, self.point.stride
+            x, self.gate.factor, self.point.dim, self.point.per_unit, self.point.offsets, self.point.positions
         )
         if self.point.side == "input" or isinstance(output, tuple):
             return (x, *rest)
@@ -55,7 +55,7 @@ class NormHook(ModelHook):
         x = args[0].float().transpose(norm.dim, -1)  # (..., elements of the axis)
         gate = x.new_ones(x.shape[-1])
         for own, at in self.gates:
-            gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets, at.stride)
+            gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets, at.positions)
         if not norm.multiplied:
             x = x * gate
         if norm.kind == "group":
@@ -104,7 +104,7 @@ class WeightGates:
             for gate, cut in self.gates:
                 tensor = products.get(cut.tensor, self.model.get_parameter(cut.tensor))
                 products[cut.tensor] = multiply_along(
-                    tensor, gate.factor, cut.dim, cut.per_unit, cut.offsets, cut.stride
+                    tensor, gate.factor, cut.dim, cut.per_unit, cut.offsets, cut.positions
                 )
             owners = {id(self.model.get_parameter(name)): product for name, product in products.items()}
             for module in self.model.modules():

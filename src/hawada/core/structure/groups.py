@@ -25,7 +25,7 @@ class GatePoint:
         dim: the activation's axis that holds the units; ignored when the group has one unit.
         per_unit: consecutive elements along `dim` that belong to one unit (a head's head_dim).
         offsets: where unit 0 begins, once for each run of elements, as in `Cut`; None where one run fills the axis.
-        stride: elements from one unit to the next, as in `Cut`; None: `per_unit`.
+        positions: where the units lie in no such order, as in `Cut`.
     """
 
     module: str
@@ -33,15 +33,15 @@ class GatePoint:
     dim: int = 1
     per_unit: int = 1
     offsets: tuple[int, ...] | None = None
-    stride: int | None = None
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cut:
     """One axis of one parameter or buffer that shrinks with the group.
 
-    Unit `u` owns the elements `offset + u * stride + [0, per_unit)` for each of `offsets` (a fused q/k/v projection has
-    three). Elements that no unit owns always stay.
+    Unit `u` owns the elements `offset + u * per_unit + [0, per_unit)` for each of `offsets` (a fused q/k/v projection
+    has three). Elements that no unit owns always stay.
 
     Attributes:
         tensor: qualified name of the parameter or buffer, e.g. `layer1.0.conv1.weight`.
@@ -51,7 +51,8 @@ class Cut:
         follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
         times: the attribute is this many times the size (`in_channels` of a convolution with groups).
         divided_by: and divided by this (`in_channels` of a convolution that has several filters for each channel).
-        stride: elements from one unit to the next (two where channels were shuffled in pairs); None: `per_unit`.
+        positions: of all elements, unit by unit, `per_unit` of each, where they lie in no such order (channels that were
+            shuffled); `offsets` mean nothing then.
     """
 
     tensor: str
@@ -61,7 +62,7 @@ class Cut:
     follows: str | None = None
     times: int = 1
     divided_by: int = 1
-    stride: int | None = None
+    positions: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:
@@ -70,8 +71,11 @@ class Cut:
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
-        starts = torch.as_tensor(sorted(units), dtype=torch.long) * (self.stride or self.per_unit)
-        runs = [offset + starts[:, None] + torch.arange(self.per_unit) for offset in self.offsets]  # each (units, k)
+        if self.positions:
+            table = torch.tensor(self.positions, device="cpu").reshape(-1, self.per_unit)
+            return table[sorted(units)].reshape(-1).sort().values
+        starts = torch.tensor(sorted(units), dtype=torch.long, device="cpu") * self.per_unit
+        runs = [offset + starts[:, None] + torch.arange(self.per_unit, device="cpu") for offset in self.offsets]  # each (units, k)
         return torch.cat([run.reshape(-1) for run in runs]).sort().values
 
 
@@ -114,7 +118,7 @@ class Norm:
         parts: into how many equal parts the axis is divided, each with statistics of its own.
         per_unit: consecutive elements of the axis that belong to one unit.
         offsets: where unit 0 begins, once for each run of elements, as in `GatePoint`.
-        stride: elements from one unit to the next, as in `GatePoint`.
+        positions: where the units lie in no such order, as in `Cut`.
         multiplied: whether its input is multiplied by the gate already; otherwise the norm does that too.
     """
 
@@ -125,7 +129,7 @@ class Norm:
     parts: int = 1
     per_unit: int = 1
     offsets: tuple[int, ...] | None = None
-    stride: int | None = None
+    positions: tuple[int, ...] = ()
     multiplied: bool = True
 
 
