@@ -3,7 +3,9 @@
 Without that, commands that pin themselves to as many CPUs as they have threads would all choose the same one.
 """
 
+import functools
 import os
+import pickle
 from unittest import mock
 
 import pytest
@@ -17,6 +19,48 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import torch  # only now: it reads the environment
 
 torch.set_warn_always(True)  # it warns once a process, so that the order of tests would decide which of them fails
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configuration_files_are_parsed_once():
+    """Composing reads the same files every time, and PyYAML is slow; a file that was changed is read again."""
+    from hydra._internal.sources_registry import SourcesRegistry
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # registers the sources
+    sources = SourcesRegistry.instance().types
+
+    def remember(source, state):
+        original, parsed = source.load_config, {}
+
+        def load_config(self, config_path):
+            key = (self.provider, self.path, config_path, state(self, config_path))
+            if key not in parsed:
+                parsed[key] = pickle.dumps(original(self, config_path))
+            return pickle.loads(parsed[key])  # a copy, as callers write into it
+
+        return mock.patch.object(source, "load_config", load_config)
+
+    def state_of_file(self, config_path):
+        path = os.path.join(self.path, self._normalize_file_name(config_path))
+        found = os.stat(path) if os.path.exists(path) else None
+        return found and (os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns)
+
+    with (
+        remember(sources["file"], state_of_file),
+        remember(sources["pkg"], lambda *_: None),  # Hydra's own, which nobody changes
+    ):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpolations_are_parsed_once():
+    """OmegaConf parses `${...}` anew each time that a value is read; nothing changes the trees that it gets."""
+    from omegaconf import base, grammar_parser
+
+    parse = functools.cache(grammar_parser.parse)
+    with mock.patch.object(grammar_parser, "parse", parse), mock.patch.object(base, "parse", parse):
+        yield
 
 
 @pytest.fixture
