@@ -6,6 +6,8 @@ Without that, commands that pin themselves to as many CPUs as they have threads 
 import functools
 import os
 import pickle
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -70,4 +72,21 @@ def no_reload():
 
     proof = Reload(max_abs_diff=0.0, max_abs_logit=1.0, stock=False)
     with mock.patch("hawada.stages.evaluate.prove_reload", lambda *_: proof):
+        yield
+
+
+@pytest.fixture
+def reload_here():
+    """Reloads a model in this process by the program of the fresh one, whose imports take seconds."""
+    from hawada.stages.evaluate import RELOAD
+
+    def run(command, **_):
+        assert command[1:3] == ["-c", RELOAD]
+        threads = torch.get_num_threads()
+        with mock.patch.object(sys, "argv", command[1:2] + command[3:]):
+            exec(RELOAD, {})
+        torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with mock.patch("hawada.stages.evaluate.subprocess.run", run):
         yield
