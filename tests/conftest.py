@@ -4,6 +4,7 @@ Without that, commands that pin themselves to as many CPUs as they have threads 
 """
 
 import functools
+import gc
 import os
 import pickle
 import subprocess
@@ -21,6 +22,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 import torch  # only now: it reads the environment
 
 torch.set_warn_always(True)  # it warns once a process, so that the order of tests would decide which of them fails
+
+
+def pytest_collection_finish():
+    """What was imported stays; the garbage collector need not look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
