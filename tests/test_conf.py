@@ -51,7 +51,7 @@ def composed(*overrides: str) -> DictConfig:
 
 def give_data_root(cfg: DictConfig, folder: Path) -> DictConfig:
     """Stands in for the one thing that a user must say: where the data lies."""
-    if "data.root" in OmegaConf.missing_keys(cfg):
+    if OmegaConf.is_missing(cfg.data, "root"):
         cfg.data.root = str(folder)
     return cfg
 

@@ -30,18 +30,25 @@ def doctor(folder: Path, *arguments: str) -> tuple[Outcome, dict[str, Any]]:
     return outcome, json.loads((folder / "run" / "doctor" / "result.json").read_text())
 
 
-def test_a_resnet_is_diagnosed_without_data_or_weights(tmp_path: Path) -> None:
-    outcome, result = doctor(tmp_path, *RESNET, SIMULATED)
+@pytest.fixture(scope="module")
+def diagnosed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, dict[str, Any]]:
+    """A folder with the diagnosis of a ResNet, what was shown of it, and its result."""
+    folder = tmp_path_factory.mktemp("diagnosed")
+    return (folder, *doctor(folder, *RESNET, SIMULATED))
+
+
+def test_a_resnet_is_diagnosed_without_data_or_weights(diagnosed: tuple[Path, Outcome, dict[str, Any]]) -> None:
+    folder, outcome, result = diagnosed
     assert result["simulated"] and result["words"][0] == "This device is simulated; nothing was measured."
     assert all(sentence in outcome.out for sentence in result["words"])
     ratios = {name: found["ratio"]["median"] for name, found in result["slices"].items()}
     assert set(ratios) == {"half", "width", "depth", "both"}
     assert ratios["both"] <= min(ratios["width"], ratios["depth"]) and ratios["width"] <= ratios["half"] < 1
     assert [stair["kind"] for stair in result["stairs"]] == ["layer1", "layer2", "layer3", "layer4"]
-    assert (tmp_path / "run" / "doctor" / "staircase.png").stat().st_size > 1000
-    manifest = json.loads((tmp_path / "run" / "doctor" / "manifest.json").read_text())
+    assert (folder / "run" / "doctor" / "staircase.png").stat().st_size > 1000
+    manifest = json.loads((folder / "run" / "doctor" / "manifest.json").read_text())
     assert {"result.json", "staircase.png", "config.yaml", "environment.json"} == set(manifest["files"])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["doctor"]
+    assert sorted(path.name for path in (folder / "run").iterdir() if path.is_dir()) == ["doctor"]
 
 
 @pytest.mark.parametrize("phase", ["prefill", "generate"])
@@ -76,12 +83,14 @@ def test_constructed_devices_are_recognised(device: tuple[str, ...], kind: str, 
     assert f"removing half of the channels buys {bought}" in " ".join(result["words"])
 
 
-def test_what_was_found_is_shown_again_and_not_measured_again(tmp_path: Path) -> None:
-    _, result = doctor(tmp_path, *RESNET, SIMULATED)
+def test_what_was_found_is_shown_again_and_not_measured_again(
+    diagnosed: tuple[Path, Outcome, dict[str, Any]],
+) -> None:
+    folder, _, result = diagnosed
     with mock.patch.object(SimulatedClock, "prepare", side_effect=AssertionError):
-        second, _ = doctor(tmp_path, *RESNET, SIMULATED)
+        second, _ = doctor(folder, *RESNET, SIMULATED)
     assert "already done" in second.out and all(sentence in second.out for sentence in result["words"])
-    refused = hawada(*QUICK, f"output_dir={tmp_path}", *RESNET[:-1], "budget.batch=8", SIMULATED)
+    refused = hawada(*QUICK, f"output_dir={folder}", *RESNET[:-1], "budget.batch=8", SIMULATED)
     assert refused.code == 2 and "budget.batch=16" in refused.err
 
 

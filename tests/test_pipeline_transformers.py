@@ -38,7 +38,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "distill.hidden_weight=0.1",
         "groups.kind=[kv_head,query_head,ffn]",
     )
-    options += ("data.limit_bytes=150000",)
+    options += (
+        "data.limit_bytes=80000",
+        "model.adapter.config.num_hidden_layers=2",
+        "calibration.samples=16",
+    )
     done = hawada("model=tiny_llama", f"output_dir={root}", "name=run", *QUICK, *TEXT, *options)
     assert done.code == 0, done.err
     return root / "run"
@@ -90,9 +94,9 @@ def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -
         "export.formats=[hf,pt2]",
         "budget.batch=8",
         "model.adapter.config.num_hidden_layers=2",
-        "data.samples=384",
+        "data.samples=128",
         "data.test_samples=100",
-        "calibration.samples=64",
+        "calibration.samples=32",
     )
     done = hawada("model=tiny_vit", f"output_dir={tmp_path}", "name=run", *QUICK, *options)
     assert done.code == 0, done.err

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import hawada
@@ -32,10 +34,18 @@ PUBLIC_NAMES = {
     "hawada.interlingua": "InterlinguaEncoder Adapter LMWrapper ByteTokenizer k_token_ce_from_prefix "
     "kd_first_k_prefix_vs_text kd_hidden_states_first_k",
 }
-IMPORT_NAMES = """
+IMPORT = """
 import importlib, json, sys
+rooms, public_names = json.loads(sys.argv[1])
+early = []
+for room in rooms:
+    importlib.import_module(room)
+    if "torch" in sys.modules:
+        early.append(room)
+importlib.import_module("hawada.core.structure").Group
+late = "torch" in sys.modules
 broken = []
-for room, names in json.loads(sys.argv[1]).items():
+for room, names in public_names.items():
     for name in names.split():
         try:
             found = getattr(importlib.import_module(room), name)
@@ -44,36 +54,32 @@ for room, names in json.loads(sys.argv[1]).items():
         else:
             if getattr(found, "__name__", None) != name:
                 broken.append(f"{room}.{name} is {found!r}")
-print(json.dumps(broken))
-"""
-IMPORT_ROOMS = """
-import importlib, json, sys
-for room in json.loads(sys.argv[1]):
-    importlib.import_module(room)
-    if "torch" in sys.modules:
-        sys.exit(f"importing {room} loads torch")
-importlib.import_module("hawada.core.structure").Group
-print(json.dumps("torch" in sys.modules))
+print(json.dumps({"early": early, "late": late, "broken": broken}))
 """
 
 
-def run_fresh(program: str, argument: object) -> object:
-    """Run a program in a fresh interpreter, and return the JSON that it prints."""
-    command = [sys.executable, "-c", program, json.dumps(argument)]
+@pytest.fixture(scope="module")
+def rooms() -> list[str]:
+    folders = sorted(path.parent.relative_to(SRC.parent) for path in SRC.rglob("__init__.pyi"))
+    return [".".join(folder.parts) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def imported(rooms: list[str]) -> dict[str, Any]:
+    """What a fresh interpreter finds that imports the rooms, and then every name."""
+    command = [sys.executable, "-c", IMPORT, json.dumps([["hawada", *rooms], PUBLIC_NAMES])]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-def test_every_public_name_is_importable_from_its_room() -> None:
-    assert run_fresh(IMPORT_NAMES, PUBLIC_NAMES) == []
+def test_every_public_name_is_importable_from_its_room(imported: dict[str, Any]) -> None:
+    assert imported["broken"] == []
 
 
-def test_a_room_loads_torch_only_when_a_name_of_it_is_used() -> None:
-    folders = sorted(path.parent.relative_to(SRC.parent) for path in SRC.rglob("__init__.pyi"))
-    rooms = [".".join(folder.parts) for folder in folders]
+def test_a_room_loads_torch_only_when_a_name_of_it_is_used(rooms: list[str], imported: dict[str, Any]) -> None:
     assert {room for room in PUBLIC_NAMES if room.rpartition(".")[2] not in ("hawada", "train", "evaluate")} <= {*rooms}
-    assert run_fresh(IMPORT_ROOMS, ["hawada", *rooms]) is True
+    assert imported["early"] == [] and imported["late"]
 
 
 def test_the_graph_adapter_declares_a_network_of_the_users_own() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,14 @@ def hydra_is_fresh() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
+@cache
 def config(*overrides: str) -> DictConfig:
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         return compose("config", overrides=["gpu.timing=simulated", *overrides])
 
 
 def make_run(root: Path, *overrides: str, **options: Any) -> Run:
-    return Run(root, config(*overrides), **options)
+    return Run(root, copy.deepcopy(config(*overrides)), **options)
 
 
 def finish(run: Run, *stages: str, note: str = "") -> None:

@@ -24,7 +24,7 @@ def test_hard_gated_equals_sliced(build_network, random_units, name, stream):
     groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     student = Student(model, groups)
     removed = set()
-    for seed in range(20):
+    for seed in range(10):
         keep = random_units(groups, seed)
         removed |= {group.name for group in groups if group.removes and not keep[group.name]}
         slim = materialize(student.model, groups, keep)
