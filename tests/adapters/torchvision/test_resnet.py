@@ -12,7 +12,7 @@ from hawada.adapters.torchvision import ResNetAdapter
 from hawada.core.evaluate import compare_outputs
 from hawada.core.gates import Student
 from hawada.core.latency import Rounds, SimulatedClock, build_table
-from hawada.core.structure import ExportPolicy, GatePoint, check_groups, keep_all, keep_first, materialize, widths_of
+from hawada.core.structure import ExportPolicy, check_groups, keep_all, keep_first, materialize, widths_of
 
 ONCE = Rounds(min_rounds=1, max_rounds=1)
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hawada.core.structure import Inputs, all_tensors
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor that flows through the forward pass.
 
@@ -34,7 +34,7 @@ class Value:
     users: list[Op] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Op:
     """One operator that the forward pass runs.
 
@@ -77,7 +77,7 @@ class Op:
         return f"{path or 'the model'} ({self.name})"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a module.
 

@@ -51,8 +51,8 @@ class Cut:
         follows: attribute of the module that owns the tensor and must equal the new size (`out_channels`), or None.
         times: the attribute is this many times the size (`in_channels` of a convolution with groups).
         divided_by: and divided by this (`in_channels` of a convolution that has several filters for each channel).
-        positions: of all elements, unit by unit, `per_unit` of each, where they lie in no such order (channels that were
-            shuffled); `offsets` mean nothing then.
+        positions: of all elements, unit by unit, `per_unit` of each, where they lie in no such order (shuffled ones);
+            `offsets` mean nothing then.
     """
 
     tensor: str
@@ -75,7 +75,9 @@ class Cut:
             table = torch.tensor(self.positions, device="cpu").reshape(-1, self.per_unit)
             return table[sorted(units)].reshape(-1).sort().values
         starts = torch.tensor(sorted(units), dtype=torch.long, device="cpu") * self.per_unit
-        runs = [offset + starts[:, None] + torch.arange(self.per_unit, device="cpu") for offset in self.offsets]  # each (units, k)
+        runs = [
+            offset + starts[:, None] + torch.arange(self.per_unit, device="cpu") for offset in self.offsets
+        ]  # each (units, k)
         return torch.cat([run.reshape(-1) for run in runs]).sort().values
 
 

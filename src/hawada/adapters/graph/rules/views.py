@@ -79,6 +79,10 @@ def sliced(op: Op, walk: Walk) -> list[Fields]:
     found = []
     for field in walk.fields(given):
         if field.shape[axis] > 1 and not whole:
+            if op.name == "select" or op.argument(4, "step", 1) != 1:
+                field = walk.collapse(op, field, [axis], "picks channels by their numbers")
+                found.append(field if op.name != "select" else field.squeeze(axis))
+                continue
             walk.fixed(op, field, axis)
             found.append(_run(op, expanded_on(field, axis, given)))
         else:
@@ -110,24 +114,57 @@ def divided(op: Op, walk: Walk) -> list[Fields]:
     return [compress(piece) for piece in pieces]
 
 
-@VIEWS.rule("flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "repeat",
-            "index_select", "unfold", "diagonal")  # fmt: skip
+@VIEWS.rule("flip", "repeat")
 def moved(op: Op, walk: Walk) -> list[Fields]:
-    """The operator itself moves the labels."""
+    """The operator itself moves the labels; what is left of an axis is moved in the same way."""
     given = _given(op)
-    if any(value is not given and walk.fields(value) for value in op.inputs):
-        return walk.stop(op)
-    if op.name == "index_select":
-        axis = op.argument(1, "dim") % len(given.shape)
-        return [compress(_only_elsewhere(op, walk, field, axis) for field in walk.fields(given))]
     return [compress(_run(op, expanded(field, given.shape)) for field in walk.fields(given))]
 
 
-def _only_elsewhere(op: Op, walk: Walk, field: Field, axis: int) -> Field | None:
-    if field.shape[axis] == 1:
-        return field
-    walk.keep_field(op, field, "picks channels by their numbers")
-    return None
+@VIEWS.rule("roll", "index_select", "unfold", "diagonal")
+def moved_elsewhere(op: Op, walk: Walk) -> list[Fields]:
+    """Elements of some axes are taken by their numbers, which mean others when channels are gone."""
+    given = _given(op)
+    rank = len(given.shape)
+    dims = op.argument(2, "dims", range(rank)) if op.name == "roll" else [op.argument(1, "dim", 0)]
+    dims = [0, 1] if op.name == "diagonal" else dims
+    if any(walk.fields(value) for value in op.inputs[1:]):
+        return walk.stop(op)
+    found = [
+        walk.collapse(op, field, [int(dim) % rank for dim in dims], "picks channels by their numbers")
+        for field in walk.fields(given)
+    ]
+    if op.name == "unfold":
+        return [compress(field[..., None] for field in found)]
+    return [compress(found) if op.name != "diagonal" else ()]
+
+
+@VIEWS.rule("channel_shuffle", "native_channel_shuffle")
+def shuffled(op: Op, walk: Walk) -> list[Fields]:
+    """Every group of channels keeps the same ones, so that fewer are shuffled alike."""
+    given, groups = _given(op), int(op.args[1])
+    for field in walk.fields(given):
+        if field.shape[1] > 1:
+            table = field.reshape(groups, -1)
+            walk.labels.couple(table, table[:1])
+    return [compress(_run(op, expanded_on(field, 1, given)) for field in walk.fields(given))]
+
+
+@VIEWS.rule("pixel_shuffle", "pixel_unshuffle")
+def pixels_moved(op: Op, walk: Walk) -> list[Fields]:
+    """The channels that make up the pixels of one channel go together."""
+    factor = int(op.args[1]) ** 2
+    found: list[Field] = []
+    for field in walk.fields(_given(op)):
+        if [axis - field.ndim for axis in axes_of(field)] != [-3]:
+            walk.keep_field(op, field, "makes pixels of what are no channels")
+        elif op.name == "pixel_unshuffle":
+            found.append(np.repeat(field, factor, axis=-3))
+        else:
+            table = field.reshape(-1, factor)
+            walk.labels.couple(table, table[:, :1])
+            found.append(along(table[:, 0], field.ndim - 3, field.ndim))
+    return [compress(found)]
 
 
 @VIEWS.rule("index", "gather", "take_along_dim", "embedding", "index_put", "scatter", "masked_fill_", "grid_sampler_2d",
