@@ -260,7 +260,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole block would hide its parts
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), torch.device("meta"), recorder:  # what the pass makes has no values either
             result = model(*given)
     except Exception as raised:  # a forward pass may raise anything
         error = raised
