@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.structure import Edits, Group, Inputs, Keep, Site, fill, materialize, set_structure
+from hawada.core.structure import Edits, Group, Inputs, Keep, Site, all_tensors, fill, materialize, set_structure
 
 WEIGHTS = "model.safetensors"
 
@@ -224,7 +224,12 @@ class Adapter(ABC):
         Returns:
             What the manifest must hold for `read` to rebuild the shape.
         """
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        first = _first_names(model)
+        state = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in model.state_dict().items()
+            if first.get(name, name) == name  # safetensors holds a tensor that has several names once
+        }
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         replaced = {name: list(keeps) for name, keeps in edits.replaced.items()}
         return {"attributes": edits.attributes, "replaced": replaced}
@@ -248,8 +253,15 @@ class Adapter(ABC):
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Give every tensor of a meta model its saved value, whatever its shape; the names must agree exactly."""
-    expected = set(model.state_dict())
+    first = _first_names(model)
+    expected = {first.get(name, name) for name in model.state_dict()}
     if expected != set(state):
         odd = sorted(expected ^ set(state))[0]
         raise ValueError(f"{path / WEIGHTS} does not fit its manifest: {odd} is on one side only; export it again")
-    fill(model, state)
+    fill(model, {name: state[first.get(name, name)] for name in model.state_dict()})
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For every parameter and buffer the first of its names."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in all_tensors(model).items()}

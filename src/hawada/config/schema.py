@@ -102,7 +102,11 @@ _ADAPTER = {
     "factory": Key("The import path of a function or class that returns the model", TARGET, null="`arch` is used"),
     "arguments": Key("The arguments of the factory, or of torchvision's builder", MappingOf(), null="there are none"),
     "num_classes": Key("The number of classes", COUNT, null="the network has a number of its own"),
-    "image_size": Key("The side of the square images that latency is optimised for", PIXELS, "pixels"),
+    "image_size": Key(
+        "The side of the square images that latency is optimised for, or the size along each axis behind the channels",
+        ListOf(Number(1, 8192, whole=True), or_one=True),
+        "pixels",
+    ),
     "weights": Key("The name of torchvision's weights", TEXT, null="`path` is used"),
     "path": Key(
         "A repository on the Hub, a folder with config.json and safetensors or one that a run saved, or a .safetensors "

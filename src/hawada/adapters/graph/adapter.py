@@ -16,8 +16,12 @@ from hawada.adapters.graph.declaration import Declaration
 from hawada.adapters.graph.sites import find_sites
 from hawada.adapters.graph.trace import Trace, trace
 from hawada.adapters.graph.trial import declare
+from hawada.adapters.graph.unwrap import plain_model
 from hawada.adapters.weights import WeightsSource
-from hawada.core.structure import Group, Site
+from hawada.core.structure import Group, Site, all_tensors
+
+MAX_DECLARED = 4  # declarations that are remembered: a stage asks for that of its teacher and of slim models
+_DECLARED: dict[object, tuple[Trace, Declaration]] = {}
 
 ARCHS_WITH_AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # only training runs these classifiers
 
@@ -35,8 +39,9 @@ class GraphAdapter(BlockStates):
         arguments: Plain keyword arguments of the factory or of torchvision's builder. GoogLeNet and Inception are built
             without their auxiliary classifiers unless these arguments ask for them.
         num_classes: The number of classes, which the builder gets under this name; None leaves it to the builder.
-        image_size: The side of the square input whose latency is optimised, in pixels.
-        channels: The number of channels that the input image has.
+        image_size: The side of the square image whose latency is optimised, in pixels; of other inputs the size along
+            each axis behind the channels: `[height, width]`, `[length]` of a sequence, `[frames, height, width]`.
+        channels: The number of channels that the input has.
         weights: The name of torchvision weights (`IMAGENET1K_V1`), or None; they go with `arch` only.
         path: Local weights to use instead, a `.safetensors` state dict or a folder that this program saved.
         stream: Whether the channels that residual blocks add into may become fewer too.
@@ -54,7 +59,7 @@ class GraphAdapter(BlockStates):
         factory: str | None = None,
         arguments: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
-        image_size: int = 224,
+        image_size: int | Sequence[int] = 224,
         channels: int = 3,
         weights: str | None = None,
         path: str | None = None,
@@ -72,18 +77,19 @@ class GraphAdapter(BlockStates):
         if "weights" in (arguments or {}):
             raise ValueError("model.adapter.arguments.weights: a skeleton has none; set model.adapter.weights instead")
         self.arch, self.factory, self.arguments = arch, factory, dict(arguments or {})
-        self.num_classes, self.image_size, self.channels = num_classes, image_size, channels
+        self.image_size = image_size if isinstance(image_size, int) else list(image_size)
+        self.num_classes, self.channels = num_classes, channels
         self.weights, self.path, self.with_stream = weights, path, stream
 
     def skeleton(self) -> nn.Module:
         device = torch.get_default_device()
         try:
-            return self._build_model().eval()
+            return plain_model(self._build_model()).eval()
         except (NotImplementedError, RuntimeError):
             if device.type != "meta":
                 raise
         with torch.device("cpu"):  # some builders compute with the values of tensors
-            model = self._build_model()
+            model = plain_model(self._build_model())
         return model.to(device).eval()
 
     def check_teacher(self) -> None:
@@ -106,8 +112,9 @@ class GraphAdapter(BlockStates):
 
     def example_inputs(self, shape: Shape) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
-        size = (shape.batch, self.channels, self.image_size, self.image_size)
-        return (torch.randn(size, generator=generator, device="cpu"),)
+        size = self.image_size
+        inner = (size, size) if isinstance(size, int) else tuple(size)
+        return (torch.randn((shape.batch, self.channels, *inner), generator=generator, device="cpu"),)
 
     def normalisation(self) -> tuple[Sequence[float], Sequence[float]] | None:
         if self.arch is None or self.weights is None or self.path is not None:
@@ -116,10 +123,18 @@ class GraphAdapter(BlockStates):
         return transforms.mean, transforms.std
 
     def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
-        """Follow the forward pass of a model and declare its groups."""
+        """Follow the forward pass of a model and declare its groups, which models of the same structure share."""
         with torch.device("cpu"):  # labels are computed with, whatever device the model is made on
-            found = trace(model, self.example_inputs(Shape(2)))
-            return found, declare(found, stream=self.with_stream)
+            inputs = self.example_inputs(Shape(2))
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in all_tensors(model).items())
+            key = (type(model), repr(model), shapes, tuple(tuple(x.shape) for x in inputs), self.with_stream)
+            if key not in _DECLARED:
+                found = trace(model, inputs)
+                declared = declare(found, stream=self.with_stream)
+                while len(_DECLARED) >= MAX_DECLARED:
+                    del _DECLARED[next(iter(_DECLARED))]
+                _DECLARED[key] = found, declared
+            return _DECLARED[key]
 
     def _weights_source(self) -> WeightsSource:
         return WeightsSource(self.arch or str(self.factory), self.weights, self.path, named=self.arch is not None)

@@ -102,7 +102,7 @@ class Declaration:
         stream: bool,
         remedies: Remedies = Remedies(),
     ) -> None:
-        self.trace, self.remedies = trace, remedies
+        self.trace, self.stream, self.remedies = trace, stream, remedies
         self.walk = Walk(trace, RULES, find_norms(trace))
         for op, labels, reason in remedies.kept:
             self.walk.keep_field(op, labels, reason)
@@ -127,11 +127,11 @@ class Declaration:
     def check(self) -> None:
         """Refuse a model of which nothing can be removed."""
         if not self.groups:
-            reason = self._first_obstacle() or "it has no hidden channels"
-            raise ValueError(
-                f"{type(self.trace.model).__name__}: nothing can be pruned: {reason}; "
-                "declare its groups with an adapter of your own"
-            )
+            name, remedy = type(self.trace.model).__name__, "declare its groups with an adapter of your own"
+            if not self.stream and self._bundles(stream=True):
+                remedy = "set model.adapter.stream=true"
+            reason = self._first_obstacle() or "all channels that it has are those of its inputs, outputs and streams"
+            raise ValueError(f"{name}: nothing can be pruned: {reason}; {remedy}")
 
     def groups_on(self, field: Field) -> dict[str, int]:
         """Return the groups that have channels on a field, each with the number of elements that a unit has there."""

@@ -230,9 +230,11 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
                 f"{name}: {place} depends on the values of tensors ({reason}); write forward without branches or loops "
                 "that do"
             ) from found.error
+        remedy = "set model.adapter.image_size and model.adapter.channels to what the model takes"
+        if isinstance(found.error, TypeError | IndexError | KeyError):  # it wants something else than one tensor
+            remedy += ", or wrap it in a module whose forward takes one tensor"
         raise ValueError(
-            f"{name}: the forward pass fails on an input of shape {shapes} at {place} ({reason}); set "
-            "model.adapter.image_size and model.adapter.channels to what the model takes"
+            f"{name}: the forward pass fails on an input of shape {shapes} at {place} ({reason}); {remedy}"
         ) from found.error
     if not isinstance(found.result, Tensor):
         raise ValueError(

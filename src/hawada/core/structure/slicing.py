@@ -25,6 +25,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module: changed in place.
         tensors: by name in `module`; they are not copied.
     """
+    made: dict[int, nn.Parameter] = {}  # a tensor that is given under several names stays one
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -32,7 +33,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if parameter is None:
             owner._buffers[attribute] = tensor
         else:
-            owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+            owner._parameters[attribute] = made[id(tensor)]
 
 
 def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
