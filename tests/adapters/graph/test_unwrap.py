@@ -1,4 +1,4 @@
-"""Models as people have them: wrapped, compiled, scripted, quantised, with tied tensors and other inputs than images."""
+"""Models as people have them: wrapped, scripted, with tied tensors, or for other inputs than square images."""
 
 from __future__ import annotations
 

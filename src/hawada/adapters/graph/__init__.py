@@ -1,4 +1,4 @@
-"""Any network whose forward pass torch.fx can follow: the groups are read from the graph of that pass."""
+"""Any network of one tensor in and one out: the groups are read from the operators that its forward pass runs."""
 
 import lazy_loader
 

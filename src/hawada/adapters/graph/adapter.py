@@ -29,8 +29,9 @@ ARCHS_WITH_AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # only trainin
 class GraphAdapter(BlockStates):
     """Convolutional networks from torchvision or from the user's own code.
 
-    The groups are read from the graph that torch.fx makes of the forward pass, never from names. Channels that meet an
-    operator which is not understood, or a number of channels that is written into code, all stay.
+    The groups are read from the operators that the forward pass runs, never from names or classes. Channels that meet
+    an operator which is not understood stay. A number of channels that is written into code follows them where it is an
+    attribute of a module, or is that of the module's input; otherwise they stay too.
 
     Args:
         arch: The name of a torchvision model (`mobilenet_v2`), or None with `factory`.
