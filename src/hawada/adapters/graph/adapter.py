@@ -128,7 +128,13 @@ class GraphAdapter(BlockStates):
         with torch.device("cpu"):  # labels are computed with, whatever device the model is made on
             inputs = self.example_inputs(Shape(2))
             shapes = tuple((name, tuple(tensor.shape)) for name, tensor in all_tensors(model).items())
-            key = (type(model), repr(model), shapes, tuple(tuple(x.shape) for x in inputs), self.with_stream)
+            numbers = tuple(
+                (path, name, repr(value))
+                for path, module in model.named_modules()
+                for name, value in sorted(vars(module).items())
+                if isinstance(value, int | float | str | list | tuple)
+            )
+            key = (type(model), repr(model), numbers, shapes, tuple(tuple(x.shape) for x in inputs), self.with_stream)
             if key not in _DECLARED:
                 found = trace(model, inputs)
                 declared = declare(found, stream=self.with_stream)

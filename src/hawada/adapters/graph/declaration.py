@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from os.path import commonpath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from hawada.adapters.graph.labels import STAYS, Field, axes_of
 from hawada.adapters.graph.norms import find_norms
 from hawada.adapters.graph.residual import Residual, find_residuals
 from hawada.adapters.graph.rules import RULES
-from hawada.adapters.graph.trace import Op, Trace
-from hawada.adapters.graph.walk import Place, Walk
+from hawada.adapters.graph.rules.views import VIEWS
+from hawada.adapters.graph.trace import Call, Op, Trace, Value
+from hawada.adapters.graph.walk import NormFound, Place, Walk
 from hawada.core.structure import Cut, GatePoint, Group, Norm, Removal, Size
 
 MAX_GROUPS_PER_SITE = 4  # the latency table of a site has one axis for each group that touches it
@@ -90,6 +90,7 @@ class Declaration:
         trace: The forward pass.
         stream: Whether residual streams may become narrower.
         remedies: What a trial found to be necessary.
+        norms: The norms over channels, as `find_norms` returns them; None finds them.
 
     Raises:
         ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
@@ -101,9 +102,11 @@ class Declaration:
         *,
         stream: bool,
         remedies: Remedies = Remedies(),
+        norms: Mapping[Call, NormFound] | None = None,
     ) -> None:
         self.trace, self.stream, self.remedies = trace, stream, remedies
-        self.walk = Walk(trace, RULES, find_norms(trace))
+        self._parameters = {name for name, _ in trace.model.named_parameters()}
+        self.walk = Walk(trace, RULES, find_norms(trace) if norms is None else norms)
         for op, labels, reason in remedies.kept:
             self.walk.keep_field(op, labels, reason)
         for labels, others in remedies.tied:
@@ -142,7 +145,7 @@ class Declaration:
 
     def _first_obstacle(self) -> str:
         for op, labels, reason in self.walk.obstacles:
-            if any(dim == 0 for _, dim in self.walk.tensor_of(labels)):
+            if any(place.role == "produces" and np.isin(place.labels, labels).any() for place in self.walk.places):
                 return f"{op.place} {reason}"
         return ""
 
@@ -199,7 +202,7 @@ class Declaration:
             for channel in np.unique(self.channels[place.labels]):
                 holders.setdefault(int(channel), {})[number] = None
                 if place.role == "produces":
-                    producers.setdefault(int(channel), {})[place.tensor.rpartition(".")[0]] = None
+                    producers.setdefault(int(channel), {})[place.tensor.rpartition(".")[0] or place.tensor] = None
         producers.pop(STAYS, None)
         families: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
         for channel in sorted(producers):
@@ -269,11 +272,10 @@ class Declaration:
                 return None
             where = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, positions=layout.positions)
             cuts |= dict.fromkeys(replace(where, **follows) for follows in self._following(place))
-        points = self._points(bundle)
-        if not points:
-            return None
-        norms = self._norms(bundle)
-        if norms is None:
+        points, norms = self._points(bundle), self._norms(bundle)
+        if not points or norms is None:
+            reason = "is consumed by no parameter" if not points else "is normalised in an order that has no pattern"
+            self.walk.obstacles.append((bundle.places[0].op, bundle.units, reason))
             return None
         modules = [cut.module for cut in cuts] + [point.module for point in points]
         group = Group(
@@ -326,7 +328,9 @@ class Declaration:
             point: GatePoint | Cut | None = self._at_input(place, bundle)
             if point is None:
                 layout = _layout(self.channels[place.labels], bundle.units)
-                if layout is None:
+                parameter = self.trace.tensors[place.tensor]
+                scaled = any(_leads_to(value, parameter, SCALING) for value in place.op.inputs if value.constant)
+                if layout is None or place.tensor not in self._parameters or not scaled:
                     return None
                 point = Cut(place.tensor, place.dim, layout.per_unit, layout.offsets, positions=layout.positions)
             points[point] = None
@@ -340,7 +344,10 @@ class Declaration:
         if any(np.isin(self.channels[field], bundle.units).any() for field in self.walk.fields(call.output)):
             return None
         own = [op for op in self.trace.ops[call.start : call.end] if op.name in CONSUMING]
-        if own != [place.op]:
+        ranks = {len(other.first.shape) for other in self.trace.calls if other.path == path and other.first is not None}
+        if own != [place.op] or len(ranks) > 1:
+            return None
+        if not any(_leads_to(value, call.first, MOVING) for value in place.op.inputs if not value.constant):
             return None
         for field in self.walk.fields(call.first):
             axes = axes_of(field)
@@ -364,12 +371,20 @@ class Declaration:
             found[Norm(norm.call.path, norm.kind, norm.eps, norm.dim, norm.parts, multiplied=False, **where)] = None
         return tuple(found)
 
-    def submodule(self, path: str) -> nn.Module:
-        """The module at a path of the traced model."""
-        return self.trace.model.get_submodule(path)
 
-
+MOVING = {*VIEWS.table, "clone", "_to_copy", "alias", "detach"} - {"constant_pad_nd", "pad", "copy"}
+SCALING = {*MOVING, "mul", "div"}
 CONSUMING = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
+
+
+def _leads_to(value: Value, target: Value, through: Set[str]) -> bool:
+    """Whether a value is made of another by these operators alone."""
+    if value is target:
+        return True
+    op = value.op
+    if op is None or op.name not in through or (op.name == "div" and op.args[0] is not op.inputs[0]):
+        return False
+    return any(_leads_to(given, target, through) for given in (op.inputs[:1] if op.name == "div" else op.inputs))
 
 
 def _within(layout: Layout, bundle: Bundle, field: Field) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from hawada.adapters.graph.trace import Call, Trace
 from hawada.adapters.graph.walk import NormFound
 from hawada.core.gates import NormHook
-from hawada.core.structure import Norm
+from hawada.core.structure import Norm, set_attribute
 
 MIXING = {"mean", "sum", "var", "var_mean", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm",
           "linalg_vector_norm", "norm", "batch_norm", "native_batch_norm"}  # fmt: skip
+PLAIN = (int, float, str, tuple)
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-4, 1e-3, 0.0)
 SAME_WITHIN = 1e-5
@@ -35,7 +36,8 @@ def find_norms(trace: Trace) -> dict[Call, NormFound]:
         if call.output.shape != shape or len(shape) < 2:
             continue
         module = trace.module(call)
-        key = (type(module), shape, str(module.extra_repr()), [tuple(p.shape) for p in module.parameters()].__repr__())
+        plain = sorted((name, repr(value)) for name, value in vars(module).items() if isinstance(value, PLAIN))
+        key = (type(module), shape, tuple(plain), tuple(tuple(p.shape) for p in module.parameters()))
         if key not in known:
             known[key] = _norm(module, shape)
         if (norm := known[key]) is not None:
@@ -62,7 +64,9 @@ def _norm(module: nn.Module, shape: tuple[int, ...]) -> NormFound | None:
         for kind, parts in candidates:
             for eps in (*own_eps, *USUAL_EPS):
                 hook = NormHook([(_open(shape[axis]), Norm("", kind, eps, axis, parts, multiplied=False))])
-                if all(_same(own, hook, x) for x in probes):
+                if all(_same(own, hook, x) for x in probes) and _same_when_cut(
+                    module, probes, (kind, eps, axis, parts)
+                ):
                     return kind, eps, axis, parts
                 if own_eps:
                     break
@@ -91,6 +95,25 @@ def _probes(shape: tuple[int, ...]) -> list[Tensor]:
 
 def _open(units: int) -> Any:
     return SimpleNamespace(factor=torch.ones(units, device="cpu"))
+
+
+def _same_when_cut(module: nn.Module, probes: list[Tensor], norm: NormFound) -> bool:
+    """Whether half of the channels are normalised likewise: a number of channels may be written into the module."""
+    kind, eps, axis, parts = norm
+    kept = probes[0].shape[axis] // parts // 2 * parts
+    if kept == 0:
+        return False
+    cut = copy.deepcopy(module)
+    for owner in cut.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                shape = [kept if size == probes[0].shape[axis] else size for size in parameter.shape]
+                owner._parameters[name] = nn.Parameter(parameter.new_empty(shape), requires_grad=False)
+        for name in ("normalized_shape", "num_channels"):
+            if hasattr(owner, name):
+                set_attribute(owner, name, kept)
+    hook = NormHook([(_open(kept), Norm("", kind, eps, axis, parts, multiplied=False))])
+    return all(_same(_filled(cut), hook, x.narrow(axis, 0, kept)) for x in probes)
 
 
 @torch.no_grad()

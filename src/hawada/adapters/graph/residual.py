@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from hawada.adapters.graph.rules.views import VIEWS
 from hawada.adapters.graph.trace import Call, Op, Trace, Value
 
-ZERO_KEEPING = {*VIEWS.table, "clone", "mul", "div", "_to_copy", "alias"} - {"cat", "concat", "stack", "embedding"}
+ZERO_KEEPING = {*VIEWS.table, "clone", "mul", "div", "_to_copy", "alias"} - {
+    "cat",
+    "concat",
+    "stack",
+    "embedding",
+    "constant_pad_nd",
+    "pad",
+    "scatter",
+    "index_put",
+    "copy",
+}
 NON_NEGATIVE = {"relu", "sigmoid", "hardsigmoid", "softplus", "exp", "_softmax", "square", "abs"}
 SIGN_KEEPING = {*VIEWS.table, "clone", "add", "mul", "mean", "amax", "max_pool2d_with_indices", "max_pool2d",
                 "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "alias"}  # fmt: skip

@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from hawada.adapters.graph.declaration import Declaration, Following, Remedies
 from hawada.adapters.graph.labels import Field, axes_of
+from hawada.adapters.graph.norms import find_norms
 from hawada.adapters.graph.trace import Op, Trace, Value, record
-from hawada.core.structure import Keep, attribute_of, materialize
+from hawada.core.structure import Group, Keep, attribute_of, materialize
 
 MAX_TRIALS = 80
 ONLY_MEMORY = {"clone", "contiguous", "as_strided", "alias", "detach", "_to_copy"}
+WITH_NUMBERS = {"add", "sub", "rsub", "mul", "div", "pow", "clamp"}
 ALIASES = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view"}
 TRIED_KEEPS = 2  # a number that fits one cut by chance does not fit another
 MAX_CALLS_AROUND = 3  # modules around an operator whose attributes may have a say in it
@@ -47,18 +50,19 @@ def declare(trace: Trace, *, stream: bool) -> Declaration:
     Raises:
         ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
     """
+    norms = find_norms(trace)
     remedies = before = Remedies()
     attempts: Counter[Op] = Counter()  # how many ways were tried at an operator
     pending: Op | None = None  # the operator at which the last attempt should have helped
     for _ in range(MAX_TRIALS):
-        declared = Declaration(trace, stream=stream, remedies=remedies)
+        declared = Declaration(trace, stream=stream, remedies=remedies, norms=norms)
         fault = find_fault(declared) if declared.groups else None
         if fault is None:
             break
         op = fault.op
         if pending is not None and op.index <= pending.index:
             op, remedies = pending, before  # the attempt did not help
-            declared = Declaration(trace, stream=stream, remedies=remedies)
+            declared = Declaration(trace, stream=stream, remedies=remedies, norms=norms)
         before, ways = remedies, _ways(declared, op)
         if attempts[op] < len(ways):
             remedies, pending = _with_way(declared, remedies, op, ways[attempts[op]]), op
@@ -74,8 +78,11 @@ def declare(trace: Trace, *, stream: bool) -> Declaration:
 
 
 def find_fault(declared: Declaration) -> Fault | None:
-    """Cut the model to random widths and run it, twice; return the first operator that does otherwise than expected."""
-    faults = (_fault_of(declared, random_keep(declared, seed)) for seed in range(TRIED_KEEPS))
+    """Cut the model to some widths and run it; return the first operator that does otherwise than expected."""
+    keeps = [random_keep(declared, seed) for seed in range(TRIED_KEEPS)]
+    # Code that divides channels in proportion fits random ones by chance, but not the first or the last.
+    keeps += [{name: _run_of(group, last=last) for name, group in _by_name(declared)} for last in (False, True)]
+    faults = (_fault_of(declared, keep) for keep in keeps)
     return next((fault for fault in faults if fault is not None), None)
 
 
@@ -92,6 +99,8 @@ def _fault_of(declared: Declaration, keep: Keep) -> Fault | None:
             continue
         if ALIASES.get(op.name, op.name) != ALIASES.get(again.name, again.name):
             return Fault(op, f"{again.name} runs in its place")
+        if op.name in WITH_NUMBERS and _numbers(op) != _numbers(again):
+            return Fault(op, "a number depends on how many channels there are")
         for value, cut in zip(op.outputs, again.outputs, strict=False):
             followed = value is op.output or value.users  # statistics that nobody asks for have any shape
             if followed and expected.shape(value) != cut.shape:
@@ -102,9 +111,26 @@ def _fault_of(declared: Declaration, keep: Keep) -> Fault | None:
     return None
 
 
+def _numbers(op: Op) -> list[float]:
+    """The numbers among an operator's arguments."""
+    return [leaf for leaf in pytree.tree_leaves((op.args, op.kwargs)) if type(leaf) in (int, float)]
+
+
 def _computing(ops: list[Op]) -> Iterator[Op]:
     """The operators without those that only depend on how a tensor lies in memory."""
     return (op for op in ops if op.name not in ONLY_MEMORY)
+
+
+def _by_name(declared: Declaration) -> list[tuple[str, Group]]:
+    return [(group.name, group) for group in declared.groups]
+
+
+def _run_of(group: Group, *, last: bool) -> tuple[int, ...]:
+    """The first or the last third of a group's units."""
+    if group.removes:
+        return (0,)
+    count = max(1, group.units // 3)
+    return tuple(range(group.units - count, group.units) if last else range(count))
 
 
 def random_keep(declared: Declaration, seed: int = 0) -> Keep:

@@ -246,6 +246,9 @@ class Walk:
         others = [field for field in self.fields(given) if axes_of(field) != [dim]]
         if not along_axis or any(field.shape[dim] > 1 for field in others) or (kind == "group" and others):
             return False
+        called = sum(other.path == call.path for other in self.trace.calls)
+        if called > 1 and not any(name.startswith(f"{call.path}.") for name in self.trace.tensors):
+            return False  # nothing says which channels of its calls are the same
         labels = along_axis[0].reshape(-1)
         if parts > 1:
             table = labels.reshape(parts, -1)

@@ -97,8 +97,8 @@ class WeightGates:
 
     def __enter__(self) -> None:
         with self._lock:
-            self._passes += 1
-            if self._passes > 1:
+            if self._passes:
+                self._passes += 1
                 return
             products: dict[str, Tensor] = {}
             for gate, cut in self.gates:
@@ -113,6 +113,7 @@ class WeightGates:
                         self._originals[module, name] = parameter
             for (module, name), parameter in self._originals.items():
                 module._parameters[name] = owners[id(parameter)]  # type: ignore[assignment]  # a product is no Parameter
+            self._passes = 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

@@ -114,7 +114,12 @@ class Budget:
         figures = self._figures(comparison)
         both = [self._of_target(known) for known in (comparison, every) if known is not None]
         meets = all(reached.high <= 1 for reached in both)
-        if earlier is not None and meets != (self._of_target(earlier).median <= 1) and (meets or self._misses(both)):
+        if (
+            earlier is not None
+            and earlier.noisy is None
+            and meets != (self._of_target(earlier).median <= 1)
+            and (meets or self._misses(both))
+        ):
             return (
                 Verdict.UNVERIFIED,
                 f"two sessions disagree: {figures}, and {self._figures(earlier, short=True)} before",

@@ -1,4 +1,4 @@
-from .attributes import attribute_of as attribute_of
+from .attributes import attribute_of as attribute_of, set_attribute as set_attribute
 from .checks import check_groups as check_groups
 from .edits import (
     Edits as Edits,

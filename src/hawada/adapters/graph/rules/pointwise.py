@@ -12,15 +12,15 @@ POINTWISE = rules()
 
 
 @POINTWISE.rule(
-    "relu", "relu6", "leaky_relu", "prelu_", "silu", "hardswish", "gelu", "tanh", "elu", "celu", "selu", "mish",
+    "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "tanh", "elu", "celu", "selu", "mish",
     "hardtanh", "hardshrink", "softshrink", "threshold", "sigmoid", "hardsigmoid", "softplus", "log_sigmoid",
     "log_sigmoid_forward", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal",
     "neg", "abs", "sign", "sgn", "square", "pow", "erf", "sin", "cos", "tan", "atan", "floor", "ceil", "round", "trunc",
     "clamp", "clamp_min", "clamp_max", "nan_to_num", "isnan", "isinf", "logical_not", "bitwise_not", "clone", "detach",
     "alias", "lift_fresh", "contiguous", "_to_copy", "to", "native_dropout", "dropout", "view_as", "positive",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill", "zero",
-    "triu", "tril", "_conj", "real", "imag", "view_as_real", "hardsigmoid_backward", "squeeze_", "lift",
-    "_nested_tensor_from_mask", "mul_scalar", "feature_dropout", "logit", "frac", "acos", "asin", "cosh", "sinh",
+    "hardsigmoid_backward", "lift",
+    "feature_dropout", "logit", "frac", "acos", "asin", "cosh", "sinh",
 )  # fmt: skip
 def elementwise(op: Op, walk: Walk) -> list[Fields]:
     """Nothing but the first tensor has channels, and the result has its shape."""
@@ -46,13 +46,21 @@ def combined(op: Op, walk: Walk) -> list[Fields]:
 
 
 @POINTWISE.rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort",
-                "topk", "argsort", "renorm", "logcumsumexp", "logsumexp_")  # fmt: skip
+                "topk", "argsort", "logcumsumexp", )  # fmt: skip
 def within_axis(op: Op, walk: Walk) -> list[Fields]:
     """Elements of one axis are mixed; channels on it stay."""
     given: Value = op.args[0]
     axis = op.argument(2 if op.name == "topk" else 1, "dim", -1) % max(len(given.shape), 1)
     found = [walk.collapse(op, field, [axis], "mixes channels") for field in walk.fields(given)]
     return [compress(found) for _ in op.outputs]
+
+
+@POINTWISE.rule("triu", "tril")
+def one_side(op: Op, walk: Walk) -> list[Fields]:
+    """Which elements of the last two axes are left depends on their numbers."""
+    rank = len(op.args[0].shape)
+    reason = "picks channels by their numbers"
+    return [compress(walk.collapse(op, field, [rank - 2, rank - 1], reason) for field in walk.fields(op.args[0]))]
 
 
 @POINTWISE.rule("native_layer_norm", "_fused_rms_norm")
@@ -80,7 +88,11 @@ def reduced(op: Op, walk: Walk) -> list[Fields]:
     dims = op.argument(at, "dim")
     if op.name in ("max", "min") and isinstance(dims, Value):  # the larger of two tensors
         return combined(op, walk)
-    listed = sorted({int(dim) % rank for dim in np.atleast_1d(dims)}) if dims not in (None, []) else list(range(rank))
+    listed = (
+        sorted({int(dim) % max(rank, 1) for dim in np.atleast_1d(dims)})
+        if dims not in (None, [])
+        else list(range(rank))
+    )
     whole = [walk.collapse(op, field, listed, "sums over channels") for field in walk.fields(given)]
     return [
         compress(field if len(output.shape) == rank else field.squeeze(tuple(listed)) for field in whole)

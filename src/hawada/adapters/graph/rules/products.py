@@ -10,7 +10,7 @@ PRODUCTS = rules()
 BETWEEN_ACTIVATIONS = "multiplies activations with each other over channels"
 
 
-@PRODUCTS.rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+@PRODUCTS.rule("convolution", "_convolution", "convolution_overrideable")
 def convolved(op: Op, walk: Walk) -> list[Fields]:
     given, weight, bias = op.args[0], op.args[1], op.args[2]
     transposed, groups = bool(op.args[6]), int(op.args[8])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from hawada.adapters.graph.labels import Field, Fields, along, axes_of, compress
 from hawada.adapters.graph.trace import Op, Value
 from hawada.adapters.graph.walk import Walk, rules
 
-MoveField = Callable[[Op, Field], "Field | None"]
 VIEWS = rules()
 
 
@@ -127,7 +126,8 @@ def moved_elsewhere(op: Op, walk: Walk) -> list[Fields]:
     given = _given(op)
     rank = len(given.shape)
     dims = op.argument(2, "dims", range(rank)) if op.name == "roll" else [op.argument(1, "dim", 0)]
-    dims = [0, 1] if op.name == "diagonal" else dims
+    if op.name == "diagonal":
+        return walk.stop(op, "picks channels by their numbers")
     if any(walk.fields(value) for value in op.inputs[1:]):
         return walk.stop(op)
     found = [
@@ -136,7 +136,7 @@ def moved_elsewhere(op: Op, walk: Walk) -> list[Fields]:
     ]
     if op.name == "unfold":
         return [compress(field[..., None] for field in found)]
-    return [compress(found) if op.name != "diagonal" else ()]
+    return [compress(found)]
 
 
 @VIEWS.rule("channel_shuffle", "native_channel_shuffle")
