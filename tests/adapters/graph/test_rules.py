@@ -188,6 +188,126 @@ def test_heads_whose_number_is_written_into_code_go_with_the_channels_around() -
     assert differences(model, found) < 1e-5
 
 
+class Proportional(nn.Module):
+    """Code that treats a share of the channels otherwise, which fewer channels fit by chance."""
+
+    def __init__(self, channels: int, share: float) -> None:
+        super().__init__()
+        self.conv, self.head, self.share = nn.Conv2d(3, channels, 3), nn.Linear(channels, CLASSES), share
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        first = int(x.shape[1] * self.share)
+        return self.head(torch.cat([x[:, :first].sigmoid(), x[:, first:]], 1).mean((2, 3)))
+
+
+class ReadLater(nn.Module):
+    """A weight that reads what was made of the module's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CHANNELS, CHANNELS, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.sigmoid(), self.weight)
+
+
+class Computed(ReadLater):
+    """A weight that is computed, so that zero columns of the parameter are none of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.exp())
+
+
+class Scaled(nn.Module):
+    """A norm that knows how many channels there were."""
+
+    def __init__(self, eps: float = 1e-6, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.eps, self.scale = nn.Parameter(torch.rand(CHANNELS) + 0.5), eps, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(1, keepdim=True) + self.eps).rsqrt() * self.weight[:, None, None] * self.scale
+
+
+class Normalised(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.weight[:, None, None] * self.scale
+
+
+class Twice(nn.Module):
+    """A norm without parameters that is called on channels of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one = nn.GroupNorm(1, CHANNELS, affine=False), nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.one(self.norm(x).relu()))
+
+
+class BareWeight(nn.Module):
+    """Parameters of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.randn(3, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x, self.first).relu(), self.second).mean((2, 3))
+
+
+class TwoRanks(nn.Module):
+    """One layer that reads tensors with and without positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, CHANNELS, 3), nn.Linear(CHANNELS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(tokens).mean(1) + self.head(tokens.amax(1))
+
+
+MISLEADING = {
+    "a quarter": lambda: Proportional(20, 0.25),
+    "a third": lambda: Proportional(32, 1 / 3),
+    "a scale by the width": lambda: Around(Function(lambda x: x * x.shape[1] ** -0.5)),
+    "read later": lambda: Around(ReadLater()),
+    "computed weight": lambda: Around(Computed()),
+    "norm by length": lambda: Around(Normalised(scale=CHANNELS**0.5)),
+    "norms with two eps": lambda: Around(nn.Sequential(Scaled(1e-6), nn.Conv2d(CHANNELS, CHANNELS, 1), Scaled(1.0))),
+    "one norm twice": lambda: Around(Twice()),
+    "one side of a matrix": lambda: Around(Function(lambda x: x.flatten(2).mT.triu().mT.view_as(x))),
+    "bare weights": BareWeight,
+    "two ranks": TwoRanks,
+    "a branch padded with ones": lambda: Around(
+        nn.Sequential(Padded(), nn.Conv2d(CHANNELS, CHANNELS, 1)),
+    ),
+}
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(CHANNELS, CHANNELS, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.pad(self.one(x), (1, 1, 1, 1), value=1.0)
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+def test_what_looks_as_if_it_could_go_is_exact_or_stays(name: str) -> None:
+    torch.manual_seed(0)
+    model = MISLEADING[name]().eval()
+    try:
+        found = declared(model)
+    except ValueError as error:
+        assert "nothing can be pruned" in str(error)
+        return
+    assert differences(model, found, seeds=6) < 1e-5
+
+
 def test_a_pass_leaves_the_model_as_it_was() -> None:
     model = Around(nn.BatchNorm2d(CHANNELS)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
