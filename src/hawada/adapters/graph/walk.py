@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hawada.adapters.graph.labels import STAYS, Field, Fields, Labels, along, axes_of, compress
+from hawada.adapters.graph.labels import Field, Fields, Labels, along, axes_of, compress
 from hawada.adapters.graph.trace import Call, Op, Trace, Value
 
 NormFound = tuple[str, float, int, int]  # kind, eps, axis of the input, number of parts
@@ -277,8 +277,3 @@ class Walk:
             if len({len(part) for part in parts}) == 1 and whole:
                 for part in parts[1:]:
                     self.labels.couple(part, parts[0])
-
-
-def stays(labels: Field) -> bool:
-    """Whether all labels are of what must stay."""
-    return bool((labels == STAYS).all())

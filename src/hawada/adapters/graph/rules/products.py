@@ -101,11 +101,9 @@ def _axis(walk: Walk, value: Value, axis: int) -> Field | None:
     return found[0].reshape(-1) if len(found) == 1 else None
 
 
-@PRODUCTS.rule("mm", "bmm", "matmul", "addmm", "baddbmm", "linear", "mv", "addmv", "dot")
+@PRODUCTS.rule("mm", "bmm", "addmm", "baddbmm")
 def multiplied(op: Op, walk: Walk) -> list[Fields]:
     """A product of matrices, (…, i, k) x (…, k, j), to which addmm adds something of shape (…, i, j)."""
-    if op.name in ("matmul", "linear", "mv", "addmv", "dot"):
-        return walk.stop(op)
     adds = op.name in ("addmm", "baddbmm")
     left, right = op.args[adds : adds + 2]
     found = product(op, walk, left, right)
@@ -185,6 +183,10 @@ def attended(op: Op, walk: Walk) -> list[Fields]:
     """softmax(q k^T) v with q, k, v of shape (batch, heads, tokens, size): heads are the units, or the size of v."""
     query, key, value = op.args[:3]
     rank = len(query.shape)
+    for given in op.inputs:  # tokens are mixed, and what a mask says of them means others when some are gone
+        for field in walk.fields(given):
+            if field.shape[rank - 2] > 1 or (given not in (query, key, value) and field.shape[-1] > 1):
+                walk.keep_field(op, field, BETWEEN_ACTIVATIONS)
     heads: list[tuple[Value, list[Field]]] = []
     for given in (query, key):
         fields = [_of_batch(walk, field, rank) for field in walk.fields(given)]
@@ -199,6 +201,7 @@ def attended(op: Op, walk: Walk) -> list[Fields]:
     joined = [_of_batch(walk, field, rank) for field in of_heads]
     found = walk.merged(op, [(Value((*query.shape[:-2], 1, 1)), matrix), (Value((*value.shape[:-2], 1, 1)), joined)])
     sizes = [field for field in fields if axes_of(field) == [rank - 1]]
-    for mask in (given for given in op.inputs[3:]):
-        found = walk.merged(op, [(Value((*query.shape[:-2], 1, 1)), found), (mask, walk.fields(mask))])
+    for mask in op.inputs[3:]:
+        of_mask = [field for field in walk.fields(mask) if field.shape[-2:] == (1, 1)]
+        found = walk.merged(op, [(Value((*query.shape[:-2], 1, 1)), found), (mask, of_mask)])
     return [compress([*found, *sizes]), *([()] * (len(op.outputs) - 1))]

@@ -120,14 +120,12 @@ def moved(op: Op, walk: Walk) -> list[Fields]:
     return [compress(_run(op, expanded(field, given.shape)) for field in walk.fields(given))]
 
 
-@VIEWS.rule("roll", "index_select", "unfold", "diagonal")
+@VIEWS.rule("roll", "index_select", "unfold")
 def moved_elsewhere(op: Op, walk: Walk) -> list[Fields]:
     """Elements of some axes are taken by their numbers, which mean others when channels are gone."""
     given = _given(op)
     rank = len(given.shape)
     dims = op.argument(2, "dims", range(rank)) if op.name == "roll" else [op.argument(1, "dim", 0)]
-    if op.name == "diagonal":
-        return walk.stop(op, "picks channels by their numbers")
     if any(walk.fields(value) for value in op.inputs[1:]):
         return walk.stop(op)
     found = [
@@ -167,12 +165,7 @@ def pixels_moved(op: Op, walk: Walk) -> list[Fields]:
     return [compress(found)]
 
 
-@VIEWS.rule("index", "gather", "take_along_dim", "embedding", "index_put", "scatter", "masked_fill_", "grid_sampler_2d",
-            "roi_align", "_roi_align", "im2col", "col2im")  # fmt: skip
-def picked(op: Op, walk: Walk) -> list[Fields]:
-    return PICKING[op.name](op, walk) if op.name in PICKING else walk.stop(op)
-
-
+@VIEWS.rule("index")
 def indexed(op: Op, walk: Walk) -> list[Fields]:
     """Advanced indexing: axes that are not indexed keep their fields, those that are stay whole."""
     given, indices = _given(op), list(op.args[1])
@@ -190,6 +183,7 @@ def indexed(op: Op, walk: Walk) -> list[Fields]:
     return [compress(found)]
 
 
+@VIEWS.rule("embedding")
 def embedded(op: Op, walk: Walk) -> list[Fields]:
     table, indices = op.args[0], op.args[1]
     rows = [field for field in walk.fields(table) if field.shape[0] > 1]
@@ -201,9 +195,11 @@ def embedded(op: Op, walk: Walk) -> list[Fields]:
     return [compress(along(field.reshape(-1), len(indices.shape), len(indices.shape) + 1) for field in columns)]
 
 
+@VIEWS.rule("gather")
 def gathered(op: Op, walk: Walk) -> list[Fields]:
     """The index says which element of one axis is taken; on the others both have the same places."""
     given, axis = _given(op), op.argument(1, "dim") % len(_given(op).shape)
+    walk.keep(op, op.args[2], "picks channels by their numbers")
     kept = [field for field in walk.fields(given) if field.shape[axis] == 1]
     for field in walk.fields(given):
         if field.shape[axis] > 1:
@@ -215,6 +211,7 @@ def gathered(op: Op, walk: Walk) -> list[Fields]:
     return [compress(whole)]
 
 
+@VIEWS.rule("grid_sampler_2d", "roi_align", "_roi_align")
 def sampled(op: Op, walk: Walk) -> list[Fields]:
     """Places of the input are mixed, channel by channel; what says where has none."""
     for value in op.inputs[1:]:
@@ -226,16 +223,6 @@ def sampled(op: Op, walk: Walk) -> list[Fields]:
         else:
             walk.keep_field(op, field, "is sampled along the axis of channels")
     return [compress(found)]
-
-
-PICKING = {
-    "index": indexed,
-    "embedding": embedded,
-    "gather": gathered,
-    "grid_sampler_2d": sampled,
-    "roi_align": sampled,
-    "_roi_align": sampled,
-}
 
 
 @VIEWS.rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
