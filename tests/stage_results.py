@@ -51,6 +51,27 @@ PREFILL = {"text_ms": LATENCY, "latency_ms": LATENCY, "ratio": INTERVAL, "noisy"
 MODEL = {"params": 8, "macs": 16, "accuracy": 0.5, "latency_ms": {**INTERVAL, "p95": 0.7}, "path": "/out/teacher"}
 
 AS_JSON: dict[str, dict[str, Any]] = {
+    "inspect": {
+        "summary": "1 groups",
+        "params": 7,
+        "macs": 9,
+        "trained": False,
+        "groups": [
+            {
+                "name": "conv1",
+                "kind": "channel",
+                "units": 8,
+                "parent": "",
+                "gated_at": ["conv2"],
+                "least": 0.1,
+                "mean": 1 / 3,
+                "most": 0.9,
+                "open": 4,
+            }
+        ],
+        "kept_whole": [{"module": "fc", "class": "Linear", "units": 3, "reason": "are outputs", "remedy": ""}],
+        "half": {"params": 0.25, "macs": 1 / 3},
+    },
     "doctor": {
         "summary": "launch-bound",
         "words": ["It is launch-bound."],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -91,7 +92,7 @@ MISTAKES = [
     (
         ["teacher=convnet", "distill.teacher.path=/no/such.safetensors"],
         "distill.teacher.path",
-        r"/no/such.safetensors is neither a .safetensors file nor a folder that a run saved",
+        r"/no/such.safetensors is neither a file of weights nor a folder that a run saved",
     ),
     (["schedule.batch_size=1"], "pretrain.batch_size", r"BatchNorm .* 1 image at a time; set schedule.batch_size to 2"),
     (
@@ -202,7 +203,13 @@ def test_inspect_lists_the_groups_that_can_go(elsewhere: Path) -> None:
     for block in ("layer1.0", "layer2.0", "layer3.0", "layer4.0"):
         assert re.search(rf"{block}\.conv1 .*channel", outcome.out)
         assert re.search(rf"{block}\.branch .*branch", outcome.out)
-    assert contents(elsewhere) == {}  # inspect writes nothing
+    written = json.loads((elsewhere / "outputs" / "tiny_resnet-local" / "inspect" / "result.json").read_text())
+    assert {group["name"] for group in written["groups"]} >= {"layer1.0.conv1", "layer1.0.branch"}
+    assert 0 < written["half"]["params"] < 1 and 0 < written["half"]["macs"] < 1
+    reasons = {layer["module"]: layer["reason"] for layer in written["kept_whole"]}
+    assert reasons["fc"] == "are outputs of the model" and reasons["conv1"] == "residual blocks add into"
+    assert re.search(r"Conv2d layers keep .* channels, which residual blocks add into; set model", outcome.out)
+    assert hawada(*TINY, "stage=inspect", "model.adapter.stream=true").code == 0  # another look replaces it
 
 
 def test_inspect_shows_only_the_groups_that_pass_the_filter() -> None:

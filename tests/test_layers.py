@@ -42,9 +42,10 @@ CORE: dict[str, set[str]] = {
     "formats": {"structure", "files"},
     "memory_format": set(),
     "files": set(),
-    "distill": {"structure", "gates", "formats", "verdict", "files"},
+    "task": {"structure"},
+    "distill": {"structure", "gates", "formats", "verdict", "files", "task"},
     "latency": {"structure", "gates", "formats", "verdict", "files"},
-    "evaluate": {"structure", "gates", "formats", "verdict", "files", "distill", "latency"},
+    "evaluate": {"structure", "gates", "formats", "verdict", "files", "task", "distill", "latency"},
 }
 CORE["train"] = CORE["finetune"] = CORE["evaluate"] | {"evaluate"}
 CORE["reconstruction"] = CORE["train"] | {"train", "finetune"}
@@ -53,7 +54,8 @@ CORE["search"] = CORE["importance"] | {"importance"}
 ADAPTERS: dict[str, set[str]] = {
     "base": set(),
     "saved": {"base"},
-    "weights": {"base", "saved"},
+    "checkpoints": set(),
+    "weights": {"base", "saved", "checkpoints"},
     "attach": {"base"},
     "graph": {"base", "saved", "weights"},
     "torchvision": {"base", "saved", "weights", "graph", "attach"},

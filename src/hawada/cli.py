@@ -25,13 +25,15 @@ from hawada.config import (
     check_targets,
     conf_dir,
     expand,
+    leave_out_shipped,
     register_resolvers,
     spell_out,
     validate,
 )
 from hawada.core.latency import check_device, check_runtime
 from hawada.experiment import INTERLINGUA, PLANS, Job, Run, planned
-from hawada.experiment.results import Conclusion, EvaluateResult, FrontResult, StageResult
+from hawada.experiment.results import LOWER_IS_BETTER, Conclusion, EvaluateResult, FrontResult, StageResult
+from hawada.workspace import fill_in_from_photos
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 # What a user can do wrong, as opposed to what fails on the way; the last three are folders that cannot be written.
@@ -43,7 +45,7 @@ _jobs: list[Job] = []  # those of this process that have ended
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """Run the configured stage; returns the objective that sweepers may maximise: accuracy, or minus the perplexity."""
+    """Run the configured stage; returns the objective that sweepers may maximise, such as accuracy or -perplexity."""
     given = [str(override).partition("=") for override in HydraConfig.get().overrides.task]
     overrides = {key: value for key, _, value in given}
     try:
@@ -56,11 +58,12 @@ def job(cfg: DictConfig) -> float | None:
     _jobs.append(Job(overrides, result, None))
     if not isinstance(result, EvaluateResult):
         return None
-    return result.slim.accuracy if result.slim.perplexity is None else -result.slim.perplexity
+    return -result.slim.quality if result.metric in LOWER_IS_BETTER else result.slim.quality
 
 
 def _run(cfg: DictConfig) -> StageResult | None:
     spell_out(cfg)
+    leave_out_shipped(cfg, [str(override).lstrip("+") for override in HydraConfig.get().overrides.task])
     validate(cfg)
     stage = cfg.stage.name
     stages = planned(stage, cfg)
@@ -70,6 +73,7 @@ def _run(cfg: DictConfig) -> StageResult | None:
         check_device(gpu=cfg.gpu.name, device=cfg.gpu.device, match=cfg.gpu.match)
         check_runtime(cfg.runtime.mode, gpu=cfg.gpu.name, device=cfg.gpu.device)
     check_given(cfg, reads)
+    fill_in_from_photos(cfg)
     hydra_cfg = HydraConfig.get()
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     shared = Path(cfg.output_dir) / str(cfg.name)
@@ -79,7 +83,7 @@ def _run(cfg: DictConfig) -> StageResult | None:
     if "precheck" in cfg.model and any("model" in plan.reads for plan in plans):
         build(cfg.model.precheck)
     run.check_all(stages)
-    if stage in PLANS:
+    if stages and stage in PLANS:
         run.check_upstream(stages[0])
     for name in stages:
         check_targets(run.settings(name))
@@ -91,10 +95,9 @@ def _run(cfg: DictConfig) -> StageResult | None:
         InterlinguaParts(run.settings(stage), run, dry=stage == "interlingua-dry").check()
     else:
         pipeline.check(stages, run)
-    if stage == "inspect":
-        inspect.run_inspect(run)
-        return None
     with run.locked():
+        if stage == "inspect":
+            return inspect.run(run.settings(stage), run)
         if stage == "pipeline":
             result: StageResult = pipeline.run_pipeline(run)
         else:
@@ -108,6 +111,8 @@ def _run(cfg: DictConfig) -> StageResult | None:
 
 def main() -> None:
     """Entry point: exit code 0 for success, 2 for a mistake in the configuration, 1 for anything else."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a network of the user's own may lie there
     sys.argv[1:] = [expand(argument) for argument in sys.argv[1:]]
     if {"-m", "--multirun"} & set(sys.argv):
         sys.argv.append(_name_jobs_by_what_is_swept(sys.argv[1:]))

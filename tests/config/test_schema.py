@@ -26,7 +26,7 @@ from hawada.config import (
     validate,
 )
 from hawada.config.spellings import STRUCTURED_WEIGHT, spell_out
-from hawada.config.values import Choice, Flag, ListOf, MappingOf, Name, Node, Number, Target, Text, Value
+from hawada.config.values import Choice, Flag, ListOf, MappingOf, Name, Nested, Node, Number, Target, Text, Value
 from hawada.tools.configuration_docs import document
 
 CONF = Path(conf_dir())
@@ -90,6 +90,8 @@ def odd_values(value: Value) -> Iterator[Any]:
         yield from ([each] for each in odd_values(value.each) if not isinstance(each, list | dict))
         if value.length is not None:
             yield [1] * (value.length + 1)
+    elif isinstance(value, Nested):
+        yield from (3, "", " ", math.nan, True, [], {})
     elif isinstance(value, MappingOf | Node):
         yield from (3, "abc", math.nan, [])
 

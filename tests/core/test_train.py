@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from hawada.core.distill import IGNORED, Distillation, KDConfig, TeacherCache, mse_reg
+from hawada.core.distill import Distillation, KDConfig, TeacherCache, mse_reg
 from hawada.core.gates import L1, Student
 from hawada.core.structure import ExportPolicy, full_widths, materialize
+from hawada.core.task import IGNORED
 from hawada.core.train import LagrangeTrainer, Step
 
 TEACHER_MS = 9.0

@@ -280,7 +280,7 @@ def test_imagenet_without_augmentation_shows_centres_and_numbers(folder):
 
 def test_some_images_of_imagenet_are_the_same_ones_every_time(folder):
     first, again = (imagenet(str(folder), image_size=32, workers=0, samples=5) for _ in range(2))
-    assert len(first.train) == len(first.plain) == 5 and first.train.indices == again.plain.indices
+    assert len(first.train) == len(first.plain) == 5 and first.train.photos == again.plain.photos
     images, labels = everything(first.calibration_loader(2, samples=3))
     same, _ = everything(again.calibration_loader(3, samples=3))
     assert torch.equal(images, same) and len(labels) == 3

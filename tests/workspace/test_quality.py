@@ -17,7 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import open_dict
 
 from hawada.config import conf_dir, register_resolvers, validate
-from hawada.core.evaluate import score
 from hawada.experiment import Run
 from hawada.report import Progress
 from hawada.stages import export, front, pretrain, profile, train
@@ -96,7 +95,7 @@ def accuracy_by_gates(trained: Any) -> float:
 
 def accuracy(subject: Subject, folder: str = "slim", stage: str = "export") -> float:
     model = subject.saved_model(stage, folder)
-    return score(model, subject.data.calibration_loader(128, 600), subject.adapter.logits).accuracy
+    return subject.task.score(model, subject.data.calibration_loader(128, 600), subject.pick).accuracy
 
 
 def test_a_refitted_model_is_better_before_any_finetuning(trained: Any) -> None:

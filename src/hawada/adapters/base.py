@@ -13,7 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
-from hawada.core.structure import Edits, Group, Inputs, Keep, Site, all_tensors, fill, materialize, set_structure
+from hawada.core.structure import (
+    Edits,
+    Group,
+    Inputs,
+    Keep,
+    KeptWhole,
+    Site,
+    all_tensors,
+    fill,
+    materialize,
+    set_structure,
+)
 
 WEIGHTS = "model.safetensors"
 
@@ -107,6 +118,10 @@ class Adapter(ABC):
     def groups(self, model: nn.Module) -> list[Group]:
         """Declare everything that may be removed from `model`, a skeleton or teacher of this adapter."""
 
+    def kept_whole(self, model: nn.Module) -> Sequence[KeptWhole]:
+        """List the layers of `model` that keep units which one would expect to go, with the reasons."""
+        return ()
+
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
         """The modules of `model` that the latency table times, in order of execution.
@@ -118,6 +133,10 @@ class Adapter(ABC):
     def example_inputs(self, shape: Shape) -> Inputs:
         """Inputs of one call in the shape's phase, on the CPU; they have the same values every time."""
 
+    def input_names(self) -> Sequence[str]:
+        """The names of the inputs where the model takes several, in the order of `example_inputs`."""
+        return ()
+
     def workload(self, model: nn.Module, shape: Shape) -> nn.Module:
         """The module that is timed: called with `example_inputs(shape)`, it runs `model` as the phase does."""
         return model
@@ -125,6 +144,14 @@ class Adapter(ABC):
     def parts(self, model: nn.Module, shape: Shape) -> list[tuple[float, nn.Module, Shape]]:
         """The calls that the phase is made of, as (how often, workload, its shape); the site table times each."""
         return [(1.0, self.workload(model, shape), shape)]
+
+    def raw(self, model: nn.Module) -> nn.Module:
+        """The module whose outputs are compared, distilled and counted: `model` itself, unless it postprocesses.
+
+        Args:
+            model: a teacher, a student or a slim model; the result shares its modules and parameters.
+        """
+        return model
 
     def logits(self, output: Any) -> Tensor:
         """The logits, (batch, classes) or (batch, tokens, classes), within what the model returns."""
@@ -144,7 +171,7 @@ class Adapter(ABC):
             ValueError: The family has no features or hidden states.
         """
         self.check_outputs(features=features, hidden=hidden)
-        return Outputs(self.logits(model(inputs)))
+        return Outputs(self.logits(self.raw(model)(inputs)))
 
     def check_outputs(self, *, features: bool, hidden: bool) -> None:
         """Check that `outputs` has the features or hidden states that distillation uses.

@@ -155,7 +155,7 @@ def load_with_adapter(path: Path, trust: Sequence[str] = ()) -> tuple[Adapter, n
     if not (isinstance(adapter_class, type) and issubclass(adapter_class, Adapter)):
         raise ValueError(f"{path} wants to call {target}, which is not an adapter; do not use this file")
     for argument in adapter_class.imports:
-        if spec.get(argument) is not None:
+        if isinstance(spec.get(argument), str):
             _check_trust(path, str(spec[argument]), given)
     adapter = adapter_class(**spec)
     return adapter, adapter.read(path, manifest)

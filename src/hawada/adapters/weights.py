@@ -7,15 +7,16 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from hawada.adapters.checkpoints import check_readable, read_checkpoint, without_prefixes
 from hawada.adapters.saved import MANIFEST, load_model
+from hawada.core.structure import all_tensors
 
 # GoogLeNet and Inception have further classifiers, which run in training only.
 AUXILIARY_CLASSIFIER = re.compile(r"^(aux1|aux2|AuxLogits)\.")
@@ -23,6 +24,8 @@ AUXILIARY_CLASSIFIER = re.compile(r"^(aux1|aux2|AuxLogits)\.")
 OLD_DENSENET_NAME = re.compile(
     r"(?<=\.)(norm|conv)\.(\d)(?=\.(weight|bias|running_mean|running_var|num_batches_tracked)$)"
 )
+
+MAX_REASON = 300  # characters of what torch tells about weights that do not fit
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,39 @@ class WeightsSource:
     Attributes:
         arch: The architecture that is filled, as messages name it; a torchvision model where `weights` are given.
         weights: The name of torchvision weights (`IMAGENET1K_V1`), or None.
-        path: Local weights to use instead, a `.safetensors` state dict or a folder that this program saved.
+        path: Local weights to use instead: a state dict in a `.safetensors` file or one of torch's, or a folder that
+            this program saved.
         named: Whether torchvision has weights for `arch`.
+        classes: The number of classes, as messages name it; None where the architecture has one of its own.
     """
 
     arch: str
     weights: str | None
     path: str | None
     named: bool = True
+    classes: int | None = None
 
-    def check(self) -> None:
-        """Check quickly that the weights will be found; nothing is loaded.
+    def check(self, skeleton: Callable[[], nn.Module] | None = None) -> None:
+        """Check quickly that the weights will be found, and that those of a local file fit.
+
+        Args:
+            skeleton: The function that builds the architecture, where a file's names and shapes are to be compared.
 
         Raises:
-            ValueError: The weights will not be found; the message names the local-path option.
+            ValueError: The weights will not be found, and the message names the local-path option; or they do not fit.
         """
         if self.path is not None:
             path = Path(self.path)
             if not path.is_file() and not (path / MANIFEST).is_file():
                 raise ValueError(
-                    f"model.adapter.path: {path} is neither a .safetensors file nor a folder that a run saved"
+                    f"model.adapter.path: {path} is neither a file of weights nor a folder that a run saved"
                 )
             if path.is_file():
-                _check_readable(path)
+                check_readable(path)
+                if skeleton is not None:
+                    with torch.device("meta"):
+                        model = skeleton()
+                    self._fit(model, {name: tensor.to("meta") for name, tensor in read_checkpoint(path).items()})
             return
         url = self._entry().url
         if (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
@@ -64,12 +77,11 @@ class WeightsSource:
         except OSError as error:
             raise self._unreachable(error) from None
 
-    def fill(self, skeleton: Callable[[], nn.Module], classes: str, trust: tuple[str, ...] = ()) -> nn.Module:
+    def fill(self, skeleton: Callable[[], nn.Module], trust: tuple[str, ...] = ()) -> nn.Module:
         """Build the architecture and fill it with these weights, every one of which must fit.
 
         Args:
             skeleton: The function that builds the architecture.
-            classes: The number of classes, as messages name it.
             trust: The package prefixes whose code a saved folder may import.
 
         Raises:
@@ -77,22 +89,35 @@ class WeightsSource:
         """
         if self.path is not None:
             self.check()
-            source, state = f"model.adapter.path: {self.path}", self._read_local(Path(self.path), trust)
+            state = self._read_local(Path(self.path), trust)
         else:
-            source, state = f"model.adapter.weights: {self.weights}", self._download()
+            state = self._download()
         model = skeleton()
+        self._fit(model, state)
+        return model
+
+    def _fit(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Give a model its weights.
+
+        Raises:
+            ValueError: Some have no place, are missing or have another shape; the first of them is named.
+        """
+        place = f"weights: {self.weights}" if self.path is None else f"path: {self.path}"
+        state = without_prefixes(state, model.state_dict().keys())
+        first: dict[int, str] = {}  # a tensor with several names may have been saved under one of them
+        for name, tensor in all_tensors(model).items():
+            held = first.setdefault(id(tensor), name)
+            state |= {name: state[held]} if held in state and name not in state else {}
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{source} does not fit {self.arch} with {classes} classes: {first}") from None
-        return model
+            found = str(error).splitlines()
+            reason = shorten((found[1] if len(found) > 1 else found[0]).strip(), MAX_REASON, placeholder=" ...")
+            model_name = self.arch + ("" if self.classes is None else f" with {self.classes} classes")
+            raise ValueError(f"model.adapter.{place} does not fit {model_name}: {reason}") from None
 
     def _read_local(self, path: Path, trust: tuple[str, ...]) -> Mapping[str, Tensor]:
-        try:
-            return load_model(path, trust).state_dict() if path.is_dir() else load_file(path)
-        except SafetensorError as error:
-            raise _unreadable(path, error) from None
+        return load_model(path, trust).state_dict() if path.is_dir() else read_checkpoint(path)
 
     def _download(self) -> Mapping[str, Tensor]:
         try:
@@ -121,23 +146,3 @@ class WeightsSource:
             f"model.adapter.weights: {self.weights} is not in torch's cache and cannot be downloaded ({error}); "
             "connect to the network, or set model.adapter.path to a local .safetensors"
         )
-
-
-def _check_readable(path: Path) -> None:
-    """Read the header of a file of weights, which takes no time.
-
-    Raises:
-        ValueError: The file is not a safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: SafetensorError) -> ValueError:
-    return ValueError(
-        f"model.adapter.path: {path} is not a safetensors file ({error}); save a state dict with "
-        "safetensors.torch.save_file and name that"
-    )

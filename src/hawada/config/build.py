@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 # Arguments that objects are made with besides the keys beside their `_target_`, by node.
 SUPPLIED = {
@@ -32,6 +33,22 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver(
         "unless", lambda given, default: None if given is not None else default, replace=True
     )
+
+
+def leave_out_shipped(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Leave out of `data` what belongs to the data set that a function of the user's own replaces.
+
+    Args:
+        cfg: the composed configuration, which is changed where `data._target_` is not of this package.
+        overrides: what was given on the command line (`data.size=3`), whose keys stay.
+    """
+    target = cfg.data.get("_target_")
+    given = {key.partition("=")[0] for key in overrides}
+    if isinstance(target, str) and not target.startswith("hawada.") and "data._target_" in given:
+        for name in [str(name) for name in cfg.data if name != "_target_"]:
+            if f"data.{name}" not in given:
+                with open_dict(cfg.data):
+                    del cfg.data[name]
 
 
 def build(node: Any, **arguments: Any) -> Any:

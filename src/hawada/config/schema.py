@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hawada.config.spellings import STRUCTURED_WEIGHT
-from hawada.config.values import Choice, Flag, ListOf, MappingOf, Name, Node, Number, Target, Text, Value
+from hawada.config.values import Choice, Flag, ListOf, MappingOf, Name, Nested, Node, Number, Target, Text, Value
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,23 @@ _ADAPTER = {
     "arch": Key("The network's name in torchvision, or a kind of block (`basic`)", TEXT, null="`factory` is used"),
     "factory": Key("The import path of a function or class that returns the model", TARGET, null="`arch` is used"),
     "arguments": Key("The arguments of the factory, or of torchvision's builder", MappingOf(), null="there are none"),
-    "num_classes": Key("The number of classes", COUNT, null="the network has a number of its own"),
+    "num_classes": Key(
+        "The number of classes",
+        COUNT,
+        null="that of the folders in `data.root`, where the factory takes it; else the network's own",
+    ),
     "image_size": Key(
         "The side of the square images that latency is optimised for, or the size along each axis behind the channels",
         ListOf(Number(1, 8192, whole=True), or_one=True),
         "pixels",
+        null="the size that the photos in `data.root` share, else 224",
     ),
     "weights": Key("The name of torchvision's weights", TEXT, null="`path` is used"),
     "path": Key(
-        "A repository on the Hub, a folder with config.json and safetensors or one that a run saved, or a .safetensors "
-        "file",
+        "A repository on the Hub, a folder with config.json and safetensors or one that a run saved, or a file with a "
+        "state dict: .safetensors, .pth, .pt, .bin or .ckpt",
         TEXT,
-        null="`weights` is used",
+        null="`weights` are used, or those that the factory's model has",
     ),
 }
 
@@ -241,10 +246,26 @@ KEYS: dict[str, Key] = {
                 "the teacher's logits of them are remembered where memory allows",
                 FLAG,
             ),
-            "image_size": Key("The side of the square images", PIXELS, "pixels"),
+            "image_size": Key(
+                "The side of the square images, or their height and width",
+                ListOf(PIXELS, or_one=True),
+                "pixels",
+                null="the model's",
+            ),
+            "mean": Key(
+                "The mean of each channel, of images scaled to [0, 1]",
+                ListOf(FRACTION, length=3),
+                null="the model's, or ImageNet's",
+            ),
+            "std": Key(
+                "The standard deviation of each channel, of images scaled to [0, 1]",
+                ListOf(POSITIVE_FRACTION, length=3),
+                null="the model's, or ImageNet's",
+            ),
             "test_samples": Key("How many of the 1,797 digits are tested on", Number(10, 1787, whole=True), "samples"),
             "test_fraction": Key(
-                "The fraction of documents or contexts that is tested on, where no file is for testing",
+                "The fraction of documents, contexts or each class's photos that is tested on, where no file or folder "
+                "is for testing",
                 Number(0, 0.9, above=True),
             ),
             "workers": Key("The processes that load images", Number(0, 1024, whole=True)),
@@ -534,6 +555,12 @@ KEYS: dict[str, Key] = {
             **_ADAPTER,
             "layers": Key("The blocks in each of the four stages", ListOf(Number(1, 1000, whole=True), length=4)),
             "channels": Key("The channels of an image", Number(1, 4096, whole=True)),
+            "example": Key(
+                "What forward takes, where that is not one image: shapes without the batch by the names of parameters, "
+                "`{image: [3, 64, 64], age: [1]}`, or the path of a function of the batch size",
+                Nested(),
+                null="one image of `image_size`",
+            ),
             "stream": Key(
                 "Whether the hidden stream (of a convolutional network, the channels that residual blocks add into) is "
                 "pruned, too; the table takes longer",
@@ -584,6 +611,14 @@ KEYS: dict[str, Key] = {
         },
     ),
     "stage.name": Key("The stage that is run", TEXT),
+    "task._target_": _target("What the outputs of the model mean"),
+    "task.output": Key("The key of the output that is distilled, where a model returns a dictionary", TEXT),
+    "task.score": Key(
+        "The import path of a function of (output, labels) that scores a batch, larger is better",
+        TARGET,
+        null="how far the outputs are from the teacher's",
+    ),
+    "task.learn_labels": Key("Whether labels are learned too, by the mean squared error", FLAG),
     **_under(
         "train",
         {

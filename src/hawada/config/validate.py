@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hawada.config.schema import KEYS, KINDS, Key
 from hawada.config.spellings import new_spelling
-from hawada.config.values import MappingOf, Node
+from hawada.config.values import MappingOf, Nested, Node
 
 MISSING = "???"
 ABSENT = object()
@@ -105,7 +105,7 @@ def _unknown_kinds(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _undeclared(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Keys that nothing reads; what stands beside a `_target_` is checked against its signature elsewhere."""
-    free = prefix in KEYS and isinstance(KEYS[prefix].value, MappingOf | Node)
+    free = prefix in KEYS and isinstance(KEYS[prefix].value, MappingOf | Nested | Node)
     if free or "_target_" in plain:
         return
     for name, value in plain.items():

@@ -213,6 +213,30 @@ class Node:
         return "a node with _target_ and the arguments beside it"
 
 
+@dataclass(frozen=True)
+class Nested:
+    """A text, or lists and mappings of texts and numbers, none of them empty; what reads them checks the rest."""
+
+    def problem(self, key: str, value: Any) -> str | None:
+        """See `Value`."""
+        if isinstance(value, str) and value.strip():
+            return None
+        if isinstance(value, list | Mapping) and _is_filled(value):
+            return None
+        return f"{key}: {_shown(value)} is not {self}"
+
+    def __str__(self) -> str:
+        return "a text, a list or a mapping with something in it"
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether lists and mappings hold texts and whole numbers, or such lists and mappings."""
+    if isinstance(value, list | Mapping):
+        inner = list(value.values()) if isinstance(value, Mapping) else value
+        return bool(inner) and all(_is_filled(each) for each in inner)
+    return type(value) is int or (isinstance(value, str) and bool(value.strip()))
+
+
 def _shown(value: Any) -> str:
     """A value as a message shows it: text that could be mistaken for nothing, or breaks a line, in quotes."""
     quoted = isinstance(value, str) and (not value.strip() or CONTROL_CHARACTERS.search(value))

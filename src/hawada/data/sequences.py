@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from hawada.core.distill import IGNORED
+from hawada.core.task import IGNORED
 
 Batch = tuple[Tensor, Tensor]
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hawada.data.photos import Photos, find_photos
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_RESIDENT_BYTES = 2**30  # of the images of one data set that are kept on the device where models train
 Batch = tuple[Tensor, Tensor]
@@ -263,51 +265,55 @@ def cifar10(root: str, samples: int | None = None, augment: bool = True) -> Visi
 
 def imagenet(
     root: str,
-    image_size: int = 224,
+    image_size: int | Sequence[int] = 224,
     workers: int = 8,
     samples: int | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     augment: bool = True,
+    test_fraction: float = 0.2,
 ) -> VisionData:
-    """Load ImageNet (or any data of that layout) from `root/train/<class>/*` and `root/val/<class>/*`.
+    """Load ImageNet, or any photos in `root/train/<class>/` and `root/val/<class>/`, or in `root/<class>/` alone.
+
+    Photos that all have the size which is asked for are taken as they are, and shifted in training. Others are resized
+    and cropped, in training to random parts.
 
     Args:
-        root: the folder with `train` and `val`.
-        image_size: the side of the square crop in pixels.
-        workers: the number of loader processes.
-        samples: the number of training images, the same random ones every time; None means all.
-        mean: the mean of each channel, of images scaled to [0, 1]; a model may have its own.
-        std: the standard deviation of each channel, likewise.
-        augment: whether to train on random crops, mirrored at random, instead of on the centre.
+        root: The folder; see `find_photos`.
+        image_size: The side of the square crop in pixels, or its height and width.
+        workers: The number of loader processes.
+        samples: The number of training images, the same random ones every time; None means all.
+        mean: The mean of each channel, of images scaled to [0, 1]; None stands for ImageNet's.
+        std: The standard deviation of each channel, likewise.
+        augment: Whether to train on random crops, mirrored at random, instead of on the centre.
+        test_fraction: The fraction of each class to test on, where the folder has no split of its own.
 
     Raises:
-        ValueError: when the folder has no `train` or no `val`.
+        ValueError: The folder does not hold photos as described.
     """
     from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
-    for part in ("train", "val"):
-        if not (Path(root) / part).is_dir():
-            raise ValueError(
-                f"data.root: {root} has no folder {part}; set data.root to a folder of train/<class>/ and val/<class>/"
-            )
+    photos = find_photos(root, test_fraction)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    mean, std = IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std
+    if photos.shared_size() == (height, width):
+        vary: list[Any] = [transforms.RandomCrop((height, width), padding=[width // 8, height // 8])]
+        centre: list[Any] = []
+    else:
+        vary = [transforms.RandomResizedCrop((height, width))]
+        centre = [transforms.Resize(max(height, width) * 256 // 224), transforms.CenterCrop((height, width))]
     finish = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    varied = transforms.Compose([transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip(), *finish])
-    central = transforms.Compose(
-        [transforms.Resize(image_size * 256 // 224), transforms.CenterCrop(image_size), *finish]
-    )
-    train: Dataset[Any] = ImageFolder(f"{root}/train", varied)
-    plain: Dataset[Any] = ImageFolder(f"{root}/train", central)
+    chosen = photos.train
     if samples is not None:
-        chosen = torch.randperm(_size(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
-        train, plain = Subset(train, chosen), Subset(plain, chosen)
-    test = ImageFolder(f"{root}/val", central)
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:samples].tolist()
+        chosen = tuple(chosen[index] for index in order)
+    plain = Photos(chosen, transforms.Compose([*centre, *finish]))
+    varied = Photos(chosen, transforms.Compose([*vary, transforms.RandomHorizontalFlip(), *finish]))
     return VisionData(
-        train if augment else plain,
+        varied if augment else plain,
         plain,
-        test,
-        classes=len(test.classes),
+        Photos(photos.test, plain.transform),
+        classes=len(photos.classes),
         workers=workers,
         repeats=not augment,
         normalisation=(mean, std),

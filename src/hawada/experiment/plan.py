@@ -59,14 +59,31 @@ _TRAINED = (*_COMPUTED, "compute.channels_last")
 _SHAPE = ("budget.batch", "budget.phase", "budget.prompt", "budget.new_tokens")
 _LATENCY = ("gpu", "runtime.mode", *_SHAPE, "measure", "export.minimum", "export.layout")
 _RANKED = ("export.importance", "export.sensitivity", "export.reconstruct", "export.points", "calibration")
-_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", *_RANKED, "data", "distill")
+_EXPORT = ("export.widths", "export.threshold", "export.max_measurements", *_RANKED, "data", "task", "distill")
 _INTERLINGUA = ("seed", "runtime.threads", "gpu.device")
 TARGET = ("budget.target_ms", "budget.target_ratio", "budget.tolerance")
-_TRAINING = ("data", "budget", "kd", "distill", "lambda", "penalties", "penalty", "gate", "groups", "train", "proxy")
+_TRAINING = (
+    "data",
+    "task",
+    "budget",
+    "kd",
+    "distill",
+    "lambda",
+    "penalties",
+    "penalty",
+    "gate",
+    "groups",
+    "train",
+    "proxy",
+)
 
 PLANS: dict[str, StagePlan] = {
     plan.name: plan
     for plan in (
+        StagePlan(
+            "inspect",
+            reads=(*_MODEL, "gpu", *_SHAPE, "measure", "export.minimum", "export.layout", "gate", "groups"),
+        ),
         StagePlan("doctor", reads=(*_MODEL, *_LATENCY, "doctor"), measures=True, writes=("staircase.png",)),
         StagePlan(
             "profile",
@@ -76,7 +93,7 @@ PLANS: dict[str, StagePlan] = {
         ),
         StagePlan(
             "pretrain",
-            reads=(*_TRAINED, "gpu.device", "data", "distill.chunk", "pretrain"),
+            reads=(*_TRAINED, "gpu.device", "data", "task", "distill.chunk", "pretrain"),
             writes=("metrics.jsonl", *_saved("teacher")),
         ),
         StagePlan(
@@ -107,14 +124,14 @@ PLANS: dict[str, StagePlan] = {
         ),
         StagePlan(
             "finetune",
-            reads=(*_TRAINED, "gpu.device", "data", "kd", "distill", "finetune"),
+            reads=(*_TRAINED, "gpu.device", "data", "task", "kd", "distill", "finetune"),
             needs=("export",),
             teacher=True,
             writes=("metrics.jsonl", "check_outputs.safetensors", *_saved("slim")),
         ),
         StagePlan(
             "evaluate",
-            reads=(*_MODEL, *_LATENCY, "data", "budget", "evaluate"),
+            reads=(*_MODEL, *_LATENCY, "data", "task", "budget", "evaluate"),
             needs=("profile", "train", "export", "finetune"),
             teacher=True,
             measures=True,
@@ -160,13 +177,16 @@ INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 
 def planned(stage: str, cfg: DictConfig) -> list[str]:
-    """The stages that a command runs: one, or a pipeline's; none for `inspect`. An export for many targets is `front`.
+    """The stages that a command runs, one or a pipeline's, and checks whether they are done; `inspect` is always done
+    anew and not among them. An export for many targets is `front`.
 
     Raises:
         ValueError: when there is no such stage, or several targets are given to another stage.
     """
-    if stage not in (*PLANS, "pipeline", "inspect"):
-        raise ValueError(f"stage: there is no stage {stage}; choose among {', '.join((*PLANS, 'pipeline', 'inspect'))}")
+    if stage not in (*PLANS, "pipeline"):
+        raise ValueError(f"stage: there is no stage {stage}; choose among {', '.join((*PLANS, 'pipeline'))}")
+    if stage == "inspect":
+        return []
     if stage in INTERLINGUA:
         return [*upstream(stage, cfg), stage] if stage == "interlingua" else [stage]
     many = OmegaConf.is_list(cfg.budget.target_ratio)
@@ -182,7 +202,7 @@ def planned(stage: str, cfg: DictConfig) -> list[str]:
 
 def order(cfg: DictConfig) -> list[str]:
     """The stages of a whole pipeline, in order."""
-    left_out = {"doctor", "front", *INTERLINGUA} | (set() if cfg.model.pretrain else {"pretrain"})
+    left_out = {"inspect", "doctor", "front", *INTERLINGUA} | (set() if cfg.model.pretrain else {"pretrain"})
     if cfg.export.push_to is None and set(cfg.export.formats) <= {"hf"}:
         left_out.add("publish")
     return [name for name in PLANS if name not in left_out]

@@ -17,4 +17,4 @@ def format_interval(interval: Interval, digits: str = ".3g") -> str:
 
 def format_quality(metric: str, value: float) -> str:
     """Write a quality as people are used to it: an accuracy in percent, a perplexity as it is."""
-    return f"{value:.2%}" if metric == "accuracy" else f"{value:.4g}"
+    return f"{value:.2%}" if metric in ("accuracy", "mean_iou", "map_50", "agreement") else f"{value:.4g}"

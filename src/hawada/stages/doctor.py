@@ -29,7 +29,7 @@ from hawada.core.latency import (
     stair_axes,
     summarize,
 )
-from hawada.core.structure import Keep, keep_all, widths_of
+from hawada.core.structure import Keep, keep_all, summarize_kept, widths_of
 from hawada.experiment import Run
 from hawada.experiment.results import (
     Bandwidth,
@@ -106,7 +106,8 @@ def run(cfg: DictConfig, run: Run) -> DoctorResult:
             environment=store.environment,
         )
         plot_staircases(folder / "staircase.png", result.stairs, title=_title(watch))
-        result = replace(result, summary=summarize_findings(result), words=tuple(describe(result)))
+        words = (*describe(result), *(f"{sentence}." for sentence in summarize_kept(subject.kept_whole)))
+        result = replace(result, summary=summarize_findings(result), words=words)
         return run.finish("doctor", result)
 
 

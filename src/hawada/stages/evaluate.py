@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -17,9 +18,10 @@ from rich.markup import escape
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hawada.core.evaluate import Scores, compare_outputs, count_macs, count_parameters, score
+from hawada.core.evaluate import compare_outputs, count_macs, count_parameters
 from hawada.core.files import is_signed, write_json, write_text
 from hawada.core.latency import MeasurementError, source_of
+from hawada.core.task import Scores
 from hawada.core.verdict import Comparison, Latency, Verdict
 from hawada.experiment import Run
 from hawada.experiment.results import (
@@ -53,7 +55,7 @@ torch.set_num_threads(int(threads))
 adapter, model = load_with_adapter(pathlib.Path(folder), trust=trust)
 given = load_file(inputs)
 with torch.no_grad():
-    logits = adapter.logits(model(*(given[name] for name in sorted(given))))
+    logits = adapter.logits(adapter.raw(model)(*(given[name] for name in sorted(given))))
     save_file({"logits": logits.contiguous()}, output)
 """
 
@@ -80,6 +82,10 @@ def run(cfg: DictConfig, run: Run) -> EvaluateResult:
         progress.step("")
         decision = decide(watch, comparison, verification.every, run.result("export").measured)
         place = str(paths["slim"].resolve())
+        metric = subject.task.metric(subject.data.metric, bool(scores["teacher"].figures))
+        own: list[dict[str, Any]] = [
+            {metric: quality} for quality in subject.task.qualities(metric, scores["teacher"], scores["slim"])
+        ]
         export = run.result("export")
         result = EvaluateResult(
             summary=f"{decision.verdict}: {decision.reason}",
@@ -89,17 +95,17 @@ def run(cfg: DictConfig, run: Run) -> EvaluateResult:
             target_ratio=decision.target_ratio,
             timed_as=TimedAs(**watch.timed_as),
             latency_ratio=comparison.ratio,
-            metric=subject.data.metric,
-            agreement=agreement(scores),
+            metric=metric,
+            agreement=subject.task.agreement(scores["teacher"], scores["slim"]),
             teacher=ModelFigures(
                 **costs(watch, models["teacher"]),
-                **{subject.data.metric: getattr(scores["teacher"], subject.data.metric)},
+                **own[0],
                 latency_ms=_without_samples(comparison.baseline),
                 path=str(paths["teacher"].resolve()),
             ),
             slim=SlimFigures(
                 **costs(watch, models["slim"]),
-                **{subject.data.metric: getattr(scores["slim"], subject.data.metric)},
+                **own[1],
                 latency_ms=_without_samples(comparison.candidate),
                 path=place,
                 loads_with=subject.adapter.loads_with(place, models["slim"]),
@@ -134,18 +140,13 @@ def score_models(watch: ModelStopwatch, models: Mapping[str, nn.Module]) -> dict
     """Quality of each model on test data."""
     subject = watch.subject
     loader = subject.data.test_loader(subject.cfg.evaluate.batch_size)
-    return {name: score(watch.placed(model), loader, subject.adapter.logits) for name, model in models.items()}
-
-
-def agreement(scores: Mapping[str, Scores]) -> float:
-    """How often both models predict the same."""
-    return float((scores["teacher"].predicted == scores["slim"].predicted).float().mean())
+    return {name: subject.task.score(watch.placed(model), loader, subject.pick) for name, model in models.items()}
 
 
 def costs(watch: ModelStopwatch, model: nn.Module) -> dict[str, int]:
     """Parameters, and multiply-accumulates of one call with a batch of 1."""
     one = replace(watch.shape, batch=1)
-    macs = count_macs(watch.subject.adapter.workload(model, one), watch.inputs(one))
+    macs = count_macs(watch.subject.adapter.workload(watch.subject.adapter.raw(model), one), watch.inputs(one))
     return {"params": count_parameters(model), "macs": macs}
 
 

@@ -90,8 +90,8 @@ def prove_equivalence(subject: Subject, student: Student, slim: nn.Module, keep:
     inputs = subject.check_inputs()
     slim = copy.deepcopy(slim).cpu().float()
     with torch.no_grad(), student.hard_gated({g.name: keep[g.name] for g in student.groups}):
-        gated = subject.adapter.logits(student.cpu()(*inputs))
-        sliced = subject.adapter.logits(slim(*inputs))
+        gated = subject.adapter.raw(student.cpu())(*inputs)
+        sliced = subject.adapter.raw(slim)(*inputs)
     found = Difference(**compare_outputs(gated, sliced))
     if not found.max_abs_diff <= MAX_RELATIVE_DIFFERENCE * found.max_abs_logit:
         raise RuntimeError(f"the sliced model differs from the gated one by {found.max_abs_diff:.3g}: a group is wrong")

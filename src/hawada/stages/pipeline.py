@@ -10,6 +10,7 @@ from rich.markup import escape
 from hawada.adapters.huggingface import hub
 from hawada.core.finetune import NORMS
 from hawada.core.formats import check_formats
+from hawada.core.structure import summarize_kept
 from hawada.core.verdict import Verdict
 from hawada.experiment import PLANS, Run, order, upstream
 from hawada.experiment.results import (
@@ -55,6 +56,9 @@ def check(stages: list[str], run: Run) -> None:
         _check_training(stage, run)
     if any("groups" in plan.reads for plan in plans):
         _subject("train", run).check_groups()
+    if "train" in stages and not run.is_finished("train"):
+        for sentence in summarize_kept(_subject("train", run).kept_whole):
+            console.print(escape(f"{sentence}."), soft_wrap=True)
     if "doctor" in stages and run.cfg.gpu.timing == "table":
         raise ValueError(
             "gpu.timing: a latency table knows nothing of launches and bandwidths; set gpu.timing=measured on the "

@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 
 from hawada.config import build
 from hawada.core.distill import Distillation
-from hawada.core.evaluate import Scores, score
 from hawada.core.memory_format import channels_last
 from hawada.core.structure import keep_all
+from hawada.core.task import Scores
 from hawada.data import TextData, witten_bell_perplexity
 from hawada.experiment import MetricsLog, Run
 from hawada.experiment.results import BitsPerByte, PretrainResult
@@ -33,15 +33,15 @@ def run(cfg: DictConfig, run: Run) -> PretrainResult:
             trainer.fit(
                 model,
                 loader,
-                distillation=Distillation(outputs=subject.adapter.outputs, chunk=cfg.distill.chunk),
+                distillation=Distillation(outputs=subject.outputs, chunk=cfg.distill.chunk, task=subject.task),
                 accelerator=subject.accelerator,
                 on_step=lambda losses: progress.step(loss=losses["label"]),
                 on_epoch=lambda epoch, losses: log.write({"epoch": epoch, **losses}),
             )
         subject.save(folder / "teacher", model, keep_all(subject.groups))
-        scores = score(model, subject.data.test_loader(cfg.pretrain.batch_size), subject.adapter.logits)
-        metric = subject.data.metric
-        quality = getattr(scores, metric)
+        scores = subject.task.score(model, subject.data.test_loader(cfg.pretrain.batch_size), subject.pick)
+        metric = subject.task.metric(subject.data.metric, True)
+        quality = scores.figures[metric]
         summary, bits = f"test {metric} {format_quality(metric, quality)}", None
         if isinstance(subject.data, TextData):
             bits = compare_with_ngram(subject.data, scores)

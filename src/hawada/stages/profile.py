@@ -33,7 +33,16 @@ from hawada.experiment.results import (
     result_from_json,
 )
 from hawada.report import Progress
-from hawada.workspace import TABLE_FILE, ModelStopwatch, Subject, given_table, open_stage, predicted, write_table
+from hawada.workspace import (
+    TABLE_FILE,
+    ModelStopwatch,
+    Subject,
+    given_table,
+    open_stage,
+    predicted,
+    prove_declaration,
+    write_table,
+)
 
 MODELS_PER_CHUNK = 8  # sliced models held in memory at once
 MAX_CHUNK_SECONDS = (
@@ -50,6 +59,7 @@ def run(cfg: DictConfig, run: Run) -> ProfileResult:
     subject, watch, store = open_stage(cfg, run)
     if cfg.gpu.timing == "table":
         return adopt_table(watch, run)
+    prove_declaration(subject)
     teacher = watch.placed(subject.adapter.skeleton())
     chunks = math.ceil((cfg.profile.fitted_models + cfg.profile.held_out_models + 2) / MODELS_PER_CHUNK)
     with store.writing("profile") as folder, Progress("profile", len(subject.sites) + chunks) as progress:

@@ -150,7 +150,7 @@ def _start(subject: Subject, student: Student) -> None:
     if node.samples:
         student.to(subject.accelerator.device).eval().requires_grad_(False)  # the trainer chooses what trains
         batches = subject.data.calibration_loader(subject.cfg.train.batch_size, node.samples)
-        importance = fisher_importance(student, batches, subject.adapter.outputs, subject.cfg.distill.chunk)
+        importance = fisher_importance(student, batches, subject.outputs, subject.cfg.distill.chunk, subject.task)
         start_from_importance(student, importance, node.spread)
 
 

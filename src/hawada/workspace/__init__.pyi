@@ -1,6 +1,8 @@
 from .device import configured_device as configured_device, prepare as prepare
 from .distillation import check_distillation as check_distillation, make_distillation as make_distillation
 from .opening import open_stage as open_stage
+from .own_network import fill_in_from_photos as fill_in_from_photos
+from .proof import prove_declaration as prove_declaration
 from .quality import Quality as Quality
 from .stopwatch import ModelStopwatch as ModelStopwatch, Stopwatch as Stopwatch
 from .store import Store as Store

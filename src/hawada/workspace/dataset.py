@@ -11,12 +11,15 @@ from omegaconf import DictConfig
 
 from hawada.adapters import Adapter, Shape
 from hawada.config import build
-from hawada.data import TextData, VisionData
+from hawada.core.structure import Inputs, TensorRow
+from hawada.data import OwnData, TextData, VisionData, own_data
+
+Data = VisionData | TextData | OwnData
 
 
 def load_data(
     node: DictConfig, adapter: Adapter, classes: Callable[[], int], *, model: str, device: torch.device
-) -> VisionData | TextData:
+) -> Data:
     """Load a data set and check that a model can take it.
 
     Args:
@@ -50,21 +53,41 @@ def _load_text(node: DictConfig, adapter: Adapter, classes: Callable[[], int]) -
     return data
 
 
-def _load_images(node: DictConfig, adapter: Adapter, classes: Callable[[], int], device: torch.device) -> VisionData:
-    own = adapter.normalisation()
-    takes = own is not None and {"mean", "std"} <= set(inspect.signature(resolve_name(node["_target_"])).parameters)
-    data: VisionData = build(node, **(dict(zip(("mean", "std"), own, strict=True)) if own and takes else {}))
-    images, _ = next(iter(data.calibration_loader(1, 1)))
+def _load_images(
+    node: DictConfig, adapter: Adapter, classes: Callable[[], int], device: torch.device
+) -> VisionData | OwnData:
     example = adapter.example_inputs(Shape(1))
+    mean, std = adapter.normalisation() or (None, None)
+    size = example[0].shape[2:]
+    known_of_model = {"mean": mean, "std": std, "image_size": size[0] if len(set(size)) == 1 else list(size)}
+    takes = inspect.signature(resolve_name(node["_target_"])).parameters
+    handed = {name: value for name, value in known_of_model.items() if name in takes and node.get(name) is None}
+    data = build(node, **{name: value for name, value in handed.items() if value is not None})
+    if not hasattr(data, "calibration_loader"):
+        data = own_data(data, names=adapter.input_names(), count=len(example))
+    images = next(iter(data.calibration_loader(1, 1)))[0]
+    if isinstance(images, TensorRow):
+        return _check_row(data, images, example)
     if images.shape[1:] != example[0].shape[1:]:
         raise ValueError(
             f"data: images of shape {tuple(images.shape[1:])} do not fit a model whose latency is optimised for "
             f"{tuple(example[0].shape[1:])}; set data.image_size and the model's image size to the same"
         )
     known = classes()
-    if data.classes > known:
+    if data.classes is not None and data.classes > known:
         raise ValueError(
             f"data: {data.classes} classes do not fit a model with {known}; "
             f"set the model's number of classes to {data.classes}"
         )
     return data.resident(device) if isinstance(data, VisionData) and device.type != "cpu" else data
+
+
+def _check_row(data: OwnData, row: TensorRow, example: Inputs) -> OwnData:
+    """Refuse data of other shapes than those whose latency is optimised."""
+    for index, (given, expected) in enumerate(zip(row.tensors, example, strict=True)):
+        if given.shape[1:] != expected.shape[1:]:
+            raise ValueError(
+                f"data: tensor {index} of a sample has shape {tuple(given.shape[1:])} and model.adapter.example "
+                f"{tuple(expected.shape[1:])}; set the example to what the data hold"
+            )
+    return data

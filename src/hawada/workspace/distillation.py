@@ -23,7 +23,8 @@ def make_distillation(subject: Subject, keep: Keep | None = None) -> Distillatio
     count = len(subject.data.train) if getattr(subject.data, "repeats", False) else 0  # type: ignore[arg-type]  # images have a length
     return Distillation(
         build(subject.cfg.kd),
-        outputs=subject.adapter.outputs,
+        outputs=subject.outputs,
+        task=subject.task,
         chunk=node.chunk,
         hidden_weight=node.hidden_weight,
         alignment=alignment,
@@ -43,7 +44,7 @@ def check_distillation(subject: Subject, *, trains: bool) -> None:
         ValueError: naming the keys to change.
     """
     node = subject.cfg.distill
-    subject.adapter.check_outputs(features=node.chunk is not None, hidden=node.hidden_weight > 0)
+    subject.check_features(features=node.chunk is not None, hidden=node.hidden_weight > 0)
     other = _other_adapter(subject) if trains else None
     if other is None:
         return

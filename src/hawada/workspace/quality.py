@@ -117,7 +117,7 @@ class Quality:
         model = self._ungated()
         importance: Importance = build(self.node.importance)
         progress.say("ranking the units")
-        calibration = CalibrationData(refit_on, subject.adapter.outputs, subject.cfg.distill.chunk)
+        calibration = CalibrationData(refit_on, subject.outputs, subject.cfg.distill.chunk, subject.task)
         self.importance |= rank_units(
             importance, self._placed(self.student), model, groups=subject.gated_groups, calibration=calibration
         )
@@ -128,7 +128,10 @@ class Quality:
             refit_on=refit_on if self.node.reconstruct else [],
             compare_on=compare_on,
             distillation=Distillation(
-                KDConfig(temperature=1.0), outputs=subject.adapter.outputs, chunk=subject.cfg.distill.chunk
+                KDConfig(temperature=1.0),
+                outputs=subject.outputs,
+                chunk=subject.cfg.distill.chunk,
+                task=subject.task,
             ),
         )
         self.sensitivity = measure_sensitivity(

@@ -14,11 +14,12 @@ from torch import nn
 
 from hawada.adapters import Adapter, GroupFilter, Shape, load_model, save_model, select_groups
 from hawada.config import build
+from hawada.core.distill import Outputs, OutputsFunction
 from hawada.core.gates import SigmoidGate
 from hawada.core.latency import LatencyTable, Proxy
-from hawada.core.structure import ExportPolicy, Group, Inputs, Keep, Rounding, Site
-from hawada.data import TextData, VisionData
-from hawada.workspace.dataset import load_data
+from hawada.core.structure import ExportPolicy, Group, Inputs, Keep, KeptWhole, Rounding, Site
+from hawada.core.task import Task
+from hawada.workspace.dataset import Data, load_data
 from hawada.workspace.device import configured_device
 from hawada.workspace.store import Store
 
@@ -53,7 +54,7 @@ class Subject:
     def trust(self) -> list[str]:
         """The code that this configuration itself names: what it saved may import it."""
         spec = self.adapter_spec
-        return [spec["_target_"], *(spec[key] for key in self.adapter.imports if spec.get(key) is not None)]
+        return [spec["_target_"], *(spec[key] for key in self.adapter.imports if isinstance(spec.get(key), str))]
 
     @cached_property
     def meta(self) -> nn.Module:
@@ -65,6 +66,11 @@ class Subject:
     def groups(self) -> list[Group]:
         """Everything that may be removed."""
         return self.adapter.groups(self.meta)
+
+    @cached_property
+    def kept_whole(self) -> list[KeptWhole]:
+        """The layers that keep units, with the reasons."""
+        return list(self.adapter.kept_whole(self.meta))
 
     @cached_property
     def gated_groups(self) -> list[Group]:
@@ -127,7 +133,7 @@ class Subject:
         return Accelerator(cpu=self.device.type == "cpu", mixed_precision=self.cfg.compute.mixed_precision)
 
     @cached_property
-    def data(self) -> VisionData | TextData:
+    def data(self) -> Data:
         """The data set.
 
         Raises:
@@ -136,11 +142,48 @@ class Subject:
         classes = lambda: self.classes(self.adapter, self.meta)  # noqa: E731
         return load_data(self.cfg.data, self.adapter, classes, model=self.cfg.model.name, device=self.device)
 
+    @cached_property
+    def task(self) -> Task:
+        """What the outputs mean."""
+        task: Task = build(self.cfg.task)
+        return task
+
+    @property
+    def outputs(self) -> OutputsFunction:
+        """Runs a model for distillation."""
+        return self._picked if self._task_picks() else self.adapter.outputs
+
+    def pick(self, output: Any) -> torch.Tensor:
+        """The tensor that is distilled and scored, within what a model returns."""
+        return self.task.pick(output) if self._task_picks() else self.adapter.logits(output)
+
+    def check_features(self, *, features: bool, hidden: bool) -> None:
+        """Check that `outputs` has the features or hidden states that distillation uses.
+
+        Raises:
+            ValueError: It has none; the message names the keys to change.
+        """
+        if self._task_picks() and (features or hidden):
+            name = type(self.task).__name__
+            raise ValueError(
+                f"distill: features and hidden states are not compared for {name}; set distill.chunk=null and "
+                "distill.hidden_weight=0"
+            )
+        self.adapter.check_outputs(features=features, hidden=hidden)
+
+    def _task_picks(self) -> bool:
+        return type(self.task).pick is not Task.pick
+
+    def _picked(self, model: nn.Module, inputs: torch.Tensor, *, features: bool, hidden: bool) -> Outputs:
+        self.check_features(features=features, hidden=hidden)
+        return Outputs(self.task.pick(self.adapter.raw(model)(inputs)))
+
     def classes(self, adapter: Adapter, meta: nn.Module) -> int:
         """How many classes, or tokens, a model tells apart when it is shown what ours is; found on shapes alone."""
         example = self.adapter.example_inputs(Shape(1, prompt=8))
+        pick = self.task.pick if self._task_picks() else adapter.logits
         with torch.no_grad():
-            return adapter.logits(meta(*(x.to("meta") for x in example))).shape[-1]
+            return pick(adapter.raw(meta)(*(x.to("meta") for x in example))).shape[-1]
 
     def teacher(self) -> nn.Module:
         """A fresh copy of the pretrained model, in eval mode on the CPU."""
@@ -187,7 +230,7 @@ class Subject:
         """A model's outputs on `check_inputs`: logits, and for a language model the tokens that it generates."""
         inputs = self.check_inputs()
         with torch.no_grad():
-            logits = self.adapter.logits(model(*inputs)).contiguous()
+            logits = self.adapter.logits(self.adapter.raw(model)(*inputs)).contiguous()
             tokens = self.adapter.greedy_tokens(model, inputs, NEW_TOKENS)
         return {"logits": logits} if tokens is None else {"logits": logits, "tokens": tokens.contiguous()}
 

@@ -5,6 +5,7 @@ import random
 import sys
 import types
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -351,7 +352,7 @@ class Several(nn.Module):
         self.conv, self.head = nn.Conv2d(3, 8, 3), body()
 
     def forward(self, x):
-        return {"out": self.head(self.conv(x))}
+        return str(self.head(self.conv(x)).shape)
 
 
 class Plain(nn.Module):
@@ -384,7 +385,7 @@ def test_unusual_networks(name, random_units):
     [
         ({"factory": "mynets.Branching"}, r"Branching: Branching\.forward \(line \d+\) depends on the values of "),
         ({"factory": "mynets.Sorted"}, r"Sorted: nothing can be pruned: the model \(sort\) mixes channels; "),
-        ({"factory": "mynets.Several"}, r"Several: forward returns a dict and not one tensor, the logits; "),
+        ({"factory": "mynets.Several"}, r"Several: forward returns a str in which no tensor is found; "),
         ({"arch": "googlenet", "arguments": {"aux_logits": True}}, r"aux1\.conv\.conv: never called in eval mode"),
         ({"factory": "mynets.Plain", "channels": 1}, r"Plain: the forward pass fails on an input of shape \(2, 1, 32"),
     ],
@@ -480,8 +481,38 @@ def test_a_teacher_of_ones_own_comes_from_a_local_file(tmp_path):
     adapter.check_teacher()
     inputs = adapter.example_inputs(Shape(2))
     assert torch.equal(adapter.teacher()(*inputs), model(*inputs))
-    with pytest.raises(ValueError, match=r"no weights and no path; set model\.adapter\.path"):
-        GraphAdapter(**options).check_teacher()
+
+
+class Pretrained(CifarResNet):
+    """A model whose weights are zero when it comes pretrained, as if they had been downloaded."""
+
+    asked: ClassVar[list[bool]] = []
+
+    def __init__(self, pretrained=False, num_classes=10):
+        super().__init__(blocks=1, num_classes=num_classes)
+        self.asked.append(pretrained)
+        if pretrained:
+            nn.init.zeros_(self.linear.weight)
+
+
+def test_a_factory_that_loads_its_own_weights_is_asked_for_them_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["mynets"], "Pretrained", Pretrained, raising=False)
+    monkeypatch.setattr(Pretrained, "__module__", "mynets")
+    Pretrained.asked.clear()
+    adapter = GraphAdapter(factory="mynets.Pretrained", arguments={"pretrained": True}, image_size=32)
+    adapter.check_teacher()
+    assert not adapter.teacher().linear.weight.any() and Pretrained.asked == [True]
+    adapter.skeleton()
+    assert Pretrained.asked == [True, False]  # a saved model is built without fetching weights
+
+
+def test_a_model_of_half_precision_is_pruned_in_single(monkeypatch):
+    monkeypatch.setattr(sys.modules["mynets"], "half", lambda: CifarResNet(blocks=1).half(), raising=False)
+    monkeypatch.setattr(sys.modules["mynets"].half, "__module__", "mynets")
+    adapter = GraphAdapter(factory="mynets.half", image_size=32)
+    model = adapter.teacher()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert adapter.groups(model) == adapter.groups(adapter.skeleton())
 
 
 def test_old_names_in_torchvisions_checkpoints_fit(monkeypatch):

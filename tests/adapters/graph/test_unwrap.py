@@ -122,7 +122,7 @@ def test_a_network_of_streams_alone_names_the_option() -> None:
 class Added(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 3, padding=1)
+        self.one, self.two, self.three = (nn.Conv2d(3, 8, size, padding=size // 2) for size in (1, 3, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.two(x)
+        return self.one(x) + self.two(x) + self.three(x)

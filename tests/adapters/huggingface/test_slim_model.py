@@ -12,9 +12,10 @@ from hawada.adapters import Shape, load_model, save_model
 from hawada.adapters.huggingface import LlamaAdapter
 from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, slim_name, slim_state
 from hawada.adapters.saved import MANIFEST
-from hawada.core.distill import IGNORED, Distillation, KDConfig, hidden_mse
+from hawada.core.distill import Distillation, KDConfig, hidden_mse
 from hawada.core.gates import Student
 from hawada.core.structure import completed, keep_all, plan_edits
+from hawada.core.task import IGNORED
 
 FAMILIES = ["mha", "gqa4", "gqa8", "mistral", "qwen2", "qwen3", "smollm3", "vit"]
 SHAPE = Shape(2, "forward", 12, 4)

@@ -277,7 +277,7 @@ def test_without_network_the_local_path_is_named(method):
             r"model\.adapter: no weights and no path; set model\.adapter\.path",
         ),
         ({"weights": "IMAGENET1K_V9"}, r"model\.adapter\.weights: resnet18 has no weights 'IMAGENET1K_V9'"),
-        ({"path": "/nowhere"}, r"model\.adapter\.path: /nowhere is neither a \.safetensors file nor a "),
+        ({"path": "/nowhere"}, r"model\.adapter\.path: /nowhere is neither a file of weights nor a "),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_explained(method, options, message):
@@ -325,10 +325,9 @@ def test_a_local_file_of_another_shape_is_refused(tiny, tmp_path):
 
 
 def test_a_local_file_that_is_no_safetensors_is_refused(tiny, tmp_path):
-    """The likeliest mistake is to name torchvision's own .pth."""
-    path = tmp_path / "tiny.pth"
+    path = tmp_path / "tiny.safetensors"
     torch.save(tiny[1].state_dict(), path)
-    with pytest.raises(ValueError, match=r"model\.adapter\.path: .*tiny\.pth"):
+    with pytest.raises(ValueError, match=r"model\.adapter\.path: .*tiny\.safetensors is not a safetensors file"):
         ResNetAdapter(**TINY, path=str(path)).teacher()
 
 

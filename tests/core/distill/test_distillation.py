@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from hawada.core.distill import (
-    IGNORED,
     Alignment,
     Distillation,
     KDConfig,
@@ -17,6 +16,7 @@ from hawada.core.distill import (
     kd_loss,
     mse_reg,
 )
+from hawada.core.task import IGNORED
 
 KL = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)  # teacher (1/4, 3/4), student (1/2, 1/2)
 

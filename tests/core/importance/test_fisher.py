@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hawada.core.distill import IGNORED, Outputs
+from hawada.core.distill import Outputs
 from hawada.core.gates import Student
 from hawada.core.importance.fisher import fisher_importance, start_from_importance
+from hawada.core.task import IGNORED
 
 
 @pytest.fixture

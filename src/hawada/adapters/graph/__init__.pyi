@@ -1,3 +1,3 @@
-from .adapter import GraphAdapter as GraphAdapter
+from .adapter import GraphAdapter as GraphAdapter, import_factory as import_factory
 from .declaration import Declaration as Declaration
 from .trace import Trace as Trace

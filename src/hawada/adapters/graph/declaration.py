@@ -16,7 +16,7 @@ from hawada.adapters.graph.residual import Residual, find_residuals
 from hawada.adapters.graph.rules import RULES
 from hawada.adapters.graph.rules.views import VIEWS
 from hawada.adapters.graph.trace import Call, Op, Trace, Value
-from hawada.adapters.graph.walk import NormFound, Place, Walk
+from hawada.adapters.graph.walk import OUTPUT, NormFound, Place, Walk
 from hawada.core.structure import Cut, GatePoint, Group, Norm, Removal, Size
 
 MAX_GROUPS_PER_SITE = 4  # the latency table of a site has one axis for each group that touches it
@@ -84,6 +84,8 @@ class Declaration:
         residuals: The blocks whose branch can go.
         groups: The branches with the groups inside them, in order of execution, then the streams.
         units: For each group, the channels that are its units.
+        of_streams: The channels that residual blocks are called with or add into, and those that more than two layers
+            add into.
         holder: For each channel, the index of its group; -1 where it has none.
 
     Args:
@@ -115,6 +117,7 @@ class Declaration:
         self._join_uneven()
         self._join_concatenated()
         self.channels = self.walk.labels.resolve()
+        self.of_streams = self._find_streams()
         found = [self._group(bundle) for bundle in self._bundles(stream)]
         plain = [entry for entry in found if entry is not None]
         branches = [(self._branch(block), np.zeros(0, np.int64), block.call.start - 0.5) for block in self.residuals]
@@ -143,9 +146,15 @@ class Declaration:
         groups = [(self.groups[i], count) for i, count in zip(index, counts, strict=True) if i >= 0]
         return {group.name: int(count) // group.units for group, count in groups}
 
+    def is_stream(self, labels: Field) -> bool:
+        """Return whether channels are those of a stream."""
+        return bool(self._channels_of([labels]) & self.of_streams)
+
     def _first_obstacle(self) -> str:
         for op, labels, reason in self.walk.obstacles:
-            if any(place.role == "produces" and np.isin(place.labels, labels).any() for place in self.walk.places):
+            if reason != OUTPUT and any(
+                place.role == "produces" and np.isin(place.labels, labels).any() for place in self.walk.places
+            ):
                 return f"{op.place} {reason}"
         return ""
 
@@ -207,13 +216,11 @@ class Declaration:
         families: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
         for channel in sorted(producers):
             families.setdefault((tuple(producers[channel]), tuple(holders[channel])), []).append(channel)
-        added = self._channels_of(self.walk.sums)
-        entering = self._channels_of(self._entering())
         bundles = []
         for (paths, numbers), listed in families.items():
             own = tuple(places[number] for number in numbers)
             # Channels that enter a block with a projection, and into which nothing is added, are a stream of the stem.
-            in_stream = bool((added | entering).intersection(listed))
+            in_stream = bool(self.of_streams.intersection(listed))
             if in_stream and not stream:
                 continue
             kind = "stream" if in_stream else self._kind_of_units(own)
@@ -221,6 +228,19 @@ class Declaration:
             order = min(place.op.index for place in own)
             bundles.append(Bundle(name, kind, np.asarray(listed, np.int64), own, order))
         return _unique(bundles)
+
+    def _find_streams(self) -> set[int]:
+        makers: dict[int, set[str]] = {}
+        for place in self.walk.places:
+            if place.role == "produces":
+                for channel in np.unique(self.channels[place.labels]):
+                    makers.setdefault(int(channel), set()).add(place.tensor.rpartition(".")[0] or place.tensor)
+        found = self._channels_of(self._entering())
+        for op, labels in self.walk.sums:
+            added = self._channels_of([labels])
+            in_block = any(op in block.call for block in self.residuals)
+            found |= added if in_block else {channel for channel in added if len(makers.get(channel, ())) > 2}
+        return found - {STAYS}
 
     def _channels_of(self, listed: Iterable[Field]) -> set[int]:
         return {int(channel) for labels in listed for channel in np.unique(self.channels[labels])}

@@ -41,10 +41,17 @@ class Labels:
         """Record that channels must stay."""
         self.couple(field, np.asarray(STAYS))
 
-    def resolve(self) -> Field:
-        """Return for every label the smallest label of the same channel."""
+    def resolve(self, *, staying: bool = True) -> Field:
+        """Return for every label the smallest label of the same channel.
+
+        Args:
+            staying: Whether all channels that must stay are one, with the label 0; otherwise they are told apart.
+        """
         empty = np.zeros(0, np.int64)
         first, second = (np.concatenate([empty, *(pair[side] for pair in self._pairs)]) for side in (0, 1))
+        if not staying:
+            both = (first != STAYS) & (second != STAYS)
+            first, second = first[both], second[both]
         graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(self.count, self.count))
         component = connected_components(graph, directed=False)[1]
         smallest = np.full(component.max() + 1, self.count)

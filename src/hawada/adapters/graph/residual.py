@@ -160,7 +160,7 @@ def never_negative(value: Value) -> bool:
         return False
     if op.name in NON_NEGATIVE or (op.name == "hardtanh" and op.argument(1, "min_val", -1) >= 0):
         return True
-    if op.name == "clamp" and (op.argument(1, "min") or -1) >= 0:
+    if op.name in ("clamp", "clamp_min") and isinstance(least := op.argument(1, "min"), int | float) and least >= 0:
         return True
     numbers = [arg for arg in (*op.args, *op.kwargs.values()) if isinstance(arg, int | float)]
     if op.name in ("add", "mul", "constant_pad_nd") and any(number < 0 for number in numbers):

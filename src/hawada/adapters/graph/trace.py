@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hawada.adapters.graph.example import describe_forward
 from hawada.core.structure import Inputs, all_tensors
 
 
@@ -218,7 +219,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
     Raises:
         ValueError: The pass depends on the values of tensors, does not fit the inputs, skips a module with parameters
-            or returns something other than one tensor; the message names the place.
+            or returns no tensor; the message names the place.
     """
     found = record(_without_values(model), inputs)
     name = type(model).__name__
@@ -231,15 +232,18 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
                 "that do"
             ) from found.error
         remedy = "set model.adapter.image_size and model.adapter.channels to what the model takes"
-        if isinstance(found.error, TypeError | IndexError | KeyError):  # it wants something else than one tensor
-            remedy += ", or wrap it in a module whose forward takes one tensor"
+        if isinstance(found.error, TypeError | IndexError | KeyError | AttributeError):  # it wants something else
+            remedy = (
+                f"set model.adapter.example to what forward takes, as in '{describe_forward(model)}': shapes without "
+                "the batch, nested where a parameter is a dictionary or a list"
+            )
         raise ValueError(
             f"{name}: the forward pass fails on an input of shape {shapes} at {place} ({reason}); {remedy}"
         ) from found.error
-    if not isinstance(found.result, Tensor):
+    if not found.outputs:
         raise ValueError(
-            f"{name}: forward returns a {type(found.result).__name__} and not one tensor, the logits; wrap the model "
-            "in a module that picks them"
+            f"{name}: forward returns a {type(found.result).__name__} in which no tensor is found; let it return "
+            "tensors, or tuples, lists or dictionaries of them"
         )
     _check_complete(found)
     return found

@@ -17,6 +17,8 @@ from hawada.adapters.graph.trace import Call, Op, Trace, Value
 NormFound = tuple[str, float, int, int]  # kind, eps, axis of the input, number of parts
 Rule = Callable[[Op, "Walk"], list[Fields]]
 
+OUTPUT = "makes an output of the model"
+
 
 class rules:
     """A table of rules: the name of an operator, and what makes the fields of its outputs from those of its inputs."""
@@ -83,7 +85,7 @@ class Walk:
         labels: Which channels are the same.
         places: The axes of parameters that hold channels, in order of execution.
         norms: The norms that run over channels.
-        sums: The labels that an addition joined, which make a residual stream.
+        sums: The additions, with the labels that they joined.
         obstacles: The operators that keep channels, with those channels and the reason.
     """
 
@@ -92,7 +94,7 @@ class Walk:
         self.labels = Labels()
         self.places: list[Place] = []
         self.norms: list[NormPlace] = []
-        self.sums: list[Field] = []
+        self.sums: list[tuple[Op, Field]] = []
         self.obstacles: list[tuple[Op, Field, str]] = []
         self._fields: dict[Value, Fields] = {}
         self._slices: dict[tuple[Value, int], list[Field]] = {}
@@ -101,8 +103,8 @@ class Walk:
             self._fields[value] = tuple(self._axes_of_tensor(name, value))
         self._run(norms)
         for value in trace.outputs:
-            for field in self.fields(value):
-                self.labels.keep(field)
+            if value.op is not None:
+                self.keep(value.op, value, OUTPUT)
         self._join_slices()
         self._add_other_places()
 

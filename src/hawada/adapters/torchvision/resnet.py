@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torchvision
 from torch import nn
@@ -66,10 +67,12 @@ class ResNetAdapter(GraphAdapter):
         return super().normalisation() if self.layers is None else None
 
     def _weights_source(self) -> WeightsSource:
-        return WeightsSource(str(self.arch), self.weights, self.path, named=self.layers is None)
+        return WeightsSource(
+            str(self.arch), self.weights, self.path, named=self.layers is None, classes=self.num_classes
+        )
 
-    def _build_model(self) -> nn.Module:
+    def _build(self, arguments: dict[str, Any]) -> nn.Module:
         if self.layers is None:
-            return super()._build_model()
+            return super()._build(arguments)
         model: nn.Module = ResNet(BLOCK_TYPES[str(self.arch)], list(self.layers), num_classes=self.num_classes or 1000)
         return model

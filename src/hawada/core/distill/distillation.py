@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hawada.core.distill.losses import Loss, hidden_mse
-from hawada.core.distill.outputs import IGNORED, Alignment, OtherTeacher, Outputs, OutputsFunction, plain_outputs
+from hawada.core.distill.losses import hidden_mse
+from hawada.core.distill.outputs import Alignment, OtherTeacher, Outputs, OutputsFunction, plain_outputs
 from hawada.core.distill.teacher_cache import TeacherCache
+from hawada.core.task import IGNORED, Loss, Task
 
 
 class Distillation:
@@ -29,7 +29,8 @@ class Distillation:
             never all exist at once; None works on whole logits. The losses are the same either way.
         hidden_weight: the factor of `hidden_mse`; 0 leaves hidden states out.
         alignment: tells which of the teacher's hidden states and units the student's correspond to.
-        label_weight: the factor of the cross-entropy with the labels.
+        label_weight: the factor of the task's loss with the labels.
+        task: what outputs and labels mean; None is classification.
         other: a teacher whose logits replace the original's; hidden states are still compared with the original's.
         cache: keeps the teacher's logits, for data whose inputs are the same in every epoch. It belongs to one teacher
             and must not be used with another.
@@ -44,10 +45,13 @@ class Distillation:
         hidden_weight: float = 0.0,
         alignment: Alignment | None = None,
         label_weight: float = 0.0,
+        task: Task | None = None,
         other: OtherTeacher | None = None,
         cache: TeacherCache | None = None,
     ) -> None:
-        self.loss, self.outputs, self.chunk = loss, outputs, chunk
+        self.task = task or Task()
+        self.loss = None if loss is None else self.task.loss(loss)
+        self.outputs, self.chunk = outputs, chunk
         self.hidden_weight, self.alignment, self.label_weight = hidden_weight, alignment, label_weight
         self.other, self.cache = other, cache
 
@@ -123,7 +127,7 @@ class Distillation:
         if teacher is not None and self.loss is not None:
             terms["kd"] = self.loss(student, teacher)
         if labels is not None and self.label_weight > 0:
-            terms["label"] = self.label_weight * F.cross_entropy(student.float().flatten(0, -2), labels.flatten())
+            terms["label"] = self.label_weight * self.task.label_loss(student, labels)
         return terms
 
     def _chunked_terms(

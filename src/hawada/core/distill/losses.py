@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hawada.core.distill.outputs import Alignment
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

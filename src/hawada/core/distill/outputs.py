@@ -8,8 +8,6 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of a position that no loss and no score counts: padding, or the last one of a text
-
 
 @dataclass(frozen=True)
 class Outputs:

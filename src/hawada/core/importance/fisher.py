@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import norm, rankdata
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hawada.core.distill import IGNORED, Outputs, OutputsFunction, plain_outputs
+from hawada.core.distill import Outputs, OutputsFunction, plain_outputs
 from hawada.core.gates import Student
 from hawada.core.importance.gates import CalibrationData
 from hawada.core.structure import Group
+from hawada.core.task import IGNORED, Task
 
 
 class FisherImportance:
@@ -24,11 +24,15 @@ class FisherImportance:
         self, student: Student, model: nn.Module, *, groups: Sequence[Group], calibration: CalibrationData
     ) -> dict[str, Tensor]:
         """Return the scores by group, each (units,)."""
-        return fisher_importance(student, calibration.batches, calibration.outputs, calibration.chunk)
+        return fisher_importance(student, calibration.batches, calibration.outputs, calibration.chunk, calibration.task)
 
 
 def fisher_importance(
-    student: Student, batches: Iterable[Any], outputs: OutputsFunction = plain_outputs, chunk: int | None = None
+    student: Student,
+    batches: Iterable[Any],
+    outputs: OutputsFunction = plain_outputs,
+    chunk: int | None = None,
+    task: Task | None = None,
 ) -> dict[str, Tensor]:
     """Estimate how far a model's predictions move when one unit alone is removed.
 
@@ -42,6 +46,7 @@ def fisher_importance(
         batches: calibration data: (inputs, …) or (inputs, labels, …); labels only tell which tokens count.
         outputs: runs the model; usually an adapter's `outputs`.
         chunk: the number of tokens whose logits are made from features at a time; None makes them all at once.
+        task: what the outputs mean; None is classification.
 
     Returns:
         By gated group, (units,): the expected divergence of the predictions per sample, in nats.
@@ -55,7 +60,7 @@ def fisher_importance(
         for batch in batches:
             inputs, *rest = (tensor.to(device) for tensor in batch)
             model_outputs = outputs(student, inputs, features=chunk is not None, hidden=False)
-            loss = _sampled_nll(model_outputs, rest[0] if rest else None, chunk)
+            loss = _sampled_nll(model_outputs, rest[0] if rest else None, chunk, task or Task())
             for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
                 total += gradient.square()
             samples += len(inputs)
@@ -65,7 +70,7 @@ def fisher_importance(
     return {group.name: total / (2 * samples) for group, total in zip(student.groups, totals, strict=True)}
 
 
-def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> Tensor:
+def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None, task: Task) -> Tensor:
     """Return the negative log-likelihood of labels drawn from the predictions, summed over the positions that count."""
     rows = outputs.features if outputs.logits is None else outputs.logits
     assert rows is not None
@@ -75,11 +80,8 @@ def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None) -> 
     rows = rows[valid]
 
     def nll_of_chunk(part: Tensor) -> Tensor:
-        logits = (part if outputs.head is None or outputs.logits is not None else outputs.head(part)).float()
-        # `Any`, because torch gives `sample` no type hints
-        predictions: Any = torch.distributions.Categorical(logits=logits.detach(), validate_args=False)
-        drawn: Tensor = predictions.sample()
-        return F.cross_entropy(logits, drawn, reduction="sum")
+        logits = part if outputs.head is None or outputs.logits is not None else outputs.head(part)
+        return task.sampled_nll(logits.float())
 
     parts = torch.split(rows, chunk or max(len(rows), 1))
     return torch.stack([checkpoint(nll_of_chunk, part, use_reentrant=False) for part in parts]).sum()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hawada.core.distill import OutputsFunction, plain_outputs
 from hawada.core.gates import Student
 from hawada.core.structure import Group
+from hawada.core.task import Task
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class CalibrationData:
         batches: (inputs, …) or (inputs, labels, …).
         outputs: runs a model on the inputs of a batch; an adapter's `outputs`.
         chunk: logits are made for so many tokens at a time; None makes them all at once.
+        task: what the outputs mean; None is classification.
     """
 
     batches: Sequence[Any]
     outputs: OutputsFunction = plain_outputs
     chunk: int | None = None
+    task: Task | None = None
 
 
 class Importance(Protocol):

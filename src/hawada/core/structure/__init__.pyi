@@ -10,13 +10,13 @@ from .groups import (
     Cut as Cut,
     GatePoint as GatePoint,
     Group as Group,
-    Inputs as Inputs,
     Norm as Norm,
     Removal as Removal,
     Site as Site,
     Size as Size,
 )
 from .hooks import ModelHook as ModelHook
+from .inputs import Inputs as Inputs, TensorRow as TensorRow
 from .kept import (
     Keep as Keep,
     Widths as Widths,
@@ -27,6 +27,7 @@ from .kept import (
     widths_of as widths_of,
     without_orphans as without_orphans,
 )
+from .kept_whole import KeptWhole as KeptWhole, summarize_kept as summarize_kept
 from .materialize import SliceSite as SliceSite, materialize as materialize
 from .policy import ExportPolicy as ExportPolicy, Rounding as Rounding
 from .selection import (

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What a model is called with: positional tensors, batch first.
-Inputs = tuple[Tensor, ...]
-
 
 @dataclass(frozen=True)
 class GatePoint:

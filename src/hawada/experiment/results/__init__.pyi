@@ -3,10 +3,14 @@ from .diagnosis import (
     BottleneckFigures as BottleneckFigures,
     ComparedRuntime as ComparedRuntime,
     DoctorResult as DoctorResult,
+    InspectedGroup as InspectedGroup,
+    InspectResult as InspectResult,
+    KeptLayer as KeptLayer,
     PeakFigures as PeakFigures,
     RefusedRuntime as RefusedRuntime,
     RemovableUnits as RemovableUnits,
     SensibleTarget as SensibleTarget,
+    Shares as Shares,
     Stairs as Stairs,
     TimedModel as TimedModel,
     TimedSlice as TimedSlice,
@@ -26,6 +30,8 @@ from .interlingua import (
     TrainedLLM as TrainedLLM,
 )
 from .pruning import (
+    LOWER_IS_BETTER as LOWER_IS_BETTER,
+    QUALITIES as QUALITIES,
     BitsPerByte as BitsPerByte,
     DecidedByProfile as DecidedByProfile,
     Equivalence as Equivalence,

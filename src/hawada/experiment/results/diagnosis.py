@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from hawada.core.verdict import Interval, Latency
 from hawada.experiment.results.record import Omitted, record
 from hawada.experiment.results.shared import Environment, StageResult, TimedAs, Widths
@@ -144,3 +146,78 @@ class DoctorResult(StageResult):
     units: RemovableUnits
     simulated: bool
     environment: Environment
+
+
+@record
+class InspectedGroup:
+    """One group, and the values of its gates.
+
+    Attributes:
+        name: The name of the group.
+        kind: The kind of its units.
+        units: How many there are.
+        parent: The group whose unit they belong to; "" where there is none.
+        gated_at: The modules or weights that are gated.
+        least: The smallest gate.
+        mean: The mean of the gates.
+        most: The largest gate.
+        open: How many gates are at least 0.5.
+    """
+
+    name: str
+    kind: str
+    units: int
+    parent: str
+    gated_at: tuple[str, ...]
+    least: float
+    mean: float
+    most: float
+    open: int
+
+
+@record
+class KeptLayer:
+    """A layer that keeps units.
+
+    Attributes:
+        module: The path of the layer.
+        kind: The name of its class; `class` in JSON.
+        units: The number of its output channels that stay.
+        reason: What keeps them.
+        remedy: What would free them; "" where nothing is wrong.
+    """
+
+    module: str
+    kind: Annotated[str, Field(alias="class")]
+    units: int
+    reason: str
+    remedy: str
+
+
+@record
+class Shares:
+    """What is left of a model, as fractions of the whole."""
+
+    params: float
+    macs: float
+
+
+@record
+class InspectResult(StageResult):
+    """What may be removed from a model, and what may not.
+
+    Attributes:
+        params: The parameters of the model.
+        macs: The multiply-accumulates of one input's forward pass.
+        trained: Whether the gates are as training left them; otherwise they are as they start.
+        groups: The groups that are gated.
+        kept_whole: The layers that keep units.
+        half: What is left where every width is half and every branch stays.
+    """
+
+    params: int
+    macs: int
+    trained: bool
+    groups: tuple[InspectedGroup, ...]
+    kept_whole: tuple[KeptLayer, ...]
+    half: Shares

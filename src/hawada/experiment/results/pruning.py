@@ -100,6 +100,8 @@ class PretrainResult(StageResult):
 
     accuracy: OptionalFloat = None
     perplexity: OptionalFloat = None
+    mean_iou: OptionalFloat = None
+    score: OptionalFloat = None
     bits_per_byte: Annotated[BitsPerByte | None, Omitted] = None
 
 
@@ -206,6 +208,11 @@ class FinetuneResult(StageResult):
     losses: dict[str, float]
 
 
+# The measures of quality; of those in LOWER_IS_BETTER smaller ones are better.
+QUALITIES = ("accuracy", "perplexity", "mean_iou", "map_50", "output_error", "score", "agreement")
+LOWER_IS_BETTER = ("perplexity", "output_error")
+
+
 @record
 class ModelLatency(Interval):
     """Milliseconds per call: median with interval, and 95th percentile."""
@@ -215,13 +222,18 @@ class ModelLatency(Interval):
 
 @record
 class ModelFigures:
-    """What a model costs and how good it is on test data; it has an accuracy or a perplexity.
+    """What a model costs and how good it is on test data; it has one measure of quality.
 
     Attributes:
         params: parameters.
         macs: multiply-accumulates of one call with a batch of 1.
         accuracy: the share of test samples that are classified right.
         perplexity: of the test text.
+        mean_iou: the mean over the classes of the intersection over union of a segmentation.
+        map_50: the mean average precision of detected boxes at an intersection over union of 0.5.
+        output_error: how far the outputs are from the teacher's, relative to their standard deviation.
+        score: the user's own.
+        agreement: how often the predictions are the teacher's, where the test data have no labels.
         latency_ms: milliseconds per call.
         path: the folder of the saved model.
     """
@@ -230,15 +242,19 @@ class ModelFigures:
     macs: int
     accuracy: OptionalFloat = None
     perplexity: OptionalFloat = None
+    mean_iou: OptionalFloat = None
+    map_50: OptionalFloat = None
+    output_error: OptionalFloat = None
+    score: OptionalFloat = None
+    agreement: OptionalFloat = None
     latency_ms: ModelLatency
     path: str
 
     @property
     def quality(self) -> float:
-        """The accuracy, or the perplexity of a language model."""
-        quality = self.accuracy if self.perplexity is None else self.perplexity
-        assert quality is not None
-        return quality
+        """The one measure that there is."""
+        found: list[float | None] = [getattr(self, name) for name in QUALITIES]
+        return next(quality for quality in found if quality is not None)
 
 
 @record
@@ -289,7 +305,7 @@ class EvaluateResult(Conclusion):
         target_ratio: the target relative to the teacher.
         timed_as: what was timed.
         latency_ratio: slim model relative to the teacher, within rounds.
-        metric: the measure of quality: `accuracy` or `perplexity`.
+        metric: the measure of quality, one of `QUALITIES`.
         agreement: how often both models predict the same.
         teacher: the original.
         slim: the smaller model.

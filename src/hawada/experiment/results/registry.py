@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hawada.experiment.results.diagnosis import DoctorResult
+from hawada.experiment.results.diagnosis import DoctorResult, InspectResult
 from hawada.experiment.results.interlingua import (
     InterlinguaDryResult,
     InterlinguaEvalResult,
@@ -25,6 +25,7 @@ from hawada.experiment.results.record import from_json
 from hawada.experiment.results.shared import StageResult
 
 RESULTS: dict[str, type[StageResult]] = {
+    "inspect": InspectResult,
     "doctor": DoctorResult,
     "profile": ProfileResult,
     "pretrain": PretrainResult,

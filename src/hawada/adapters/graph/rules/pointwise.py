@@ -41,7 +41,7 @@ def combined(op: Op, walk: Walk) -> list[Fields]:
     if op.name in ("add", "sub"):
         moving = [value for value, fields in given if fields and not value.constant]
         if len(moving) > 1:
-            walk.sums += [field.reshape(-1) for field in found]
+            walk.sums += [(op, field.reshape(-1)) for field in found]
     return [found]
 
 

@@ -114,7 +114,7 @@ def multiplied(op: Op, walk: Walk) -> list[Fields]:
             for field in walk.fields(added):
                 walk.produce(op, field.reshape(-1))
         elif any(walk.fields(added)):
-            walk.sums += [field.reshape(-1) for field in merged]
+            walk.sums += [(op, field.reshape(-1)) for field in merged]
         return [compress(merged)]
     return [compress(found)]
 
