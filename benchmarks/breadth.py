@@ -2,8 +2,9 @@
 
     pip install timm torch-pruning && python benchmarks/breadth.py --output benchmarks/results/breadth_cpu.json
 
-For the smallest model of each family of timm, and every classification model of torchvision with `--torchvision`
-(num_classes=10, random weights, norms randomised), each in a process of its own with a time limit: whether a gated and
+For the smallest model of each family of timm, and with `--torchvision` every classification, segmentation, detection
+and video model of torchvision (num_classes=10, random weights, norms randomised), each in a process of its own with a
+time limit: whether a gated and
 a cut model compute the same for random widths (the largest difference relative to the largest output), the share of
 the parameters that is left with every branch kept and every width at floor(width / 2), the seconds that declaring
 takes, and the weights with an output axis that is neither in a group nor listed. Networks that the output holds already
@@ -23,46 +24,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torchvision
+from torch import nn
 
 from hawada.adapters import Shape
-from hawada.adapters.graph import Declaration, GraphAdapter, Trace
-from hawada.core.evaluate import count_parameters
+from hawada.adapters.graph import GraphAdapter
+from hawada.adapters.huggingface import TimmAdapter
+from hawada.adapters.torchvision import DetectorAdapter
+from hawada.core.evaluate import compare_outputs, count_parameters
 from hawada.core.gates import Student
 from hawada.core.structure import Group, keep_first, materialize
 
 CLASSES, KEEPS, LIMIT_S = 10, 3, 300.0
 EXACT = 1e-5  # largest difference, relative to the largest output
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 GOAL = 0.35  # share of the parameters that is left
 LARGEST_SIDE = 128  # of the images, where a network takes any; compared, nothing is timed
 
 
-class Network(GraphAdapter):
-    """A network of timm (`timm:resnet18`) or torchvision (`torchvision:resnet18`)."""
+def adapter_of(name: str) -> GraphAdapter:
+    """The adapter of a network of timm (`timm:resnet18`) or torchvision (`torchvision:resnet18`)."""
+    library, _, arch = name.partition(":")
+    if library == "timm":
+        import timm  # an optional package, which other networks do without
 
-    def __init__(self, name: str) -> None:
-        library, _, arch = name.partition(":")
-        if library == "torchvision":
-            super().__init__(arch, num_classes=CLASSES, image_size=side_of(arch), stream=True)
-        else:
-            import timm  # an optional package, which other networks do without
-
-            self.model = timm.create_model(arch, num_classes=CLASSES).eval()
-            channels, side = self.model.default_cfg["input_size"][:2]
-            fixed = self.model.default_cfg.get("fixed_input_size")
-            size = side if fixed else min(side, LARGEST_SIDE)
-            super().__init__(factory=arch, image_size=size, channels=channels, stream=True)
-
-    def _build_model(self) -> nn.Module:
-        return self.model if hasattr(self, "model") else super()._build_model()
-
-    def declared(self, model: nn.Module) -> tuple[Trace, Declaration]:
-        """What the groups are made from."""
-        return self._declaration_of(model)
+        cfg = timm.get_pretrained_cfg(arch)
+        side = cfg.input_size[1]
+        size = side if cfg.fixed_input_size else min(side, LARGEST_SIDE)
+        return TimmAdapter(arch, num_classes=CLASSES, image_size=size, stream=True)
+    if arch in torchvision.models.list_models(torchvision.models.detection):
+        return DetectorAdapter(arch, num_classes=CLASSES, image_size=LARGEST_SIDE, stream=True)
+    return GraphAdapter(arch, num_classes=CLASSES, image_size=size_of(arch), stream=True)
 
 
-def side_of(arch: str) -> int:
-    """The side of the images of a network of torchvision."""
+def size_of(arch: str) -> int | list[int]:
+    """The size of the inputs of a network of torchvision."""
+    if arch in torchvision.models.list_models(torchvision.models.video):
+        return [16, 224, 224] if arch.startswith(("mvit", "swin3d")) else [16, 112, 112]
     return 224 if arch.startswith(("vit_", "maxvit")) else LARGEST_SIDE
 
 
@@ -93,42 +91,41 @@ def draw(groups: list[Group], seed: int) -> dict[str, tuple[int, ...]]:
     return keep
 
 
-def unlisted(declared: Declaration) -> list[str]:
-    """Weights whose output axis is neither cut by a group nor kept for a reason that is told."""
-    cut = {(cut.tensor, cut.dim) for group in declared.groups for cut in group.cuts}
-    channels = declared.channels
-    told = {int(label) for _, labels, _ in declared.walk.obstacles for label in channels[labels]}
-    told |= {int(channels[0])}
-    produced = [place for place in declared.walk.places if place.role == "produces"]
-    return [
-        place.tensor
-        for place in produced
-        if (place.tensor, place.dim) not in cut and not told.issuperset(int(c) for c in channels[place.labels])
-    ]
+def unlisted(adapter: GraphAdapter, model: nn.Module) -> list[str]:
+    """Convolutions and linear layers whose outputs are neither cut by a group nor listed with the reason."""
+    cut = {
+        cut.module
+        for group in adapter.groups(model)
+        for cut in group.cuts
+        if cut.dim == int(getattr(model.get_submodule(cut.module), "transposed", False))
+    }
+    listed = {kept.module for kept in adapter.kept_whole(model)}
+    layers = [path for path, module in model.named_modules() if isinstance(module, LAYERS)]
+    inner = {path.rpartition(".parametrizations")[0] for path in cut | listed}  # of a weight that is computed
+    return [path for path in layers if path not in cut | listed | inner]
 
 
 def examine(name: str) -> dict[str, Any]:
     """Prune one network."""
     torch.set_num_threads(1)
-    adapter = Network(name)
+    adapter = adapter_of(name)
     model = randomised(adapter.skeleton())
-    inputs = adapter.example_inputs(Shape(2))
+    inputs, raw = adapter.example_inputs(Shape(2)), adapter.raw
     start = time.perf_counter()
     try:
-        _, declared = adapter.declared(model)
+        groups = adapter.groups(model)
     except ValueError as error:
         return {"status": "refused", "reason": str(error)}
-    seconds = time.perf_counter() - start
-    groups, worst = declared.groups, 0.0
+    seconds, worst = time.perf_counter() - start, 0.0
     half = {group.name: 1 if group.removes else max(1, group.full_width // 2) for group in groups}
     left = count_parameters(materialize(model, groups, keep_first(groups, half))) / count_parameters(model)
     with torch.no_grad(), Student(model, groups) as student:
         for seed in range(KEEPS):
             keep = draw(groups, seed)
-            cut: Tensor = materialize(model, groups, keep).eval()(*inputs)
+            cut = raw(materialize(model, groups, keep).eval())(*inputs)
             with student.hard_gated(keep):
-                gated: Tensor = student(*inputs)
-            worst = max(worst, float((gated - cut).abs().max() / gated.abs().max().clamp_min(1e-9)))
+                found = compare_outputs(raw(student)(*inputs), cut)
+            worst = max(worst, found["max_abs_diff"] / max(found["max_abs_logit"], 1e-9))
     kinds: dict[str, int] = {}
     for group in groups:
         kinds[group.kind] = kinds.get(group.kind, 0) + 1
@@ -138,7 +135,8 @@ def examine(name: str) -> dict[str, Any]:
         "left": round(left, 4),
         "seconds": round(seconds, 2),
         "groups": kinds,
-        "unlisted": unlisted(declared),
+        "kept": {f"{kept.kind} {kept.reason}": kept.units for kept in adapter.kept_whole(model) if kept.remedy},
+        "unlisted": unlisted(adapter, model),
     }
 
 
@@ -147,7 +145,7 @@ def torch_pruning(name: str) -> dict[str, Any]:
     import torch_pruning as tp  # the baseline, an optional package
 
     torch.set_num_threads(1)
-    adapter = Network(name)
+    adapter = adapter_of(name)
     model, inputs = randomised(adapter.skeleton()), adapter.example_inputs(Shape(2))
     before = count_parameters(model)
     last = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
@@ -188,10 +186,12 @@ def smallest_of_timm() -> list[str]:
 
 
 def of_torchvision() -> list[str]:
-    """The classification models of torchvision."""
-    import torchvision
-
-    return [f"torchvision:{name}" for name in torchvision.models.list_models(torchvision.models)]
+    """The classification, segmentation, detection and video models of torchvision."""
+    rooms = (
+        torchvision.models,
+        *(getattr(torchvision.models, name) for name in ("segmentation", "detection", "video")),
+    )
+    return [f"torchvision:{name}" for room in rooms for name in torchvision.models.list_models(room)]
 
 
 def line(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
