@@ -20,8 +20,7 @@ from stage_results import example, final
 from torch import nn
 
 from hawada.adapters import save_model
-from hawada.adapters.base import WEIGHTS
-from hawada.adapters.saved import MANIFEST as MODEL_MANIFEST
+from hawada.adapters.base import MANIFEST as MODEL_MANIFEST, WEIGHTS
 from hawada.adapters.torchvision import ResNetAdapter
 from hawada.config import conf_dir, register_resolvers
 from hawada.core.files import is_signed, partial_path, sha256, signed, whole_name, write_json, write_text

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import hawada
 from hawada.adapters import Shape, load_model, save_model
-from hawada.adapters.base import WEIGHTS
+from hawada.adapters.base import MANIFEST, WEIGHTS
 from hawada.adapters.graph import GraphAdapter
 from hawada.adapters.huggingface import LlamaAdapter, ViTAdapter
-from hawada.adapters.saved import MANIFEST, RENAMED_ADAPTERS
+from hawada.adapters.saved import RENAMED_ADAPTERS
 from hawada.adapters.torchvision import ResNetAdapter
 from hawada.core.structure import full_widths, keep_all, keep_first, materialize
 
@@ -334,3 +334,19 @@ def test_a_manifest_of_another_format_is_refused(save):
     edit_manifest(path, format=1)
     with pytest.raises(ValueError, match=r"is not of format 2: another version wrote it; export the model again"):
         load_model(path)
+
+
+def test_channels_that_lie_innermost_in_memory_do_so_after_loading(tmp_path):
+    torch.manual_seed(0)
+    adapter = ResNetAdapter("basic", [1, 1, 1, 1], num_classes=5, image_size=32)
+    model = adapter.skeleton().to(memory_format=torch.channels_last)
+    groups = adapter.groups(model)
+    keep = keep_first(groups, {group.name: max(1, group.units // 2) for group in groups})
+    slim = adapter.slim(model, groups, keep)
+    spec = {"_target_": "hawada.adapters.torchvision.ResNetAdapter", "arch": "basic", "layers": [1, 1, 1, 1]}
+    spec |= {"num_classes": 5, "image_size": 32}
+    save_model(tmp_path / "m", slim, adapter=adapter, adapter_spec=spec, teacher=model, groups=groups, keep=keep)
+    loaded = load_model(tmp_path / "m")
+    assert loaded.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    inputs = adapter.example_inputs(Shape(2))
+    assert torch.equal(loaded(*inputs), slim(*inputs))

@@ -1,7 +1,10 @@
-"""The base class of adapters: it lists what a model family must declare."""
+"""The base class of adapters, which lists what a model family must declare, and how the models are saved."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hawada.core.distill import Alignment, Outputs
+from hawada.core.files import partial_path, sha256
 from hawada.core.structure import (
     Edits,
     Group,
@@ -23,10 +27,14 @@ from hawada.core.structure import (
     all_tensors,
     fill,
     materialize,
+    plan_edits,
     set_structure,
 )
 
 WEIGHTS = "model.safetensors"
+MANIFEST = "hawada.json"
+CHANNELS_LAST = "channels_last"
+MANIFEST_FORMAT = 2  # a manifest with another number is refused
 
 
 @dataclass(frozen=True)
@@ -259,7 +267,8 @@ class Adapter(ABC):
         }
         save_file(state, path / WEIGHTS, metadata={"format": "pt"})
         replaced = {name: list(keeps) for name, keeps in edits.replaced.items()}
-        return {"attributes": edits.attributes, "replaced": replaced}
+        structure: dict[str, Any] = {"attributes": edits.attributes, "replaced": replaced}
+        return structure | ({"memory_format": CHANNELS_LAST} if _is_channels_last(model) else {})
 
     def read(self, path: Path, manifest: Mapping[str, Any]) -> nn.Module:
         """Read what `write` wrote: the model in eval mode, on the CPU.
@@ -275,7 +284,95 @@ class Adapter(ABC):
             model = self.skeleton()
         model = set_structure(model, manifest["attributes"], manifest["replaced"])
         _fill(model, load_file(path / WEIGHTS), path)
+        if manifest.get("memory_format") == CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
         return model.eval()
+
+
+def save_model(
+    path: Path,
+    model: nn.Module,
+    *,
+    adapter: Adapter,
+    adapter_spec: Mapping[str, Any],
+    teacher: nn.Module,
+    groups: Sequence[Group],
+    keep: Mapping[str, Sequence[int]],
+) -> list[Path]:
+    """Write a teacher or slim model beside a manifest that tells how to rebuild its shape.
+
+    The manifest carries the SHA-256 of the weights and is written last, so a folder without it is not a model. A model
+    that was saved there before is replaced; other files stay as they are.
+
+    Args:
+        path: The folder, which is made if it is missing.
+        model: The result of `adapter.slim(teacher, groups, keep)`, possibly finetuned.
+        adapter: The adapter of the model's family.
+        adapter_spec: The adapter's `_target_` and constructor arguments.
+        teacher: The unpruned architecture; the values of its weights do not matter.
+        groups: The groups that the adapter declares of the teacher.
+        keep: The kept indices by group name.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: One of these files would replace a file that does not belong to a saved model.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    scratch = partial_path(path / "model")  # inside, because what is beside may be another file system
+    scratch.mkdir()
+    try:
+        structure = adapter.write(scratch, model, plan_edits(teacher, groups, keep))
+        names = sorted(file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file())
+        before = _saved_before(path, [*names, Path(MANIFEST)])
+        for name in names:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, path / name)
+    finally:
+        shutil.rmtree(scratch)
+    for gone in before - {str(name) for name in names}:
+        (path / gone).unlink(missing_ok=True)  # weights of the earlier model, which would be taken for this one's
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "adapter": dict(adapter_spec),
+        **structure,
+        "keep": {name: list(kept) for name, kept in keep.items()},
+        "sha256": {str(name): sha256(path / name) for name in names if name.match("*.safetensors")},
+    }
+    whole = partial_path(path / MANIFEST)
+    whole.write_text(json.dumps(manifest, indent=1) + "\n")
+    os.replace(whole, path / MANIFEST)
+    return [*(path / name for name in names), path / MANIFEST]
+
+
+def _saved_before(path: Path, names: Sequence[Path]) -> set[str]:
+    """List the weights of the model that was saved in a folder before, by the names in its manifest.
+
+    Raises:
+        ValueError: One of `names` exists although no model was saved there, or is a link.
+    """
+    try:
+        record = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        record = None
+    saved = isinstance(record, dict) and isinstance(record.get("sha256"), dict) and "adapter" in record
+    for name in names:
+        if os.path.lexists(path / name) and ((path / name).is_symlink() or not saved):
+            raise ValueError(
+                f"{path / name} was there before and is no saved model's, so it is not replaced; "
+                "move it away, or save to another folder"
+            )
+    if record is None or not saved:
+        return set()
+    known = {name: path / name for name in record["sha256"] if Path(name).name == name}
+    return {name for name, file in known.items() if file.is_file() and not file.is_symlink()}
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    """Return whether convolutions of images lie in memory with the channels innermost."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4 and not parameter.is_contiguous()]
+    return any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

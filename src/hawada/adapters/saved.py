@@ -1,24 +1,16 @@
-"""The file format of saved models: a folder with weights and a manifest that tells how to rebuild the shape."""
+"""Loads saved models: a folder with weights and a manifest that tells how to rebuild the shape, see `save_model`."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from hawada.adapters.base import Adapter
-from hawada.core.files import partial_path, sha256
-from hawada.core.structure import Group, plan_edits
-
-MANIFEST = "hawada.json"
-
-MANIFEST_FORMAT = 2  # a manifest with another number is refused
+from hawada.adapters.base import MANIFEST, MANIFEST_FORMAT, Adapter
+from hawada.core.files import sha256
 
 TRUSTED_PREFIXES = ("hawada.",)  # of adapter classes that are imported without being asked for
 # Earlier versions wrote these names of adapter classes into manifests; each is loaded under its name of today.
@@ -28,86 +20,6 @@ RENAMED_ADAPTERS = {
     "hawada.adapters.huggingface.llama.LlamaAdapter": "hawada.adapters.huggingface.LlamaAdapter",
     "hawada.adapters.huggingface.vit.ViTAdapter": "hawada.adapters.huggingface.ViTAdapter",
 }
-
-
-def save_model(
-    path: Path,
-    model: nn.Module,
-    *,
-    adapter: Adapter,
-    adapter_spec: Mapping[str, Any],
-    teacher: nn.Module,
-    groups: Sequence[Group],
-    keep: Mapping[str, Sequence[int]],
-) -> list[Path]:
-    """Write a teacher or slim model beside a manifest that tells how to rebuild its shape.
-
-    The manifest carries the SHA-256 of the weights and is written last, so a folder without it is not a model. A model
-    that was saved there before is replaced; other files stay as they are.
-
-    Args:
-        path: The folder, which is made if it is missing.
-        model: The result of `adapter.slim(teacher, groups, keep)`, possibly finetuned.
-        adapter: The adapter of the model's family.
-        adapter_spec: The adapter's `_target_` and constructor arguments.
-        teacher: The unpruned architecture; the values of its weights do not matter.
-        groups: The groups that the adapter declares of the teacher.
-        keep: The kept indices by group name.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        ValueError: One of these files would replace a file that does not belong to a saved model.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    scratch = partial_path(path / "model")  # inside, because what is beside may be another file system
-    scratch.mkdir()
-    try:
-        structure = adapter.write(scratch, model, plan_edits(teacher, groups, keep))
-        names = sorted(file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file())
-        before = _saved_before(path, [*names, Path(MANIFEST)])
-        for name in names:
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(scratch / name, path / name)
-    finally:
-        shutil.rmtree(scratch)
-    for gone in before - {str(name) for name in names}:
-        (path / gone).unlink(missing_ok=True)  # weights of the earlier model, which would be taken for this one's
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "adapter": dict(adapter_spec),
-        **structure,
-        "keep": {name: list(kept) for name, kept in keep.items()},
-        "sha256": {str(name): sha256(path / name) for name in names if name.match("*.safetensors")},
-    }
-    whole = partial_path(path / MANIFEST)
-    whole.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(whole, path / MANIFEST)
-    return [*(path / name for name in names), path / MANIFEST]
-
-
-def _saved_before(path: Path, names: Sequence[Path]) -> set[str]:
-    """List the weights of the model that was saved in a folder before, by the names in its manifest.
-
-    Raises:
-        ValueError: One of `names` exists although no model was saved there, or is a link.
-    """
-    try:
-        record = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        record = None
-    saved = isinstance(record, dict) and isinstance(record.get("sha256"), dict) and "adapter" in record
-    for name in names:
-        if os.path.lexists(path / name) and ((path / name).is_symlink() or not saved):
-            raise ValueError(
-                f"{path / name} was there before and is no saved model's, so it is not replaced; "
-                "move it away, or save to another folder"
-            )
-    if record is None or not saved:
-        return set()
-    known = {name: path / name for name in record["sha256"] if Path(name).name == name}
-    return {name for name, file in known.items() if file.is_file() and not file.is_symlink()}
 
 
 def load_model(path: Path, trust: Sequence[str] = ()) -> nn.Module:

@@ -14,8 +14,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from hawada.adapters.base import MANIFEST
 from hawada.adapters.checkpoints import check_readable, read_checkpoint, without_prefixes
-from hawada.adapters.saved import MANIFEST, load_model
+from hawada.adapters.saved import load_model
 from hawada.core.structure import all_tensors
 
 # GoogLeNet and Inception have further classifiers, which run in training only.

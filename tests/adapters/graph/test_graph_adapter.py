@@ -17,8 +17,8 @@ from torch import nn
 
 import hawada
 from hawada.adapters import Shape, load_model, save_model
+from hawada.adapters.base import MANIFEST
 from hawada.adapters.graph import GraphAdapter
-from hawada.adapters.saved import MANIFEST
 from hawada.core.evaluate import compare_outputs
 from hawada.core.gates import Student
 from hawada.core.latency import Rounds, SimulatedClock, build_table

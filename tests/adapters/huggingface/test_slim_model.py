@@ -9,9 +9,9 @@ from torch import nn
 
 import hawada
 from hawada.adapters import Shape, load_model, save_model
+from hawada.adapters.base import MANIFEST
 from hawada.adapters.huggingface import LlamaAdapter
 from hawada.adapters.huggingface.slim_model import build_filled, read_config, save_folder, slim_name, slim_state
-from hawada.adapters.saved import MANIFEST
 from hawada.core.distill import Distillation, KDConfig, hidden_mse
 from hawada.core.gates import Student
 from hawada.core.structure import completed, keep_all, plan_edits

@@ -40,6 +40,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
     """The entries `index` along `dim`, as a contiguous copy without history; None keeps all.
 
+    Where the channels of a tensor lie innermost in memory, they do so in the copy.
+
     Raises:
         ValueError: when the index is empty or points outside the axis.
     """
@@ -53,7 +55,9 @@ def slice_tensor(tensor: Tensor, dim: int, index: Indices) -> Tensor:
     outside = positions[(positions < 0) | (positions >= size)]
     if len(outside):
         raise ValueError(f"index {int(outside[0])} is outside an axis of {size} elements")
-    return tensor.index_select(dim, positions.to(tensor.device)).contiguous()
+    chosen = tensor.index_select(dim, positions.to(tensor.device))
+    last = chosen.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    return chosen.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def slice_linear(linear: nn.Linear, *, out_features: Indices = None, in_features: Indices = None) -> nn.Linear:
