@@ -268,7 +268,7 @@ KEYS: dict[str, Key] = {
                 "is for testing",
                 Number(0, 0.9, above=True),
             ),
-            "workers": Key("The processes that load images", Number(0, 1024, whole=True)),
+            "workers": Key("The processes that load images, one for every CPU at most", Number(0, 1024, whole=True)),
             "pairs": Key("The facts in a context", COUNT),
             "questions": Key("The questions on each context", COUNT),
             "seed": Key("The seed of the contexts", Number(0, 2**32 - 1, whole=True)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable, Sequence, Sized
 from itertools import pairwise
 from pathlib import Path
@@ -194,7 +195,8 @@ class VisionData:
             source, chosen = dataset.dataset, dataset.indices
             dataset = source.with_tensors(source.images[chosen], source.labels[chosen])
         collate = (lambda batch: batch) if _whole(dataset) else None
-        return DataLoader(dataset, batch_size, num_workers=self.workers, collate_fn=collate, **options)
+        workers = min(self.workers, os.cpu_count() or 1)  # more would only wait for each other
+        return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, **options)
 
 
 def _size(dataset: Dataset[Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pkgutil import resolve_name
 from typing import Any
 
@@ -162,7 +163,8 @@ class GraphAdapter(BlockStates):
 
     def _declaration_of(self, model: nn.Module) -> tuple[Trace, Declaration]:
         """Follow the forward pass of a model and declare its groups, which models of the same structure share."""
-        with torch.device("cpu"):  # labels are computed with, whatever device the model is made on
+        elsewhere = torch.get_default_device().type != "cpu"  # the context costs time in every call of torch
+        with torch.device("cpu") if elsewhere else nullcontext():  # labels are computed with
             inputs = self.example_inputs(Shape(2))
             shapes = tuple((name, tuple(tensor.shape)) for name, tensor in all_tensors(model).items())
             numbers = tuple(

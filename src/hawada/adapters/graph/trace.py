@@ -151,11 +151,16 @@ class Trace:
         return self.model.get_submodule(call.path)
 
 
+class _Enough(BaseException):
+    """Ends a forward pass of which no more is to be seen; no code that catches errors catches it."""
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate what subclassing calls
     """Writes down every operator that runs while it is active, and through hooks every call of a module."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, limit: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.limit = limit
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.stack: list[Call] = []
@@ -176,6 +181,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if self.limit is not None and len(self.ops) >= self.limit:
+            raise _Enough
         result = func(*args, **kwargs)
         given = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
         op = Op(len(self.ops), _name_of(func), func, tuple(given[0]), given[1], (), tuple(self.stack))
@@ -249,16 +256,18 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     return found
 
 
-def record(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run a copy of a model once without computing anything and write down what it does, up to where it fails.
+def record(model: nn.Module, inputs: Inputs, *, limit: int | None = None, spent: bool = False) -> Trace:
+    """Run a model once without computing anything and write down what it does, up to where it fails.
 
     Args:
         model: The model on the meta device, in eval mode.
         inputs: What it is called with, on any device.
+        spent: Whether nobody needs the model afterwards; otherwise a copy is run, as a pass may leave something behind.
+        limit: The number of operators after which the pass is ended; None lets it run to its end.
     """
     given = pytree.tree_map_only(Tensor, lambda x: x.to("meta", copy=True), tuple(inputs))
-    untouched, model = model, copy.deepcopy(model)  # a pass may leave something behind, such as a cache of positions
-    recorder = _Recorder(model)
+    untouched, model = model, model if spent else copy.deepcopy(model)
+    recorder = _Recorder(model, limit)
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     entering = [recorder._remember(tensor, Value(tuple(tensor.shape))) for tensor in known]
     error: Exception | None = None
@@ -268,6 +277,8 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     try:
         with torch.no_grad(), torch.device("meta"), recorder:  # what the pass makes has no values either
             result = model(*given)
+    except _Enough:
+        pass
     except Exception as raised:  # a forward pass may raise anything
         error = raised
     finally:

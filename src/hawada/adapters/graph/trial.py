@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from hawada.adapters.graph.attention import tie_heads
 from hawada.adapters.graph.declaration import Declaration, Following, Remedies
 from hawada.adapters.graph.labels import Field, axes_of
 from hawada.adapters.graph.norms import find_norms
@@ -27,6 +28,7 @@ ONLY_MEMORY = {"clone", "contiguous", "as_strided", "alias", "detach", "_to_copy
 WITH_NUMBERS = {"add", "sub", "rsub", "mul", "div", "pow", "clamp"}
 ALIASES = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view"}
 TRIED_KEEPS = 2  # a number that fits one cut by chance does not fit another
+ADDED_OPERATORS = 50  # at most, that only move memory and that a cut model runs before an operator in addition
 MAX_CALLS_AROUND = 3  # modules around an operator whose attributes may have a say in it
 WRITTEN = "has the number of channels written into code"
 
@@ -51,19 +53,19 @@ def declare(trace: Trace, *, stream: bool) -> Declaration:
         ValueError: Nothing can be removed; the message names the first operator that keeps its channels.
     """
     norms = find_norms(trace)
-    remedies = before = Remedies()
+    remedies = before = tie_heads(Declaration(trace, stream=stream, norms=norms))
     attempts: Counter[Op] = Counter()  # how many ways were tried at an operator
     pending: Op | None = None  # the operator at which the last attempt should have helped
+    earlier: Declaration | None = None  # the one that the last attempt changed
     for _ in range(MAX_TRIALS):
         declared = Declaration(trace, stream=stream, remedies=remedies, norms=norms)
         fault = find_fault(declared) if declared.groups else None
         if fault is None:
             break
         op = fault.op
-        if pending is not None and op.index <= pending.index:
-            op, remedies = pending, before  # the attempt did not help
-            declared = Declaration(trace, stream=stream, remedies=remedies, norms=norms)
-        before, ways = remedies, _ways(declared, op)
+        if pending is not None and earlier is not None and op.index <= pending.index:
+            op, remedies, declared = pending, before, earlier  # the attempt did not help
+        before, earlier, ways = remedies, declared, _ways(declared, op)
         if attempts[op] < len(ways):
             remedies, pending = _with_way(declared, remedies, op, ways[attempts[op]]), op
         else:
@@ -80,17 +82,24 @@ def declare(trace: Trace, *, stream: bool) -> Declaration:
 def find_fault(declared: Declaration) -> Fault | None:
     """Cut the model to some widths and run it; return the first operator that does otherwise than expected."""
     keeps = [random_keep(declared, seed) for seed in range(TRIED_KEEPS)]
-    # Code that divides channels in proportion fits random ones by chance, but not the first or the last.
+    # Code that divides channels in proportion fits random ones by chance, but not the first or the last; and groups of
+    # few units have the same width by chance, but not where one of them stays whole.
     keeps += [{name: _run_of(group, last=last) for name, group in _by_name(declared)} for last in (False, True)]
-    faults = (_fault_of(declared, keep) for keep in keeps)
-    return next((fault for fault in faults if fault is not None), None)
+    keeps += [_some_whole(declared, seed) for seed in range(TRIED_KEEPS)]
+    earliest: Fault | None = None
+    for keep in keeps:
+        limit = None if earliest is None else earliest.op.index + ADDED_OPERATORS
+        fault = _fault_of(declared, keep, limit)
+        if fault is not None and (earliest is None or fault.op.index < earliest.op.index):
+            earliest = fault
+    return earliest
 
 
-def _fault_of(declared: Declaration, keep: Keep) -> Fault | None:
+def _fault_of(declared: Declaration, keep: Keep, limit: int | None) -> Fault | None:
     trace = declared.trace
     expected = _Expected(declared, keep)
     slim = materialize(trace.model, declared.groups, keep)
-    found = record(slim, trace.given)
+    found = record(slim, trace.given, limit=limit, spent=True)
     unseen = [norm.call for norm in declared.walk.norms]  # the walk does not look into a norm
     done = -1
     for op, again in zip(_computing(trace.ops), _computing(found.ops), strict=False):
@@ -131,6 +140,16 @@ def _run_of(group: Group, *, last: bool) -> tuple[int, ...]:
         return (0,)
     count = max(1, group.units // 3)
     return tuple(range(group.units - count, group.units) if last else range(count))
+
+
+def _some_whole(declared: Declaration, seed: int) -> Keep:
+    """Some groups whole, drawn at random, and the first third of the others."""
+    draw = random.Random(seed)
+    whole = {name: draw.random() < 0.5 for name, _ in _by_name(declared)}
+    return {
+        name: tuple(range(group.units)) if whole[name] else _run_of(group, last=False)
+        for name, group in _by_name(declared)
+    }
 
 
 def random_keep(declared: Declaration, seed: int = 0) -> Keep:
@@ -206,7 +225,8 @@ class Way:
 def _ways(declared: Declaration, op: Op) -> list[Way]:
     """What may help where a cut model does otherwise than expected, the simplest first."""
     found: dict[int, list[tuple[str, int, int, int]]] = {}  # by the tensor of the operator
-    around = range(1, min(len(op.calls), MAX_CALLS_AROUND) + 1)
+    inner = len(op.calls) - 1 or len(op.calls)  # the whole model has numbers of many meanings
+    around = range(1, min(inner, MAX_CALLS_AROUND) + 1)
     for index, value in enumerate((*op.outputs, *op.inputs)):
         for field in declared.walk.fields(value):
             if not (declared.holder[declared.channels[field]] >= 0).any():
@@ -219,6 +239,9 @@ def _ways(declared: Declaration, op: Op) -> list[Way]:
     single = [Way((attribute,)) for attributes in found.values() for attribute in attributes]
     pieces = [found.get(index, []) for index in range(len(op.outputs))]
     together = [Way(tuple(attributes[0] for attributes in pieces))] if len(pieces) > 1 and all(pieces) else []
+    if len(pieces) > 1 and any(pieces) and not together:  # what is left of the whole has no attribute of its own
+        known = tuple(attributes[0] for attributes in pieces if attributes)
+        together = [*(Way((*known, whole)) for whole in found.get(len(op.outputs), [])), Way(known)]
     ties = [Way(tied=number) for number in around if _tie(declared, op, number)]
     both = [Way(way.attributes, tie.tied) for tie in ties for way in (*together, *single)]
     return list(dict.fromkeys([*together, *single, *ties, *both]))
@@ -229,7 +252,11 @@ def _with_way(declared: Declaration, remedies: Remedies, op: Op, way: Way) -> Re
     following, tied = list(remedies.following), list(remedies.tied)
     for other in _alike(declared.trace, op):
         for attribute in way.attributes:
-            following += _follow(declared, other, *attribute)
+            for name, labels in _follow(declared, other, *attribute):
+                # What one number tells the size of is one set of channels.
+                same = [known for path, known in following if path == name and known.size == labels.size]
+                tied += [(labels.reshape(-1), known.reshape(-1)) for known in same]
+                following.append((name, labels))
         if way.tied is not None:
             tied += _tie(declared, other, way.tied)
     return replace(remedies, following=tuple(following), tied=tuple(tied))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +69,13 @@ class Cut:
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
+        chosen = np.asarray(sorted(units), np.int64)
         if self.positions:
-            table = torch.tensor(self.positions, device="cpu").reshape(-1, self.per_unit)
-            return table[sorted(units)].reshape(-1).sort().values
-        starts = torch.tensor(sorted(units), dtype=torch.long, device="cpu") * self.per_unit
-        runs = [
-            offset + starts[:, None] + torch.arange(self.per_unit, device="cpu") for offset in self.offsets
-        ]  # each (units, k)
-        return torch.cat([run.reshape(-1) for run in runs]).sort().values
+            table = np.asarray(self.positions, np.int64).reshape(-1, self.per_unit)[chosen]
+        else:
+            starts = chosen[:, None] * self.per_unit + np.arange(self.per_unit)  # (units, per_unit)
+            table = np.asarray(self.offsets, np.int64)[:, None, None] + starts
+        return torch.from_numpy(np.sort(table, axis=None))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hawada.adapters.graph.labels import Field, Fields, along, axes_of, compress
 from hawada.adapters.graph.trace import Op, Value
 from hawada.adapters.graph.walk import Walk, rules
@@ -19,15 +21,16 @@ def convolved(op: Op, walk: Walk) -> list[Fields]:
         return walk.stop(op, "is given one image without a batch")
     inner, outer = (0, 1) if transposed else (1, 0)
     entering = [field for field in walk.fields(given) if axes_of(field) == [1]]
+    passing = [field for field in walk.fields(given) if _is_pointwise_along(op, axes_of(field))]
     for field in walk.fields(given):
-        if axes_of(field) != [1]:
+        if axes_of(field) != [1] and not any(field is other for other in passing):
             walk.keep_field(op, field, "is convolved along the axis of channels")
     for field in walk.fields(weight):
         if axes_of(field) not in ([inner], [outer]):
             walk.labels.keep(field)
     read, written = (_axis(walk, weight, axis) for axis in (inner, outer))
     if groups > 1:
-        return _grouped(op, walk, entering, groups, transposed)
+        return [(*_grouped(op, walk, entering, groups, transposed)[0], *passing)]
     if entering and read is not None:
         walk.labels.couple(entering[0].reshape(-1), read)
         walk.consume(op, read)
@@ -35,7 +38,23 @@ def convolved(op: Op, walk: Walk) -> list[Fields]:
         walk.labels.keep(read)
     elif entering:
         walk.keep_field(op, entering[0], "is convolved with a weight that is not a parameter's")
-    return [_written(op, walk, written, bias, rank)]
+    return [(*_written(op, walk, written, bias, rank), *passing)]
+
+
+def _is_pointwise_along(op: Op, axes: list[int]) -> bool:
+    """Return whether a convolution treats the places along these axes behind the channels one by one."""
+    weight, stride, padding = op.args[1], op.args[3], op.args[4]
+    if not axes or any(axis < 2 for axis in axes):
+        return False
+    settings = [(weight.shape[axis], _of_axis(stride, axis), _of_axis(padding, axis)) for axis in axes]
+    return all(setting == (1, 1, 0) for setting in settings)
+
+
+def _of_axis(setting: int | Sequence[int], axis: int) -> int:
+    """The stride or padding along an axis behind the channels."""
+    if isinstance(setting, int):
+        return setting
+    return setting[axis - 2] if len(setting) > 1 else setting[0]
 
 
 def _grouped(op: Op, walk: Walk, entering: list[Field], groups: int, transposed: bool) -> list[Fields]:
