@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -176,7 +176,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # the default device was filled in already
+            result = func(*args, **kwargs)
         given = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
         op = Op(len(self.ops), _name_of(func), func, tuple(given[0]), given[1], (), tuple(self.stack))
         constant = all(value.constant for value in op.inputs)
@@ -221,7 +222,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         ValueError: The pass depends on the values of tensors, does not fit the inputs, skips a module with parameters
             or returns no tensor; the message names the place.
     """
-    found = record(_without_values(model), inputs)
+    bare = _without_values(model)
+    # A pass may leave something behind, such as a cache of positions.
+    found = replace(record(copy.deepcopy(bare), inputs), model=bare)
     name = type(model).__name__
     if found.error is not None:
         shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
@@ -250,14 +253,13 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 def record(model: nn.Module, inputs: Inputs) -> Trace:
-    """Run a copy of a model once without computing anything and write down what it does, up to where it fails.
+    """Run a model once without computing anything and write down what it does, up to where it fails.
 
     Args:
-        model: The model on the meta device, in eval mode.
+        model: The model on the meta device, in eval mode; it cannot be used afterwards, since the hooks stay on it.
         inputs: What it is called with, on any device.
     """
     given = pytree.tree_map_only(Tensor, lambda x: x.to("meta", copy=True), tuple(inputs))
-    untouched, model = model, copy.deepcopy(model)  # a pass may leave something behind, such as a cache of positions
     recorder = _Recorder(model)
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     entering = [recorder._remember(tensor, Value(tuple(tensor.shape))) for tensor in known]
@@ -273,7 +275,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     returned = [recorder.value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Trace(untouched, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, result, error)
+    return Trace(model, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, result, error)
 
 
 def _without_values(model: nn.Module) -> nn.Module:

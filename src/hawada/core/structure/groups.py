@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +69,13 @@ class Cut:
 
     def elements(self, units: Iterable[int]) -> Tensor:
         """Sorted positions along `dim` that belong to `units`: int64 of shape (len(units) * per_unit * offsets,)."""
+        chosen = np.array(sorted(units), np.int64)
         if self.positions:
-            table = torch.tensor(self.positions, device="cpu").reshape(-1, self.per_unit)
-            return table[sorted(units)].reshape(-1).sort().values
-        starts = torch.tensor(sorted(units), dtype=torch.long, device="cpu") * self.per_unit
-        runs = [
-            offset + starts[:, None] + torch.arange(self.per_unit, device="cpu") for offset in self.offsets
-        ]  # each (units, k)
-        return torch.cat([run.reshape(-1) for run in runs]).sort().values
+            found = np.array(self.positions, np.int64).reshape(-1, self.per_unit)[chosen]
+        else:
+            first = np.array(self.offsets, np.int64)[:, None] + chosen * self.per_unit  # (offsets, units)
+            found = first[..., None] + np.arange(self.per_unit)
+        return torch.from_numpy(np.sort(found, axis=None))
 
 
 @dataclass(frozen=True)
