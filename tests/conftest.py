@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -95,5 +96,5 @@ def reload_here():
         torch.set_num_threads(threads)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    with mock.patch("hawada.stages.evaluate.subprocess.run", run):
+    with mock.patch("hawada.stages.evaluate.subprocess", SimpleNamespace(run=run)):
         yield
