@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -85,15 +86,17 @@ def no_reload():
 @pytest.fixture
 def reload_here():
     """Reloads a model in this process by the program of the fresh one, whose imports take seconds."""
-    from hawada.stages.evaluate import RELOAD
 
     def run(command, **_):
-        assert command[1:3] == ["-c", RELOAD]
-        threads = torch.get_num_threads()
-        with mock.patch.object(sys, "argv", command[1:2] + command[3:]):
-            exec(RELOAD, {})
-        torch.set_num_threads(threads)
+        assert command[1] == "-c"
+        threads, package = torch.get_num_threads(), sys.modules["hawada"]
+        try:
+            with mock.patch.object(sys, "argv", command[1:2] + command[3:]):
+                exec(command[2], {})
+        finally:
+            sys.modules["hawada"] = package  # the program of a stock format takes it away
+            torch.set_num_threads(threads)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    with mock.patch("hawada.stages.evaluate.subprocess.run", run):
+    with mock.patch("hawada.stages.evaluate.subprocess", SimpleNamespace(run=run)):
         yield

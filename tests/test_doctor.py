@@ -17,8 +17,14 @@ from torch import nn
 from hawada.core.latency import SimulatedClock
 from hawada.core.structure import Inputs
 
-RESNET = ("model=tiny_resnet", "model.adapter.image_size=16", "budget.batch=16")
-LLAMA = ("model=tiny_llama", "budget.prompt=16", "budget.new_tokens=4", "budget.batch=2")
+RESNET = ("model=tiny_resnet", "model.adapter.layers=[1,1,1,1]", "model.adapter.image_size=16", "budget.batch=16")
+LLAMA = (
+    "model=tiny_llama",
+    "model.adapter.config.num_hidden_layers=2",
+    "budget.prompt=16",
+    "budget.new_tokens=4",
+    "budget.batch=2",
+)
 QUICK = ("stage=doctor", "name=run", "runtime.threads=1", "doctor.points=8")
 SIMULATED = "gpu.timing=simulated"
 

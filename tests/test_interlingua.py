@@ -31,7 +31,7 @@ QUICK = (
     "interlingua.d_z=8",
     "interlingua.encoder.width=16",
     "interlingua.adapter.hidden=16",
-    "interlingua.schedule.steps=40",
+    "interlingua.schedule.steps=30",
     "interlingua.schedule.contexts=4",
     "interlingua.save_every=5",
     "evaluate.prompt_steps=2",
@@ -58,7 +58,7 @@ def test_training_says_how_each_model_answers(finished: Path) -> None:
     result = read(finished / "run" / "interlingua" / "result.json")
     assert set(result["scores"]) == {"llama", "qwen"}
     lines = [json.loads(line) for line in (finished / "run" / "interlingua" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5, 41, 5))
+    assert [line["step"] for line in lines] == list(range(5, 31, 5))
     assert {"cosine", "llama.top1_over_shuffled", "qwen.different_answers", "llama.answer_ce"} <= set(lines[0])
 
 
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(finished: Path, tmp_path: Pat
     done = hawada(*arguments)
     assert done.code == 0, done.err
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5, 41, 5))
+    assert [line["step"] for line in lines] == list(range(5, 31, 5))
     for name in ("last", "best"):
         own = (folder / name / "tensors.safetensors").read_bytes()
         assert own == (finished / "run" / "interlingua" / name / "tensors.safetensors").read_bytes()

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -74,36 +76,61 @@ def prepare(folder: Path, arguments: str = "num_classes", classes: str = "num_cl
 
 def hawada(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder, as the installed script does: that folder is not on Python's path."""
-    command = [sys.executable, "-P", "-c", "from hawada.cli import main; main()", *arguments]
+    starts = [sys.executable, "-P", "-c", "from hawada.cli import main; main()", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(starts, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("arguments", "classes"), [("num_classes", "num_classes"), ("", "3")])
-def test_an_own_network_reaches_a_verdict_by_one_command(tmp_path, arguments, classes):
-    prepare(tmp_path, arguments, classes)
-    given = ["model=convnet", "model.adapter.factory=mypackage.net", "model.path=net.pth", "data.root=photos"]
-    done = hawada(tmp_path, *given, "data.workers=0", *QUICK)
-    result = tmp_path / "outputs" / "convnet-local" / "result.json"
-    assert result.is_file(), done.stderr
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory of a command that runs in this process, which forgets what it imported from there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {*sys.modules} - before:
+        if name.partition(".")[0] in ("mypackage", "several"):
+            del sys.modules[name]
+
+
+GIVEN = ("model=convnet", "model.path=net.pth", "data.root=photos")
+FACTORY = "model.adapter.factory=mypackage.net"
+
+
+def assert_verdict(folder: Path, stderr: str, num_classes: int | None) -> None:
+    result = folder / "outputs" / "convnet-local" / "result.json"
+    assert result.is_file(), stderr
     assert json.loads(result.read_text())["verdict"] == "simulated"
     recorded = OmegaConf.load(result.parent / "train" / "config.yaml").model.adapter
-    assert recorded.image_size == [24, 32] and recorded.num_classes == (3 if arguments else None)
+    assert recorded.image_size == [24, 32] and recorded.num_classes == num_classes
 
 
-def test_what_cannot_work_is_told_before_anything_is_timed(tmp_path):
+def test_an_own_network_reaches_a_verdict_by_one_command(tmp_path):
     prepare(tmp_path)
-    given = ["model=convnet", "model.path=net.pth", "data.root=photos"]
-    refused = {
-        "mypackage.nett": r"model.adapter.factory: mypackage.nett cannot be imported",
-        "mypackage.nn": r"model.adapter.factory: mypackage.nn is a module; name the function or class in it",
-        "mypackage.nn.Linear": r"model.adapter.factory: mypackage.nn.Linear is not defined in mypackage",
-        "mypackage.Block": r"Block",
-    }
-    for factory, message in refused.items():
-        done = hawada(tmp_path, *given, f"model.adapter.factory={factory}")
-        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (tmp_path / "outputs").exists()
+    done = hawada(tmp_path, *GIVEN, FACTORY, "data.workers=0", *QUICK)
+    assert_verdict(tmp_path, done.stderr, num_classes=3)
+
+
+def test_a_factory_may_fix_the_number_of_classes(inside, reload_here):
+    prepare(inside, "", "3")
+    done = command.hawada(*GIVEN, FACTORY, "data.workers=0", *QUICK)
+    assert_verdict(inside, done.err, num_classes=None)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("mypackage.nett", r"model.adapter.factory: mypackage.nett cannot be imported"),
+        ("mypackage.nn", r"model.adapter.factory: mypackage.nn is a module; name the function or class in it"),
+        ("mypackage.nn.Linear", r"model.adapter.factory: mypackage.nn.Linear is not defined in mypackage"),
+        ("mypackage.Block", r"Block"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_timed(factory, message, inside):
+    prepare(inside)
+    done = command.hawada(*GIVEN, f"model.adapter.factory={factory}")
+    assert done.code == 2 and message in done.err and len(done.err.splitlines()) == 1, done.err
+    assert not (inside / "outputs").exists()
 
 
 SEVERAL = """
@@ -137,10 +164,9 @@ def loaders():
 """
 
 
-def test_several_inputs_and_outputs_without_labels_reach_a_verdict(tmp_path):
-    (tmp_path / "several.py").write_text(SEVERAL)
-    done = hawada(
-        tmp_path,
+def test_several_inputs_and_outputs_without_labels_reach_a_verdict(inside, reload_here):
+    (inside / "several.py").write_text(SEVERAL)
+    done = command.hawada(
         "model=convnet",
         "model.adapter.factory=several.Net",
         "model.adapter.example={image: [3, 16, 16], table: [4]}",
@@ -149,8 +175,8 @@ def test_several_inputs_and_outputs_without_labels_reach_a_verdict(tmp_path):
         "budget.target_ratio=0.9",
         *QUICK,
     )
-    result = tmp_path / "outputs" / "convnet-local" / "result.json"
-    assert result.is_file(), done.stderr
+    result = inside / "outputs" / "convnet-local" / "result.json"
+    assert result.is_file(), done.err
     found = json.loads(result.read_text())
     assert found["metric"] == "output_error" and found["teacher"]["output_error"] == 0
     assert 0 < found["slim"]["output_error"] < 2 and found["slim"]["params"] < found["teacher"]["params"]

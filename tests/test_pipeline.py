@@ -344,7 +344,8 @@ def test_a_multirun_has_a_directory_per_job_and_shares_what_does_not_differ(
 ) -> None:
     before = times(profiled)
     swept = ("budget.target_ratio=0.8,0.6", "lambda.lr=0.01,0.1")
-    outcome = hawada("-m", recipe, f"output_dir={profiled}", "calibration.samples=0", "schedule.finetune=0", *swept)
+    shorter = ("calibration.samples=0", "schedule.train=1", "schedule.finetune=0")
+    outcome = hawada("-m", recipe, f"output_dir={profiled}", *shorter, *swept)
     assert outcome.code == 0, outcome.err
     jobs = {(ratio, lr): f"budget.target_ratio={ratio},lambda.lr={lr}" for ratio in (0.8, 0.6) for lr in (0.01, 0.1)}
     assert folders(profiled / NAME) == {"profile", "pretrain", *jobs.values()}

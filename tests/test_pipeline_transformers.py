@@ -87,7 +87,7 @@ def test_gates_beside_a_checkpoint_are_exported_without_training(llama: Path, tm
     assert refused.code == 2 and "gate the same groups" in refused.err
 
 
-def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path) -> None:
+def test_a_vit_with_layers_of_its_own_widths_and_other_formats(tmp_path: Path, reload_here: None) -> None:
     options = (
         "export.layout=heterogeneous",
         "model.adapter.branches=true",

@@ -8,8 +8,8 @@ from hawada.adapters.torchvision import ResNetAdapter
 
 ADAPTERS = {
     "tiny": {"arch": "basic", "layers": [2, 2, 1, 1], "num_classes": 10, "image_size": 32},
-    "resnet18": {"arch": "resnet18", "image_size": 64},
-    "resnet50": {"arch": "resnet50", "image_size": 64},
+    "resnet18": {"arch": "resnet18", "image_size": 32},
+    "resnet50": {"arch": "resnet50", "image_size": 32},
 }
 
 

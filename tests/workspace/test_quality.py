@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import open_dict
+from omegaconf import OmegaConf
 
 from hawada.config import conf_dir, register_resolvers, validate
 from hawada.experiment import Run
@@ -78,8 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             many = "[" in str(cfg.budget.target_ratio)
             settings = again.settings("front" if many else "export")
             result = (front if many else export).run(settings, again)
-            with open_dict(settings):
-                settings.evaluate = {"batch_size": 500}
+            settings = OmegaConf.create({**settings, "evaluate": {"batch_size": 500}})
             return open_stage(settings, again)[0], result
 
         yield export_with

@@ -73,6 +73,7 @@ class Run:
         self.root, self.cfg, self.overwrite = root, cfg, overwrite
         self.shared, self.swept = shared or root, tuple(OF_GROUP.get(key, key) for key in swept)
         self._folders: dict[str, Path] = {}
+        self._settings: dict[str, DictConfig] = {}
         self._recorded: set[Path] = set()
         self._discarded: set[str] = set()
 
@@ -131,11 +132,14 @@ class Run:
 
     def settings(self, stage: str) -> DictConfig:
         """The part of the configuration that a stage may read; anything else raises when it is read."""
-        settings = OmegaConf.create()
-        for key in PLANS[stage].reads:
-            OmegaConf.update(settings, key, _plain(OmegaConf.select(self.cfg, key)))
-        OmegaConf.set_struct(settings, True)
-        return settings
+        if stage not in self._settings:
+            settings = OmegaConf.create()
+            for key in PLANS[stage].reads:
+                OmegaConf.update(settings, key, _plain(OmegaConf.select(self.cfg, key)))
+            OmegaConf.set_struct(settings, True)
+            OmegaConf.set_readonly(settings, True)
+            self._settings[stage] = settings
+        return self._settings[stage]
 
     def check(self, stage: str) -> bool:
         """Whether a stage is already done with this very configuration and from what is upstream of it now.

@@ -14,6 +14,9 @@ import torchvision
 from adapters.resnet_by_hand import groups_by_hand, sites_by_hand
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import _efficientnet_conf
+from torchvision.models.regnet import BlockParams
 
 import hawada
 from hawada.adapters import Shape, load_model, save_model
@@ -75,6 +78,33 @@ class CifarResNet(nn.Module):
         return self.linear(out.view(out.size(0), -1))
 
 
+def resnet(block="BasicBlock", layers=(2, 1, 1, 1), **options):
+    """A ResNet or ResNeXt, whose blocks alone differ from those of torchvision's in number."""
+    return torchvision.models.resnet.ResNet(getattr(torchvision.models.resnet, block), list(layers), **options)
+
+
+def regnet(depth=8, se_ratio=0.25, num_classes=5):
+    """RegNetY-400MF (Radosavovic et al., Designing Network Design Spaces, 2020) with half of its blocks."""
+    settings = BlockParams.from_init_params(depth, w_0=48, w_a=55, w_m=2.09, group_width=8, se_ratio=se_ratio)
+    return torchvision.models.RegNet(settings, num_classes=num_classes)
+
+
+def efficientnet(depth=0.5, num_classes=5):
+    """EfficientNet-B0 with fewer blocks."""
+    settings, last = _efficientnet_conf("efficientnet_b0", width_mult=1.0, depth_mult=depth)
+    return torchvision.models.EfficientNet(settings, 0.2, num_classes=num_classes, last_channel=last)
+
+
+def convnext(num_classes=5):
+    """ConvNeXt with one or two blocks in each stage."""
+    sizes = [(96, 192, 1), (192, 384, 1), (384, 768, 2), (768, None, 1)]
+    return torchvision.models.ConvNeXt([CNBlockConfig(*size) for size in sizes], num_classes=num_classes)
+
+
+FEWER_BLOCKS = {"inverted_residual_setting": [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2], [6, 64, 1, 2]]}
+DENSENET = {"growth_rate": 32, "block_config": [6, 8], "num_init_features": 64}
+
+
 def body(*layers):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
 
@@ -86,6 +116,9 @@ def own_package(monkeypatch):
     for cls in (CifarResNet, *WRITTEN_HERE):
         monkeypatch.setattr(cls, "__module__", "mynets")
         setattr(nets, cls.__name__, cls)
+    for build in (resnet, regnet, efficientnet, convnext):
+        monkeypatch.setattr(build, "__module__", "mynets")
+        setattr(nets, build.__name__, build)
     nets.torch = torch
     monkeypatch.setitem(sys.modules, "mynets", nets)
 
@@ -140,37 +173,43 @@ def hard_gated_equals_sliced(adapter, model, random_units, seeds=2):
     return groups, removed
 
 
-# Each architecture has an image size, options, and the number of groups of each kind.
+# Each network has its options and the number of groups of each kind.
 NETS = {
-    "resnet18": (32, {}, {"branch": 8, "channel": 8, "stream": 4}),
-    "resnext50_32x4d": (32, {}, {"branch": 16, "grouped": 32, "stream": 5}),
-    "mobilenet_v2": (32, {}, {"branch": 10, "channel": 20, "stream": 5}),
-    "mobilenet_v3_small": (32, {}, {"branch": 6, "channel": 22, "ffn": 1, "stream": 4}),
-    "mnasnet0_5": (32, {}, {"branch": 10, "channel": 20, "stream": 5}),
-    "vgg11": (32, {}, {"channel": 8, "ffn": 2}),
-    "vgg11_bn": (32, {}, {"channel": 8, "ffn": 2}),
-    "regnet_x_400mf": (32, {}, {"branch": 22, "grouped": 44, "stream": 5}),
-    "regnet_y_400mf": (32, {}, {"branch": 16, "channel": 16, "grouped": 32, "stream": 5}),
-    "efficientnet_b0": (32, {}, {"branch": 9, "channel": 35, "stream": 5}),
-    "densenet121": (32, {}, {"channel": 66}),
-    "squeezenet1_1": (32, {}, {"channel": 25}),
-    "googlenet": (32, {}, {"channel": 57}),
-    "shufflenet_v2_x0_5": (32, {}, {"channel": 18, "grouped": 3}),
-    "convnext_tiny": (32, {}, {"branch": 18, "ffn": 18, "stream": 4}),
+    "resnet18": ({"arch": "resnet18"}, {"branch": 8, "channel": 8, "stream": 4}),
+    "resnext": (
+        {"factory": "mynets.resnet", "arguments": {"block": "Bottleneck", "groups": 32, "width_per_group": 4}},
+        {"branch": 5, "grouped": 10, "stream": 5},
+    ),
+    "mobilenet_v2": ({"arch": "mobilenet_v2", "arguments": FEWER_BLOCKS}, {"branch": 2, "channel": 9, "stream": 2}),
+    "mobilenet_v3_small": ({"arch": "mobilenet_v3_small"}, {"branch": 6, "channel": 22, "ffn": 1, "stream": 4}),
+    "vgg11_bn": ({"arch": "vgg11_bn"}, {"channel": 8, "ffn": 2}),
+    "regnet": ({"factory": "mynets.regnet"}, {"branch": 8, "channel": 8, "grouped": 16, "stream": 5}),
+    "efficientnet": ({"factory": "mynets.efficientnet"}, {"branch": 3, "channel": 25, "stream": 3}),
+    "densenet": ({"factory": "torchvision.models.DenseNet", "arguments": DENSENET}, {"channel": 18}),
+    "squeezenet1_1": ({"arch": "squeezenet1_1"}, {"channel": 25}),
+    "googlenet": ({"arch": "googlenet"}, {"channel": 57}),
+    "shufflenet_v2": (
+        {
+            "factory": "torchvision.models.ShuffleNetV2",
+            "arguments": {"stages_repeats": [2, 3, 2], "stages_out_channels": [24, 48, 96, 192, 256]},
+        },
+        {"channel": 9, "grouped": 3},
+    ),
+    "convnext": ({"factory": "mynets.convnext"}, {"branch": 5, "ffn": 5, "stream": 4}),
 }
 
 
-@pytest.mark.parametrize("arch", NETS)
-def test_hard_gated_equals_sliced(arch, random_units):
-    size, options, kinds = NETS[arch]
-    adapter, model = build(arch, size, num_classes=5, stream=True, **options)
+@pytest.mark.parametrize("name", NETS)
+def test_hard_gated_equals_sliced(name, random_units):
+    options, kinds = NETS[name]
+    adapter, model = build(num_classes=5, stream=True, **options)
     groups, removed = hard_gated_equals_sliced(adapter, model, random_units)
     found = [group.kind for group in groups]
     assert {kind: found.count(kind) for kind in sorted(set(found))} == kinds
     assert not kinds.get("branch") or removed
     touched = {name for site in adapter.sites(model) for name in site.groups}
     assert touched == {group.name for group in groups}  # otherwise the proxy would not see the time that a group saves
-    plain = GraphAdapter(arch, image_size=size, num_classes=5, **options).groups(model)
+    plain = GraphAdapter(image_size=32, num_classes=5, **options).groups(model)
     assert plain == [group for group in groups if group.kind != "stream"]
 
 
@@ -190,9 +229,10 @@ def normalised(groups):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_groups_and_sites_of_a_resnet_are_those_declared_by_hand(arch, stream):
-    adapter = GraphAdapter(arch, image_size=64, stream=stream)
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_groups_and_sites_of_a_resnet_are_those_declared_by_hand(block, stream):
+    arguments = {"block": block, "layers": [2, 2, 2, 2]}
+    adapter = GraphAdapter(factory="mynets.resnet", arguments=arguments, image_size=64, stream=stream)
     with torch.device("meta"):
         model = adapter.skeleton()
     declared = groups_by_hand(model, stream=stream)
@@ -211,24 +251,27 @@ def test_timms_resnets(name, random_units):
     assert {"branch", "channel", "stream"} == {group.kind for group in groups}
 
 
-@pytest.mark.parametrize("arch", ["mobilenet_v2", "squeezenet1_1"])
-def test_a_slim_network_can_be_pruned_again(arch, random_units):
-    adapter, model = build(arch, num_classes=5, stream=True)
+@pytest.mark.parametrize(("arch", "arguments"), [("mobilenet_v2", FEWER_BLOCKS), ("squeezenet1_1", {})])
+def test_a_slim_network_can_be_pruned_again(arch, arguments, random_units):
+    adapter, model = build(arch, arguments=arguments, num_classes=5, stream=True)
     groups = adapter.groups(model)
     slim = materialize(model, groups, random_units(groups, 1))
     fewer, _ = hard_gated_equals_sliced(adapter, slim, random_units)
     assert sum(group.units for group in fewer) < sum(group.units for group in groups)
 
 
-@pytest.mark.parametrize("arch", ["mobilenet_v2", "vgg11_bn"])
-def test_the_sites_add_up(arch):
+@pytest.mark.parametrize(
+    ("arch", "arguments", "last"),
+    [("mobilenet_v2", FEWER_BLOCKS, "features.7"), ("vgg11_bn", {}, "features.18")],
+)
+def test_the_sites_add_up(arch, arguments, last):
     """On a device whose operators add up, the time outside the sites does not change with the widths."""
-    adapter = GraphAdapter(arch, image_size=32, num_classes=5)
+    adapter = GraphAdapter(arch, arguments=arguments, image_size=32, num_classes=5)
     with torch.device("meta"):
         model = adapter.skeleton()
     groups, inputs = adapter.groups(model), adapter.example_inputs(Shape(2))
     groups = [
-        group for group in groups if not group.name.startswith("features.18")
+        group for group in groups if not group.name.startswith(last)
     ]  # a function consumes these channels, and functions are no sites
     sites = [
         replace(s, groups=tuple(n for n in s.groups if n in {g.name for g in groups})) for s in adapter.sites(model)
@@ -255,7 +298,7 @@ def test_a_concatenation_is_read_at_its_offsets():
 
 
 def test_a_dense_block_shares_its_units_among_its_layers():
-    adapter = GraphAdapter("densenet121", image_size=32)
+    adapter = GraphAdapter(factory="torchvision.models.DenseNet", arguments=DENSENET, image_size=32)
     with torch.device("meta"):
         model = adapter.skeleton()
     groups = {group.name: group for group in adapter.groups(model)}
@@ -532,11 +575,11 @@ def test_old_names_in_torchvisions_checkpoints_fit(monkeypatch):
     assert not any(p.any() for p in GraphAdapter("densenet121", weights="IMAGENET1K_V1").teacher().parameters())
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "vgg11_bn"])
-def test_coupled_axes_are_those_that_torch_pruning_finds(arch):
+@pytest.mark.parametrize(("arch", "arguments"), [("resnet18", {}), ("mobilenet_v2", FEWER_BLOCKS), ("vgg11_bn", {})])
+def test_coupled_axes_are_those_that_torch_pruning_finds(arch, arguments):
     """Fang et al., DepGraph: Towards Any Structural Pruning, 2023: the tensors that shrink with a convolution."""
     tp = pytest.importorskip("torch_pruning")
-    adapter, model = build(arch, num_classes=5, stream=True)
+    adapter, model = build(arch, arguments=arguments, num_classes=5, stream=True)
     graph = tp.DependencyGraph().build_dependency(model, adapter.example_inputs(Shape(1)))
     paths = {module: path for path, module in model.named_modules()}
     for group in adapter.groups(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -183,7 +183,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         kwargs = dict(kwargs or {})
         if self.limit is not None and len(self.ops) >= self.limit:
             raise _Enough
-        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # the default device was filled in already
+            result = func(*args, **kwargs)
         given = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
         op = Op(len(self.ops), _name_of(func), func, tuple(given[0]), given[1], (), tuple(self.stack))
         constant = all(value.constant for value in op.inputs)
@@ -228,7 +229,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
         ValueError: The pass depends on the values of tensors, does not fit the inputs, skips a module with parameters
             or returns no tensor; the message names the place.
     """
-    found = record(_without_values(model), inputs)
+    bare = _without_values(model)
+    # A pass may leave something behind, such as a cache of positions.
+    found = replace(record(copy.deepcopy(bare), inputs), model=bare)
     name = type(model).__name__
     if found.error is not None:
         shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
@@ -256,17 +259,15 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
     return found
 
 
-def record(model: nn.Module, inputs: Inputs, *, limit: int | None = None, spent: bool = False) -> Trace:
+def record(model: nn.Module, inputs: Inputs, limit: int | None = None) -> Trace:
     """Run a model once without computing anything and write down what it does, up to where it fails.
 
     Args:
-        model: The model on the meta device, in eval mode.
+        model: The model on the meta device, in eval mode; it cannot be used afterwards, since the hooks stay on it.
         inputs: What it is called with, on any device.
-        spent: Whether nobody needs the model afterwards; otherwise a copy is run, as a pass may leave something behind.
         limit: The number of operators after which the pass is ended; None lets it run to its end.
     """
     given = pytree.tree_map_only(Tensor, lambda x: x.to("meta", copy=True), tuple(inputs))
-    untouched, model = model, model if spent else copy.deepcopy(model)
     recorder = _Recorder(model, limit)
     known = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     entering = [recorder._remember(tensor, Value(tuple(tensor.shape))) for tensor in known]
@@ -284,7 +285,7 @@ def record(model: nn.Module, inputs: Inputs, *, limit: int | None = None, spent:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     returned = [recorder.value(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Trace(untouched, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, result, error)
+    return Trace(model, recorder.ops, recorder.calls, recorder.tensors, entering, returned, given, result, error)
 
 
 def _without_values(model: nn.Module) -> nn.Module:

@@ -99,7 +99,7 @@ def _fault_of(declared: Declaration, keep: Keep, limit: int | None) -> Fault | N
     trace = declared.trace
     expected = _Expected(declared, keep)
     slim = materialize(trace.model, declared.groups, keep)
-    found = record(slim, trace.given, limit=limit, spent=True)
+    found = record(slim, trace.given, limit)
     unseen = [norm.call for norm in declared.walk.norms]  # the walk does not look into a norm
     done = -1
     for op, again in zip(_computing(trace.ops), _computing(found.ops), strict=False):
