@@ -39,6 +39,7 @@ CLASSES, KEEPS, LIMIT_S = 10, 3, 300.0
 EXACT = 1e-5  # largest difference, relative to the largest output
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 GOAL = 0.35  # share of the parameters that is left
+OF_ONE_SIZE = ("halonet_h1", "deepseek_vit_412m")  # which do not say so
 LARGEST_SIDE = 128  # of the images, where a network takes any; compared, nothing is timed
 
 
@@ -50,7 +51,7 @@ def adapter_of(name: str) -> GraphAdapter:
 
         cfg = timm.get_pretrained_cfg(arch)
         side = cfg.input_size[1]
-        size = side if cfg.fixed_input_size else min(side, LARGEST_SIDE)
+        size = side if cfg.fixed_input_size or arch in OF_ONE_SIZE else min(side, LARGEST_SIDE)
         return TimmAdapter(arch, num_classes=CLASSES, image_size=size, stream=True)
     if arch in torchvision.models.list_models(torchvision.models.detection):
         return DetectorAdapter(arch, num_classes=CLASSES, image_size=LARGEST_SIDE, stream=True)
@@ -102,7 +103,13 @@ def unlisted(adapter: GraphAdapter, model: nn.Module) -> list[str]:
     listed = {kept.module for kept in adapter.kept_whole(model)}
     layers = [path for path, module in model.named_modules() if isinstance(module, LAYERS)]
     inner = {path.rpartition(".parametrizations")[0] for path in cut | listed}  # of a weight that is computed
-    return [path for path in layers if path not in cut | listed | inner]
+    several = [path for path in layers if outputs_of(model.get_submodule(path)) > 1]
+    return [path for path in several if path not in cut | listed | inner]
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """The number of channels that a convolution or linear layer makes."""
+    return int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", 0))
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -194,23 +201,27 @@ def of_torchvision() -> list[str]:
     return [f"torchvision:{name}" for room in rooms for name in torchvision.models.list_models(room)]
 
 
-def line(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """One network in words."""
-    left = f"{ours['left']:.2f} left, {ours['difference']:.0e}" if "left" in ours else ours["reason"][:90]
-    other = f"{theirs['left']:.2f}" if "left" in theirs else theirs["status"]
-    return f"{name:42} {ours['status']:8} {left}; Torch-Pruning {other}"
+def line(name: str, method: str, found: dict[str, Any]) -> str:
+    """What came of one network, in words."""
+    if "left" not in found:
+        return f"{name:42} {method:13} {found['status']} {found.get('reason', '')[:90]}"
+    exact = f", {found['difference']:.0e}, {found['seconds']:.1f} s" if "difference" in found else ""
+    return f"{name:42} {method:13} {found['status']} {found['left']:.2f} left{exact}"
+
+
+METHODS = {"hawada": examine, "torch_pruning": torch_pruning}
 
 
 def main() -> None:
     """Examine every network that the output does not hold yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", help="examine one network in this process")
-    parser.add_argument("--method", choices=("hawada", "torch_pruning"), default="hawada")
+    parser.add_argument("--method", choices=tuple(METHODS), default="hawada")
     parser.add_argument("--torchvision", action="store_true", help="torchvision's models too")
     parser.add_argument("--output", type=Path, default=Path("breadth.json"))
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps({"hawada": examine, "torch_pruning": torch_pruning}[arguments.method](arguments.one)))
+        print(json.dumps(METHODS[arguments.method](arguments.one)))
         return
     import timm  # an optional package
 
@@ -221,13 +232,15 @@ def main() -> None:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    for name in smallest_of_timm() + (of_torchvision() if arguments.torchvision else []):
-        if name not in known["networks"]:
-            ours, theirs = in_a_process(name, "hawada"), in_a_process(name, "torch_pruning")
-            known["networks"][name] = {"hawada": ours, "torch_pruning": theirs}
-            arguments.output.write_text(json.dumps(known, indent=1) + "\n")
-            print(line(name, ours, theirs), flush=True)
-    found = [network["hawada"] for network in known["networks"].values()]
+    names = smallest_of_timm() + (of_torchvision() if arguments.torchvision else [])
+    for method in METHODS:
+        for name in names:
+            network = known["networks"].setdefault(name, {})
+            if method not in network:
+                network[method] = in_a_process(name, method)
+                arguments.output.write_text(json.dumps(known, indent=1) + "\n")
+                print(line(name, method, network[method]), flush=True)
+    found = [network["hawada"] for network in known["networks"].values() if "hawada" in network]
     exact = [network for network in found if network["status"] == "exact"]
     far = [network for network in exact if network["left"] <= GOAL]
     print(f"{len(found)} networks: {len(exact)} exact, {len(far)} of them with at most {GOAL} of the parameters left")

@@ -45,9 +45,11 @@ def _produced(declared: Declaration) -> Iterator[tuple[str, Field]]:
     for place in declared.walk.places:
         if place.role == "produces" and not place.tensor.endswith("bias"):
             found.setdefault(place.tensor, place.labels)
-    depthwise = {place.tensor for place in declared.walk.places if place.role == "passes"}
+    for place in declared.walk.places:  # depthwise convolutions
+        if place.role == "passes" and place.op.name == "convolution" and place.tensor.endswith("weight"):
+            found.setdefault(place.tensor, place.labels)
     for path, module in declared.trace.model.named_modules():
-        known = any(name.startswith(f"{path}.") for name in (*found, *depthwise))
+        known = any(name.startswith(f"{path}.") for name in found)
         value = declared.trace.tensors.get(f"{path}.weight")
         if not isinstance(module, LAYERS) or known or value is None:
             continue

@@ -179,6 +179,7 @@ class Walk:
         rank = max((len(value.shape) for value, _ in given), default=0)
         shapes = [(1,) * (rank - len(value.shape)) + value.shape for value, _ in given]
         listed = [[field.reshape((1,) * (rank - field.ndim) + field.shape) for field in fields] for _, fields in given]
+        self._keep_shared(given, listed)
         result: list[Field] = []
         for at, fields in enumerate(listed):
             for field in fields:
@@ -196,6 +197,23 @@ class Walk:
                 if len(axes_of(field)) > len(axes_of(result[known])):
                     result[known] = field
         return result
+
+    def _keep_shared(self, given: Sequence[tuple[Value, Iterable[Field]]], listed: list[list[Field]]) -> None:
+        """Keep the elements of a constant that several channels share, such as a rotary embedding that all heads have.
+
+        Otherwise the channels would be coupled by it: all heads, element by element.
+        """
+        several = [
+            set(axes_of(field))
+            for (value, _), fields in zip(given, listed, strict=True)
+            for field in fields
+            if not value.constant and len(axes_of(field)) > 1
+        ]
+        for (value, _), fields in zip(given, listed, strict=True):
+            for field in list(fields) if value.constant else ():
+                if any(set(axes_of(field)) < axes for axes in several):
+                    self.labels.keep(field)
+                    fields[:] = [other for other in fields if other is not field]
 
     @staticmethod
     def _met_by_what_stays(
