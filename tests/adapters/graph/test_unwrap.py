@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import hawada
 from hawada.adapters import Shape, save_model
 from hawada.adapters.graph import GraphAdapter
+from hawada.adapters.graph.unwrap import plain_model
 from hawada.core.structure import keep_all, materialize
 
 
@@ -126,3 +128,14 @@ class Added(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.one(x) + self.two(x) + self.three(x)
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_that_nobody_knows_is_refused(kind: str) -> None:
+    def doubled(module: nn.Module, args: Any, *output: Any) -> None:
+        return None
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    getattr(model[0], kind)(doubled)
+    with pytest.raises(ValueError, match=r"0: nobody knows what its forward hook doubled does .*; remove the hook, or"):
+        plain_model(model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+KNOWN_HOOKS = ("SpectralNorm",)  # which computes the weight anew from tensors that are cut
+
 
 def plain_model(model: nn.Module) -> nn.Module:
     """Return the model within `DataParallel`, `DistributedDataParallel` and `torch.compile`.
@@ -24,10 +26,18 @@ def plain_model(model: nn.Module) -> nn.Module:
                 f"{path or type(model).__name__}: it is quantised already; return the model in floating point, and "
                 "quantise the slim one"
             )
-        if any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values()):
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        names = [getattr(hook, "__name__", type(hook).__name__) for hook in hooks]
+        if "WeightNorm" in names:
             raise ValueError(
                 f"{path}: torch.nn.utils.weight_norm keeps a tensor that cannot be copied; use "
                 "torch.nn.utils.parametrizations.weight_norm, which loads the same checkpoints"
+            )
+        unknown = [name for name in names if name not in KNOWN_HOOKS]
+        if unknown:
+            raise ValueError(
+                f"{path or type(model).__name__}: nobody knows what its forward hook {unknown[0]} does to channels that "
+                "go; remove the hook, or do its work in forward"
             )
     return model
 
