@@ -138,8 +138,13 @@ def _run_of(group: Group, *, last: bool) -> tuple[int, ...]:
     """The first or the last third of a group's units."""
     if group.removes:
         return (0,)
-    count = max(1, group.units // 3)
+    count = _least(group)
     return tuple(range(group.units - count, group.units) if last else range(count))
+
+
+def _least(group: Group) -> int:
+    """A third of a group's units, but not 1 of several: torch runs other operators on an axis of size 1."""
+    return max(group.units // 3, min(2, group.units // 2), 1)
 
 
 def _some_whole(declared: Declaration, seed: int) -> Keep:
@@ -157,7 +162,7 @@ def random_keep(declared: Declaration, seed: int = 0) -> Keep:
     draw = random.Random(seed)
     keep = {}
     for group in declared.groups:
-        count = draw.randint(max(1, group.units // 3), max(1, 2 * group.units // 3))
+        count = draw.randint(_least(group), max(_least(group), 2 * group.units // 3))
         keep[group.name] = tuple(range(1)) if group.removes else tuple(sorted(draw.sample(range(group.units), count)))
     return keep
 
