@@ -36,8 +36,8 @@ def plain_model(model: nn.Module) -> nn.Module:
         unknown = [name for name in names if name not in KNOWN_HOOKS]
         if unknown:
             raise ValueError(
-                f"{path or type(model).__name__}: nobody knows what its forward hook {unknown[0]} does to channels that "
-                "go; remove the hook, or do its work in forward"
+                f"{path or type(model).__name__}: nobody knows what its forward hook {unknown[0]} does to fewer "
+                "channels; remove the hook, or do its work in forward"
             )
     return model
 
