@@ -243,13 +243,27 @@ def _ways(declared: Declaration, op: Op) -> list[Way]:
                     found.setdefault(index, []).extend((name, number, index, axis) for name in names)
     single = [Way((attribute,)) for attributes in found.values() for attribute in attributes]
     pieces = [found.get(index, []) for index in range(len(op.outputs))]
-    together = [Way(tuple(attributes[0] for attributes in pieces))] if len(pieces) > 1 and all(pieces) else []
-    if len(pieces) > 1 and any(pieces) and not together:  # what is left of the whole has no attribute of its own
-        known = tuple(attributes[0] for attributes in pieces if attributes)
-        together = [*(Way((*known, whole)) for whole in found.get(len(op.outputs), [])), Way(known)]
+    together = _of_pieces(pieces, found.get(len(op.outputs), [])) if len(pieces) > 1 else []
     ties = [Way(tied=number) for number in around if _tie(declared, op, number)]
     both = [Way(way.attributes, tie.tied) for tie in ties for way in (*together, *single)]
     return list(dict.fromkeys([*together, *single, *ties, *both]))
+
+
+def _of_pieces(pieces: list[list[tuple[str, int, int, int]]], whole: list[tuple[str, int, int, int]]) -> list[Way]:
+    """Let the sizes of several outputs follow at once: elements of a list of sizes, or attributes of their own.
+
+    Args:
+        pieces: The attributes that each output's size may be.
+        whole: Those of the input's, where what is left for a piece has no attribute of its own.
+    """
+    listed = [[each for each in attributes if each[0].endswith("]")] for attributes in pieces]
+    ways = []
+    for chosen in (listed, pieces):
+        known = tuple(attributes[0] for attributes in chosen if attributes)
+        if known and not all(chosen):
+            ways += [Way((*known, each)) for each in whole]
+        ways += [Way(known)] if known else []
+    return ways
 
 
 def _with_way(declared: Declaration, remedies: Remedies, op: Op, way: Way) -> Remedies:
