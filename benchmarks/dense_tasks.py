@@ -115,6 +115,9 @@ def train(task: str, data: Any, path: Path, minutes: float) -> None:
         return
     torch.manual_seed(0)
     model = build(task).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # the statistics of few steps count
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     start = time.monotonic()
     for step, (images, labels) in enumerate(batches(data, 0)):

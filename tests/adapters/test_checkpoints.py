@@ -143,3 +143,31 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_loaded(tmp_path,
     expected = {"missing": "fc.weight", "extra": "fc.scale", "shape": "fc.weight"}[change]
     with pytest.raises(ValueError, match=rf"net\.pth does not fit mynets\.Net: .*{expected}"):
         source(tmp_path / "net.pth").check(Net)
+
+
+@pytest.mark.parametrize("prefixes", [("model.", "ema."), ("student.", "momentum_teacher.")])
+def test_the_weights_of_several_models_are_refused(tmp_path, prefixes):
+    state = {f"{prefix}{name}": tensor for prefix in prefixes for name, tensor in Net().state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"holds the weights of several models, below .*; save those of one alone"):
+        source(tmp_path / "net.pth").check(Net)
+
+
+class Owner(nn.Module):
+    """Has a child of the name that DataParallel adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+
+
+def test_a_child_called_module_keeps_its_name(tmp_path):
+    model = Owner()
+    torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "net.pth")
+    assert_same(filled(tmp_path / "net.pth", Owner), model)
+
+
+def test_further_classifiers_that_only_training_needs_are_left_out(tmp_path):
+    model = Net()
+    torch.save({**model.state_dict(), "aux_classifier.0.weight": torch.ones(2)}, tmp_path / "net.pth")
+    assert_same(filled(tmp_path / "net.pth"), model)

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -31,3 +32,9 @@ def test_of_several_outputs_the_one_that_differs_most_on_its_scale_counts():
     second = {"large": torch.tensor([101.0, -400.0]), "small": [torch.tensor([0.02])], "none": torch.zeros(0)}
     found = compare_outputs(first, second)
     assert found == {"max_abs_diff": pytest.approx(0.01), "max_abs_logit": pytest.approx(0.01)}
+
+
+def test_what_is_not_a_number_differs_most_wherever_it_is():
+    first, second = (torch.ones(2), torch.tensor([1.0, math.nan])), (torch.ones(2), torch.tensor([1.0, 2.0]))
+    assert math.isnan(compare_outputs(first, second)["max_abs_diff"])
+    assert math.isnan(compare_outputs(first[::-1], second[::-1])["max_abs_diff"])

@@ -58,10 +58,29 @@ def test_masks_in_parts_of_their_own(tmp_path):
     assert (len(data.train), len(data.plain), len(data.test)) == (2, 2, 2)
 
 
+def test_parts_within_images_and_masks_and_frames_of_the_same_names(tmp_path):
+    for part, count in (("training", 3), ("validation", 2)):
+        for clip in ("a", "b"):
+            pair = write_pairs(tmp_path / "made" / part / clip, count)
+            for kind in ("images", "masks"):
+                (tmp_path / kind / part).mkdir(parents=True, exist_ok=True)
+                (pair / kind).rename(tmp_path / kind / part / clip)
+    data = masks(str(tmp_path), image_size=16, workers=0)
+    assert (len(data.train), len(data.test)) == (6, 4)
+    assert all(image.parts[-3:-1] == mask.parts[-3:-1] for image, mask in (*data.plain.pairs, *data.test.pairs))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / "masks" / "3.png").unlink(), r"3\.png has no mask of its name in .*; give every image"),
+        (
+            lambda root: [(root / "masks" / f"{index}.png").unlink() for index in range(4)],
+            r"1 of the 5 images in .*images have a mask of their name in .*masks; two are the fewest",
+        ),
+        (
+            lambda root: [Image.new("L", (30, 20), 255).save(root / "masks" / f"{index}.png") for index in range(5)],
+            r"hold one class beside 255, which does not count; write the classes as 0, 1, 2",
+        ),
         (lambda root: (root / "masks").rename(root / "other"), r"has no folder masks; set data\.root to a folder with"),
         (
             lambda root: Image.new("RGB", (30, 20)).save(root / "masks" / "0.png"),
@@ -93,13 +112,13 @@ def write_coco(folder, annotations, count=5, first=0):
 def test_boxes_are_corners_in_the_resized_image_and_a_class(tmp_path):
     write_coco(tmp_path / "images", tmp_path / "annotations.json")
     data = coco(str(tmp_path), image_size=80, workers=0)
-    assert data.classes == 3 and len(data.train) == 4 and len(data.test) == 1
+    assert data.classes == 8 and len(data.train) == 4 and len(data.test) == 1
     for part in (data.train, data.test):
         for image, boxes in (part[index] for index in range(len(part))):
             assert image.shape == (3, 80, 80) and float(image.min()) >= 0 and float(image.max()) <= 1
-            assert [20.0, 20.0, 60.0, 60.0, 2.0] in boxes.tolist()  # categories are numbered by their ids
+            assert [20.0, 20.0, 60.0, 60.0, 7.0] in boxes.tolist()
     kinds = [row[4] for part in (data.train, data.test) for i in range(len(part)) for row in part[i][1].tolist()]
-    assert kinds.count(2.0) == 5 and kinds.count(1.0) == 1 and set(kinds) <= {1.0, 2.0, -1.0}
+    assert kinds.count(7.0) == 5 and kinds.count(3.0) == 1 and set(kinds) <= {3.0, 7.0, -1.0}
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -16,8 +16,12 @@ from torch import Tensor
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # The keys that training scripts save a model's state dict under, in the order in which they are looked for.
-NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "model_ema", "ema")
-WRAPPED_BY = re.compile(r"(?:^|(?<=\.))_orig_mod\.|^(?:module\.)+")  # torch.compile; DataParallel and DDP
+NESTED_UNDER = (
+    *("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params"),
+    *("model_ema", "ema"),
+)
+COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+PARALLEL = "module."  # of DataParallel and DistributedDataParallel
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
@@ -84,15 +88,29 @@ def without_prefixes(state: Mapping[str, Tensor], expected: Collection[str]) -> 
     Args:
         state: The state dict.
         expected: The names that the model has.
+
+    Raises:
+        ValueError: There are all expected names below several prefixes, such as those of a model and of its average.
     """
-    plain = {WRAPPED_BY.sub("", name): tensor for name, tensor in state.items() if name != COUNTER}
     if set(expected) <= set(state):
         return dict(state)
-    for prefix in sorted({name.partition(".")[0] + "." for name in plain if "." in name}):
-        below = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
-        if set(expected) <= set(below):
-            return below
-    return plain
+    plain = {COMPILED.sub("", name): tensor for name, tensor in state.items() if name != COUNTER}
+    while not set(expected) <= set(plain) and plain and all(name.startswith(PARALLEL) for name in plain):
+        plain = {name.removeprefix(PARALLEL): tensor for name, tensor in plain.items()}
+    if set(expected) <= set(plain):
+        return plain
+    prefixes = sorted({name.partition(".")[0] + "." for name in plain if "." in name})
+    below = {
+        prefix: {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
+        for prefix in prefixes
+    }
+    fitting = [prefix for prefix in prefixes if set(expected) <= set(below[prefix])]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"model.adapter.path: the file holds the weights of several models, below {', '.join(fitting)}; save those "
+            "of one alone and name that file"
+        )
+    return below[fitting[0]] if fitting else plain
 
 
 def _find_state_dict(held: Any) -> dict[str, Tensor] | None:

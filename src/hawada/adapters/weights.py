@@ -19,8 +19,8 @@ from hawada.adapters.checkpoints import check_readable, read_checkpoint, without
 from hawada.adapters.saved import load_model
 from hawada.core.structure import all_tensors
 
-# GoogLeNet and Inception have further classifiers, which run in training only.
-AUXILIARY_CLASSIFIER = re.compile(r"^(aux1|aux2|AuxLogits)\.")
+# GoogLeNet, Inception and networks for segmentation have further classifiers, which only training needs.
+AUXILIARY_CLASSIFIER = re.compile(r"^(aux1|aux2|AuxLogits|aux_classifier)\.")
 # Checkpoints of DenseNets were written with names that torch no longer allows: norm.1 for norm1.
 OLD_DENSENET_NAME = re.compile(
     r"(?<=\.)(norm|conv)\.(\d)(?=\.(weight|bias|running_mean|running_var|num_batches_tracked)$)"
@@ -104,7 +104,9 @@ class WeightsSource:
             ValueError: Some have no place, are missing or have another shape; the first of them is named.
         """
         place = f"weights: {self.weights}" if self.path is None else f"path: {self.path}"
-        state = without_prefixes(state, model.state_dict().keys())
+        own = model.state_dict().keys()
+        state = without_prefixes(state, own)
+        state = {name: x for name, x in state.items() if name in own or not AUXILIARY_CLASSIFIER.match(name)}
         first: dict[int, str] = {}  # a tensor with several names may have been saved under one of them
         for name, tensor in all_tensors(model).items():
             held = first.setdefault(id(tensor), name)
@@ -127,11 +129,7 @@ class WeightsSource:
             raise self._unreachable(error) from None
         except RuntimeError as error:
             raise ValueError(f"model.adapter.weights: {error}; set model.adapter.path to a local file") from None
-        return {
-            OLD_DENSENET_NAME.sub(r"\1\2", name): tensor
-            for name, tensor in state.items()
-            if not AUXILIARY_CLASSIFIER.match(name)
-        }
+        return {OLD_DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items()}
 
     def _entry(self) -> WeightsEnum:
         """Find torchvision's entry for the named weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -49,7 +50,13 @@ def compare_outputs(first: Any, second: Any) -> dict[str, float]:
         for one, other in pairs
         if one.numel()
     ]
-    return max(found, key=lambda pair: pair["max_abs_diff"] / max(pair["max_abs_logit"], 1e-9))
+    return max(found, key=_relative)
+
+
+def _relative(pair: dict[str, float]) -> float:
+    """The difference on its scale; what is not a number differs most."""
+    ratio = pair["max_abs_diff"] / max(pair["max_abs_logit"], 1e-9)
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def _tensors(output: Any) -> list[Tensor]:

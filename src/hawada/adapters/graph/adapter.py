@@ -91,7 +91,7 @@ class GraphAdapter(BlockStates):
             raise ValueError(f"model.adapter.arch: torchvision has no model {arch!r}; mobilenet_v2 is one")
         if factory is not None and weights is not None:
             raise ValueError(f"model.adapter.weights: {weights} is torchvision's; set model.adapter.path for {factory}")
-        if "weights" in (arguments or {}):
+        if factory is None and "weights" in (arguments or {}):
             raise ValueError("model.adapter.arguments.weights: a skeleton has none; set model.adapter.weights instead")
         self.arch, self.factory, self.arguments = arch, factory, dict(arguments or {})
         size = IMAGE_SIZE if image_size is None else image_size
@@ -113,18 +113,23 @@ class GraphAdapter(BlockStates):
     def check_teacher(self) -> None:
         if not self._builds_with_weights():
             self._weights_source().check(self.skeleton)
+        elif self._draws_weights():
+            raise ValueError(
+                f"model.path: {self.factory} returns a model with random weights; set model.path to the weights, or "
+                "let the function load them"
+            )
 
     def teacher(self) -> nn.Module:
         if self._builds_with_weights():
             with torch.device("cpu"):
                 return self._build_model(with_weights=True)
-        trust = () if self.factory is None else (self.factory,)
-        return self._weights_source().fill(self.skeleton, trust)
+        return self._weights_source().fill(self.skeleton, self._code())
 
     def loads_with(self, path: str, model: nn.Module) -> str:
-        if self.factory is None:
+        packages = list(dict.fromkeys(name.partition(".")[0] + "." for name in self._code()))
+        if not packages:
             return super().loads_with(path, model)
-        return f"import hawada\n\nmodel = hawada.load({path!r}, trust=[{self.factory.partition('.')[0] + '.'!r}])"
+        return f"import hawada\n\nmodel = hawada.load({path!r}, trust={packages!r})"
 
     def groups(self, model: nn.Module) -> list[Group]:
         return self._declaration_of(model)[1].groups
@@ -194,9 +199,22 @@ class GraphAdapter(BlockStates):
                 _DECLARED[key] = found, declared
             return _DECLARED[key]
 
+    def _code(self) -> tuple[str, ...]:
+        """The import paths of the user's own functions that make the model and its example."""
+        return tuple(name for name in (self.factory, self.example) if isinstance(name, str))
+
     def _builds_with_weights(self) -> bool:
         """Whether the user's own function returns the model with its weights, as no others are named."""
         return self.factory is not None and self.path is None
+
+    def _draws_weights(self) -> bool:
+        """Whether the user's own function returns other weights when other random numbers are drawn."""
+        built = []
+        for seed in (0, 1):
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(seed)
+                built.append(self._build_model(with_weights=True).state_dict())
+        return any(not torch.equal(one, other) for one, other in zip(*(state.values() for state in built), strict=True))
 
     def _weights_source(self) -> WeightsSource:
         named = self.arch is not None
@@ -209,8 +227,8 @@ class GraphAdapter(BlockStates):
             arguments["pretrained"] = False
         model = plain_model(self._build(arguments)).eval()
         take_rows(model, self.example)
-        half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-        return model.float() if half else model
+        kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        return model.float() if kinds - {torch.float32} else model
 
     def _build(self, arguments: dict[str, Any]) -> nn.Module:
         if self.arch in ARCHS_WITH_AUXILIARY_CLASSIFIERS:

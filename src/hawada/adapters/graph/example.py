@@ -57,7 +57,7 @@ def example_tensors(spec: ExampleSpec, batch: int) -> tuple[Tensor, ...]:
     Raises:
         ValueError: The spec does not describe tensors.
     """
-    leaves = pytree.tree_leaves(_build(spec, batch))
+    leaves = pytree.tree_leaves(_make(spec, batch))
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise ValueError(
             f"model.adapter.example: {spec} does not make tensors; give shapes without the batch, as in "
@@ -70,7 +70,7 @@ def take_rows(model: nn.Module, spec: ExampleSpec | None) -> Callable[[], None]:
     """Let a model be called with the tensors of an example in a row; return a function that undoes this."""
     if spec is None or any(isinstance(hook, Arguments) for hook in model._forward_pre_hooks.values()):
         return lambda: None
-    given = _build(spec, 1)
+    given = _make(spec, 1)
     if isinstance(given, Tensor):
         return lambda: None
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
@@ -86,7 +86,7 @@ def take_rows(model: nn.Module, spec: ExampleSpec | None) -> Callable[[], None]:
 
 def names_of(spec: ExampleSpec) -> list[str]:
     """The innermost key of every tensor of an example; empty where one has none."""
-    paths = [path for path, _ in pytree.tree_flatten_with_path(_build(spec, 1))[0]]
+    paths = [path for path, _ in pytree.tree_flatten_with_path(_make(spec, 1))[0]]
     keys = [[str(step.key) for step in path if isinstance(step, pytree.MappingKey)] for path in paths]
     return [inner[-1] for inner in keys] if all(keys) else []
 
@@ -102,10 +102,18 @@ def describe_forward(model: nn.Module) -> str:
     return "{" + ", ".join(f"{name}: [3, 32, 32]" for name in required or ["x"]) + "}"
 
 
+def _make(spec: ExampleSpec, batch: int) -> Any:
+    """Make the tensors that a spec describes; only the whole of it may name code, which `Adapter.imports` guards."""
+    return _call(spec, batch) if isinstance(spec, str) else _build(spec, batch)
+
+
 def _build(spec: Any, batch: int) -> Any:
-    """Make the tensors that a spec describes, nested as it is."""
+    """Make the tensors that lists and mappings describe, nested as they are."""
     if isinstance(spec, str):
-        return _call(spec, batch)
+        raise ValueError(
+            f"model.adapter.example: {spec} stands where a shape is expected, such as [3, 64, 64]; the path of a "
+            "function may only be the whole example"
+        )
     if isinstance(spec, Tensor):
         return spec.repeat(-(-batch // len(spec)), *([1] * (spec.ndim - 1)))[:batch]
     if isinstance(spec, Mapping):

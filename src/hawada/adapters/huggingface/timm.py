@@ -12,6 +12,8 @@ from hawada.adapters.graph import GraphAdapter
 from hawada.adapters.huggingface import hub
 from hawada.adapters.weights import WeightsSource
 
+LOADING = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")  # arguments that fetch weights
+
 
 class TimmAdapter(GraphAdapter):
     """A network of timm's (Wightman, PyTorch Image Models).
@@ -41,6 +43,11 @@ class TimmAdapter(GraphAdapter):
         stream: bool = False,
     ) -> None:
         timm = import_timm()
+        loading = [name for name in LOADING if name in (arguments or {})]
+        if loading:
+            raise ValueError(
+                f"model.adapter.arguments.{loading[0]}: the weights are loaded elsewhere; set model.path to local ones"
+            )
         if not timm.is_model(arch):
             similar = timm.list_models(f"*{arch.partition('.')[0]}*")[:3]
             hint = f"; {', '.join(similar)} are some" if similar else "; timm.list_models() lists them"

@@ -101,11 +101,17 @@ def masks(
     normalisation = (IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std)
     plain = MaskedImages(train, size, *normalisation)
     found = [_classes_of(mask) for _, mask in train[:: max(1, len(train) // MAX_COUNTED)]]
+    classes = 1 + max(int(mask[mask != VOID].max(initial=0)) for mask in found)
+    if classes < 2:
+        raise ValueError(
+            f"data.root: the masks in {root} hold one class beside {VOID}, which does not count; write the classes as "
+            "0, 1, 2 and so on"
+        )
     return VisionData(
         MaskedImages(train, size, *normalisation, augment=True) if augment else plain,
         plain,
         MaskedImages(test, size, *normalisation),
-        classes=1 + max(int(mask[mask != VOID].max(initial=0)) for mask in found),
+        classes=classes,
         workers=workers,
         repeats=not augment,
         normalisation=normalisation,
@@ -116,18 +122,21 @@ def find_pairs(root: Path, test_fraction: float) -> tuple[list[Pair], list[Pair]
     """List the images and masks to train on and to test on.
 
     Raises:
-        ValueError: A folder is missing, or an image has no mask.
+        ValueError: A folder is missing, or fewer than two images have a mask.
     """
-    parts = [next((root / name for name in names if (root / name).is_dir()), None) for names in (TRAINING, VALIDATION)]
-    if parts[0] is not None and parts[1] is not None:
-        return _pairs(parts[0]), _pairs(parts[1])
+    for place in (root, *(root / name for name in IMAGES)):
+        parts = [next((name for name in names if (place / name).is_dir()), None) for names in (TRAINING, VALIDATION)]
+        if parts[0] is not None and parts[1] is not None:
+            train, test = (_pairs(place / part if place == root else root, part) for part in parts if part)
+            return train, test
     pairs = _pairs(root)
     random.Random(0).shuffle(pairs)
     tested = min(max(1, round(len(pairs) * test_fraction)), len(pairs) - 1)
     return pairs[tested:], pairs[:tested]
 
 
-def _pairs(folder: Path) -> list[Pair]:
+def _pairs(folder: Path, part: str = "") -> list[Pair]:
+    """List the images that have a mask, in the folder or in a part of its images and masks."""
     images, masks = (
         next((folder / name for name in names if (folder / name).is_dir()), None) for names in (IMAGES, MASKS)
     )
@@ -136,13 +145,21 @@ def _pairs(folder: Path) -> list[Pair]:
             f"data.root: {folder} has no folder {'masks' if images else 'images'}; set data.root to a folder with "
             "images and masks of the same names, or with these in train and val"
         )
-    by_stem = {path.stem: path for path in sorted(masks.rglob("*")) if path.suffix.lower() in SUFFIXES}
-    listed = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    alone = [path for path in listed if path.stem not in by_stem]
-    if alone or len(listed) < 2:
-        reason = f"{alone[0]} has no mask of its name in {masks}" if alone else f"{images} has {len(listed)} images"
-        raise ValueError(f"data.root: {reason}; give every image a mask of the same name")
-    return [(path, by_stem[path.stem]) for path in listed]
+    images, masks = (inner / part if part and (inner / part).is_dir() else inner for inner in (images, masks))
+    named = {path.relative_to(masks).with_suffix(""): path for path in _files(masks)}
+    found = [(path, named.get(path.relative_to(images).with_suffix(""))) for path in _files(images)]
+    pairs = [(path, mask) for path, mask in found if mask is not None]
+    if len(pairs) < 2:
+        raise ValueError(
+            f"data.root: {len(pairs)} of the {len(found)} images in {images} have a mask of their name in {masks}; two "
+            "are the fewest"
+        )
+    return pairs
+
+
+def _files(folder: Path) -> list[Path]:
+    shown = (path for path in folder.rglob("*") if not path.name.startswith("."))
+    return sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
 
 
 def _classes_of(path: Path) -> Any:
@@ -153,4 +170,6 @@ def _classes_of(path: Path) -> Any:
         raise ValueError(
             f"data.root: {path} has {values.shape[-1]} channels; a mask has one, or a palette, whose values are classes"
         )
+    if values.size and int(values.max()) > VOID:
+        raise ValueError(f"data.root: {path} holds the class {int(values.max())}; {VOID - 1} is the largest")
     return values.astype(np.uint8)

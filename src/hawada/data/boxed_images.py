@@ -63,7 +63,8 @@ def coco(
     """Load images and their boxes from a COCO annotation file, or from one in train and one in val.
 
     The annotation file is the only `.json` in `root`, `root/annotations` or the part's folder; images lie beside it or
-    in a folder `images`. Categories are numbered from 1 in the order of their ids; 0 is the background.
+    in a folder `images`. The classes are the ids of the categories, of which 0 is the background's; where an id is 0,
+    all are one more.
 
     Args:
         root: The folder.
@@ -79,7 +80,11 @@ def coco(
     size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     parts = [next((folder / n for n in names if (folder / n).is_dir()), None) for names in (TRAINING, VALIDATION)]
     if parts[0] is not None and parts[1] is not None:
-        (train, classes), (test, _) = _read(folder, parts[0]), _read(folder, parts[1])
+        (train, classes), (test, of_test) = _read(folder, parts[0]), _read(folder, parts[1])
+        if of_test != classes:
+            raise ValueError(
+                f"data.root: {parts[1]} has other categories than {parts[0]}; give both the same list of categories"
+            )
     else:
         everything, classes = _read(folder, folder)
         random.Random(0).shuffle(everything)
@@ -89,27 +94,28 @@ def coco(
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         train = [train[index] for index in order]
     made = [BoxedImages([file for file, _ in part], [boxes for _, boxes in part], size) for part in (train, test)]
-    return VisionData(made[0], made[0], made[1], classes=classes + 1, workers=workers, repeats=True)
+    return VisionData(made[0], made[0], made[1], classes=max(classes) + 1, workers=workers, repeats=True)
 
 
-def _read(root: Path, part: Path) -> tuple[list[tuple[Path, list[tuple[float, ...]]]], int]:
-    """Read the images of one part with their boxes, and the number of categories."""
+def _read(root: Path, part: Path) -> tuple[list[tuple[Path, list[tuple[float, ...]]]], tuple[int, ...]]:
+    """Read the images of one part with their boxes, and the classes."""
     path = _annotations(root, part)
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-        number = {kind: index + 1 for index, kind in enumerate(sorted(each["id"] for each in record["categories"]))}
+        ids = sorted(int(each["id"]) for each in record["categories"])
+        number = {kind: kind + (1 if ids[0] == 0 else 0) for kind in ids}
         boxes: dict[int, list[tuple[float, ...]]] = {image["id"]: [] for image in record["images"]}
         for each in record["annotations"]:
             boxes[each["image_id"]].append((*each["bbox"], number[each["category_id"]]))
         named = [(image["file_name"], boxes[image["id"]]) for image in record["images"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"data.root: {path} is not COCO's format ({error!r}); it has images, annotations and categories"
         ) from None
     found = [(_image(part, name), of_image) for name, of_image in named]
     if len(found) < 2:
         raise ValueError(f"data.root: {path} lists {len(found)} images; two are the fewest")
-    return found, len(number)
+    return found, tuple(number.values())
 
 
 def _annotations(root: Path, part: Path) -> Path:
