@@ -161,6 +161,11 @@ class Samples(Dataset):
 
 def loaders():
     return Samples(), Samples()
+
+
+def trained():
+    torch.manual_seed(0)
+    return Net()
 """
 
 
@@ -168,7 +173,7 @@ def test_several_inputs_and_outputs_without_labels_reach_a_verdict(inside, reloa
     (inside / "several.py").write_text(SEVERAL)
     done = command.hawada(
         "model=convnet",
-        "model.adapter.factory=several.Net",
+        "model.adapter.factory=several.trained",
         "model.adapter.example={image: [3, 16, 16], table: [4]}",
         "data._target_=several.loaders",
         "task=outputs",
@@ -180,3 +185,16 @@ def test_several_inputs_and_outputs_without_labels_reach_a_verdict(inside, reloa
     found = json.loads(result.read_text())
     assert found["metric"] == "output_error" and found["teacher"]["output_error"] == 0
     assert 0 < found["slim"]["output_error"] < 2 and found["slim"]["params"] < found["teacher"]["params"]
+
+
+def test_several_outputs_are_no_classes(inside):
+    (inside / "several.py").write_text(SEVERAL)
+    done = command.hawada(
+        "model=convnet",
+        "model.adapter.factory=several.trained",
+        "model.adapter.example={image: [3, 16, 16], table: [4]}",
+        "data._target_=several.loaders",
+        *QUICK,
+    )
+    assert done.code == 2 and "task: convnet returns (2,), (5,) for a sample" in done.err, done.err
+    assert "set task=outputs" in done.err and not (inside / "outputs").exists()

@@ -187,3 +187,34 @@ def test_gates_of_any_outputs_have_a_likelihood(row):
     # of a normal distribution of deviation s, the score has the deviation 1 / s
     assert float(gradient[:, :3].std() * 1000) == pytest.approx(1, rel=0.5)
     assert float(gradient[:, 3:].std()) == pytest.approx(1, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([2, 0]),
+        torch.tensor([2.0, 0.0]),
+        torch.tensor([[2], [0]], dtype=torch.int32),
+        torch.tensor([[0, 0, 1], [1, 0, 0]]),
+        torch.tensor([[0.1, 0.2, 0.7], [0.8, 0.1, 0.1]]),
+    ],
+)
+def test_labels_of_any_common_form_are_class_indices(labels):
+    assert Task().labels_of(labels, torch.zeros(2, 3)).tolist() == [2, 0]
+
+
+def test_masks_of_any_common_form_are_class_indices():
+    mask = torch.tensor([[[0, 1], [2, 255]]])  # (1, 2, 2)
+    rows = torch.zeros(1, 4, 3)
+    expected = [[0, 1, 2, IGNORED]]
+    assert Segmentation().labels_of(mask, rows).tolist() == expected
+    assert Segmentation().labels_of(mask[:, None].float(), rows).tolist() == expected
+    one_hot = nn.functional.one_hot(mask.clamp_max(2), 3).movedim(-1, 1)
+    assert Segmentation().labels_of(one_hot, rows).tolist() == [[0, 1, 2, 2]]
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(
+        ValueError, match=r"data: labels of shape \(2, 7\) do not fit outputs of shape \(2, 3\); give one"
+    ):
+        Task().labels_of(torch.zeros(2, 7), torch.zeros(2, 3))

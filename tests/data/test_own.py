@@ -113,3 +113,11 @@ def test_a_row_moves_and_is_indexed_as_one_tensor_is():
     moved = row.to(torch.zeros(1, dtype=torch.float64))
     assert [tensor.dtype for tensor in moved.tensors] == [torch.float64, torch.int64]
     assert row[torch.tensor([1, 3])].tensors[1].tolist() == [1, 0] and row.to("meta").device.type == "meta"
+
+
+def test_what_are_no_labels_is_refused():
+    images = torch.zeros(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"begins with two tensors of 4 axes and the model takes one; say what"):
+        own_data((TensorDataset(X), TensorDataset(X))).batch((images, images, Y[:4]))
+    with pytest.raises(ValueError, match=r"the labels of a batch are a list; yield one tensor, or no labels"):
+        own_data((TensorDataset(X), TensorDataset(X))).batch((images, [Y]))

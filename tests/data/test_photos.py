@@ -27,9 +27,36 @@ def test_a_folder_without_a_split_is_split_alike_each_time(tmp_path):
 
 
 def test_a_class_of_one_photo_is_trained_on(tmp_path):
-    write_photos(tmp_path, ("cat", "dog"), count=1)
+    write_photos(tmp_path, ("cat",), count=1)
+    write_photos(tmp_path, ("dog",), count=2)
     found = find_photos(tmp_path, 0.2)
-    assert len(found.train) == 2 and not found.test
+    assert [label for _, label in found.train] == [0, 1] and [label for _, label in found.test] == [1]
+
+
+def test_without_any_photo_to_test_on_the_folder_is_refused(tmp_path):
+    write_photos(tmp_path, ("cat", "dog"), count=1)
+    with pytest.raises(ValueError, match=r"data\.root: no class has two photos, so there are none to test on"):
+        find_photos(tmp_path, 0.2)
+
+
+def test_a_class_may_be_called_as_a_part_of_a_split_is(tmp_path):
+    write_photos(tmp_path, ("bus", "train"))
+    assert find_photos(tmp_path, 0.2).classes == ("bus", "train")
+
+
+def test_a_photo_that_cannot_be_read_is_named_and_a_hidden_file_is_none(tmp_path):
+    write_photos(tmp_path, ("cat", "dog"), count=3)
+    (tmp_path / "cat" / "._0.png").write_bytes(b"not a photo")
+    assert len(find_photos(tmp_path, 0.2).train) == 4
+    (tmp_path / "cat" / "0.png").write_bytes(b"not a photo")
+    with pytest.raises(ValueError, match=r"data\.root: .*0\.png cannot be read as an image .*; mend or remove it"):
+        find_photos(tmp_path, 0.2).shared_size()
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    write_photos(tmp_path, ("cat", "dog"), size=(24, 24))
+    image, label = imagenet(str(tmp_path), image_size=[24], workers=0, channels=1, mean=[0.0], std=[1.0]).plain[0]
+    assert image.shape == (1, 24, 24) and (image == (20 * label + 10) / 255).all()
 
 
 @pytest.mark.parametrize(("train", "test"), [("train", "val"), ("train", "test"), ("training", "validation")])

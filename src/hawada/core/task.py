@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from hawada.core.structure import TensorRow
 
+VOID = 255  # what masks have where a pixel does not count
 IGNORED = -100  # the label of a position that no loss and no score counts: padding, or the last one of a text
 Loss = Callable[[Tensor, Tensor], Tensor]  # (student's, teacher's) -> a scalar
 
@@ -24,7 +25,7 @@ class Scores:
     """A model's quality on test data.
 
     Attributes:
-        predicted: What is compared with another model's to tell how often they agree, on the CPU.
+        predicted: The predictions, by which `agreement` compares two models, on the CPU.
         figures: The measures of quality by name, such as `accuracy`, `nll` and `perplexity`.
     """
 
@@ -74,6 +75,26 @@ class Task:
         """Return the distillation loss, given the configured one."""
         return kd
 
+    def labels_of(self, labels: Tensor, outputs: Tensor) -> Tensor:
+        """Return labels as class indices, one for each row of outputs (…, classes).
+
+        Args:
+            labels: Class indices of any dtype and of as many elements as there are rows, or one-hot ones.
+            outputs: What `pick` returned.
+
+        Raises:
+            ValueError: The labels do not fit the outputs.
+        """
+        rows = outputs.shape[:-1]
+        if labels.shape == outputs.shape:
+            labels = labels.argmax(-1)
+        if labels.numel() != math.prod(rows):
+            raise ValueError(
+                f"data: labels of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(outputs.shape)}; give "
+                "one class index for each sample, token or pixel, or set task=outputs"
+            )
+        return labels.reshape(rows).long()
+
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of outputs (…, classes) against labels (…), a scalar."""
         return F.cross_entropy(outputs.float().flatten(0, -2), labels.flatten())
@@ -91,34 +112,43 @@ class Task:
 
         Args:
             model: The model, in eval mode.
-            batches: (inputs,) or (inputs, labels), with labels of shape (batch,) or (batch, tokens); `IGNORED` labels
-                do not count.
+            batches: (inputs,) or (inputs, labels), see `labels_of`; `IGNORED` labels do not count.
             pick: A function of what the model returns that returns logits, (batch, classes) or (batch, tokens,
                 classes).
 
         Raises:
             ValueError: No label counts.
         """
-        predicted, labelled, correct, loss, count = [], False, 0, 0.0, 0
+        predicted, seen, loss, classes = [], [], 0.0, 0
         for inputs, *rest in batches:
             logits = pick(run(model, inputs))
             if not rest:
                 predicted.append(logits.argmax(-1).flatten().cpu())
                 continue
-            labelled, labels = True, rest[0].to(logits.device)
+            labels, classes = self.labels_of(rest[0].to(logits.device), logits), logits.shape[-1]
             logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]  # (positions, classes), (positions,)
             best = logits.argmax(-1)
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            correct += int((best == labels).sum())
-            count += len(labels)
             predicted.append(best.cpu())
-        if not predicted or (labelled and not count):
+            seen.append(labels.cpu())
+        count = sum(map(len, seen))
+        if not predicted or (seen and not count):
             raise ValueError("the test data is empty; check data.root, data.path and data.test_samples")
-        if not labelled:
+        if not seen:
             return Scores(torch.cat(predicted))
-        nll = loss / count
-        figures = {"accuracy": correct / count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
-        return Scores(torch.cat(predicted), figures)
+        return Scores(torch.cat(predicted), self.figures(torch.cat(predicted), torch.cat(seen), loss / count, classes))
+
+    def figures(self, predicted: Tensor, labels: Tensor, nll: float, classes: int) -> dict[str, float]:
+        """Return the measures of quality by name.
+
+        Args:
+            predicted: The likeliest class at every position that counts, (positions,).
+            labels: The right ones.
+            nll: The mean negative log-likelihood of the labels, in nats.
+            classes: The number of classes.
+        """
+        accuracy = float((predicted == labels).double().mean())
+        return {"accuracy": accuracy, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
 
     def agreement(self, teacher: Scores, slim: Scores) -> float:
         """How far two models predict the same, 1 for equal predictions."""
@@ -134,8 +164,8 @@ class Task:
 class Segmentation(Task):
     """Semantic segmentation: a class for every pixel.
 
-    Models return (batch, classes, height, width), or a dictionary that holds it as `output`; labels are (batch, height
-    times width), row by row.
+    Models return (batch, classes, height, width), or a dictionary that holds it as `output`, or a list that begins with
+    it. Labels are (batch, height, width), or the same row by row; 255 does not count.
 
     Args:
         output: The key of the output that is distilled and scored, where a model returns a dictionary.
@@ -149,33 +179,24 @@ class Segmentation(Task):
 
     def pick(self, output: Any) -> Tensor:
         """Return logits of shape (batch, pixels, classes)."""
-        maps: Tensor = output[self.output] if isinstance(output, Mapping) else output
+        first = output[0] if isinstance(output, list | tuple) else output
+        maps: Tensor = first[self.output] if isinstance(first, Mapping) else first
         return maps.movedim(1, -1).flatten(1, -2)
 
-    def score(self, model: nn.Module, batches: Iterable[Any], pick: Callable[[Any], Tensor]) -> Scores:
-        """See `Task.score`; `mean_iou` is the mean over the classes of intersection over union of all pixels."""
-        seen: list[Tensor] = []
-        classes = 0
+    def labels_of(self, labels: Tensor, outputs: Tensor) -> Tensor:
+        """See `Task.labels_of`; of shape (batch, classes, height, width) they are one-hot."""
+        if labels.ndim == 4 and labels.shape[1] == outputs.shape[-1] > 1:
+            labels = labels.argmax(1)
+        found = super().labels_of(labels, outputs)
+        return found if outputs.shape[-1] > VOID else torch.where(found == VOID, IGNORED, found)
 
-        def with_labels() -> Iterator[Any]:
-            for inputs, *rest in batches:
-                seen.extend(labels[labels != IGNORED].cpu() for labels in rest[:1])
-                yield inputs, *rest
-
-        def pick_and_count(output: Any) -> Tensor:
-            nonlocal classes
-            logits = pick(output)
-            classes = logits.shape[-1]
-            return logits
-
-        scores = super().score(model, with_labels(), pick_and_count)
-        if not scores.figures:
-            return scores
-        pairs = torch.cat(seen) * classes + scores.predicted
+    def figures(self, predicted: Tensor, labels: Tensor, nll: float, classes: int) -> dict[str, float]:
+        """See `Task.figures`; `mean_iou` is the mean over the classes of intersection over union of all pixels."""
+        pairs = labels * classes + predicted
         confusion = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).double()
         union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         overlap = (confusion.diagonal() / union)[union > 0]
-        return Scores(scores.predicted, {**scores.figures, "mean_iou": float(overlap.mean())})
+        return {**super().figures(predicted, labels, nll, classes), "mean_iou": float(overlap.mean())}
 
 
 class AnyOutputs(Task):
@@ -197,14 +218,22 @@ class AnyOutputs(Task):
 
     def pick(self, output: Any) -> Tensor:
         """Return the elements of all floating-point outputs in a row, (batch, elements)."""
-        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        rows = [tensor.reshape(len(tensor), -1).float() for tensor in tensors if tensor.is_floating_point()]
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim]
+        batch = max((len(tensor) for tensor in tensors), default=0)
+        rows = [
+            tensor.reshape(batch, -1).float() for tensor in tensors if len(tensor) == batch
+        ]  # others are no samples'
         self._sizes = tuple(row.shape[1] for row in rows)
         return torch.cat(rows, 1)
 
     def loss(self, kd: Loss) -> Loss:
         """The mean over the output tensors of the squared error relative to the teacher's variance."""
         return self._relative_error
+
+    def labels_of(self, labels: Tensor, outputs: Tensor) -> Tensor:
+        """Return the labels as they are."""
+        return labels
 
     def label_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean squared error, or 0 where labels are not learned."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hawada.data.photos import TRAINING, VALIDATION
-from hawada.data.vision import VisionData
+from hawada.data.vision import VisionData, height_and_width
 
 NO_OBJECT = -1.0  # fills up the boxes of an image
 
@@ -77,7 +77,7 @@ def coco(
         ValueError: The folder does not hold images and annotations as described.
     """
     folder = Path(root)
-    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    size = height_and_width(image_size)
     parts = [next((folder / n for n in names if (folder / n).is_dir()), None) for names in (TRAINING, VALIDATION)]
     if parts[0] is not None and parts[1] is not None:
         (train, classes), (test, of_test) = _read(folder, parts[0]), _read(folder, parts[1])

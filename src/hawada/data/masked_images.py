@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from hawada.core.task import IGNORED
 from hawada.data.photos import TRAINING, VALIDATION
-from hawada.data.vision import IMAGENET_MEAN, IMAGENET_STD, VisionData
+from hawada.data.vision import IMAGENET_MEAN, IMAGENET_STD, VisionData, height_and_width
 
 IMAGES = ("images", "image", "img", "imgs", "JPEGImages")
 MASKS = ("masks", "mask", "labels", "annotations", "SegmentationClass")
@@ -97,7 +97,7 @@ def masks(
     if samples is not None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         train = [train[index] for index in order]
-    size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+    size = height_and_width(image_size)
     normalisation = (IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std)
     plain = MaskedImages(train, size, *normalisation)
     found = [_classes_of(mask) for _, mask in train[:: max(1, len(train) // MAX_COUNTED)]]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hawada.core.structure import TensorRow
 
@@ -24,7 +24,7 @@ class OwnData:
 
     Args:
         train: A data set or a loader to train on; of a loader, its data set is loaded in batches of the configured
-            size. Calibration data are taken from it as it is.
+            size and shuffled evenly, whatever its sampler. Calibration data are taken from it as it is.
         test: The same to test on.
         names: The keys under which a dictionary holds the inputs; empty where any but `LABELS` will do.
         count: The number of tensors that the model takes.
@@ -83,6 +83,11 @@ class OwnData:
             inputs, labels = given[: self.count], list(given[self.count :])
         else:
             inputs, labels = given[0], list(given[1:])
+            if len(labels) > 1 and isinstance(labels[0], Tensor) and labels[0].ndim == getattr(inputs, "ndim", 0) > 2:
+                raise ValueError(
+                    f"data: a batch begins with two tensors of {labels[0].ndim} axes and the model takes one; say what "
+                    "it takes with model.adapter.example, or yield (inputs, labels)"
+                )
         if isinstance(inputs, Mapping) and self.names:
             inputs = [inputs[name] for name in self.names]
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -90,6 +95,10 @@ class OwnData:
             raise ValueError(
                 f"data: a batch holds {len(leaves)} tensors to call the model with and it takes {self.count}; yield "
                 "(inputs, labels), with inputs as model.adapter.example describes them"
+            )
+        if labels and not isinstance(labels[0], Tensor):
+            raise ValueError(
+                f"data: the labels of a batch are a {type(labels[0]).__name__}; yield one tensor, or no labels"
             )
         made = leaves[0] if self.count == 1 else TensorRow(leaves)
         return (made, *(label for label in labels[:1] if isinstance(label, Tensor)))
@@ -137,8 +146,7 @@ def own_data(made: Any, *, names: Sequence[str] = (), count: int = 1) -> OwnData
 def _dataset(given: Any) -> Dataset[Any] | None:
     """The data set of a loader; None for a loader of another kind, which is iterated as it is."""
     if isinstance(given, DataLoader):
-        found: Dataset[Any] | None = given.dataset if hasattr(given.dataset, "__len__") else None
-        return found
+        return None if isinstance(given.dataset, IterableDataset) else given.dataset
     return cast("Dataset[Any]", given) if hasattr(given, "__getitem__") else None
 
 

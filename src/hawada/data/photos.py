@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,26 @@ class Photos(Dataset[tuple[Any, int]]):
 
     Args:
         photos: Their paths and labels.
-        transform: A function of an RGB image of PIL's.
+        transform: A function of an image of PIL's.
+        grey: Whether images have one channel instead of three.
     """
 
-    def __init__(self, photos: Iterable[Photo], transform: Callable[[Image.Image], Any]) -> None:
-        self.photos, self.transform = tuple(photos), transform
+    def __init__(self, photos: Iterable[Photo], transform: Callable[[Image.Image], Any], *, grey: bool = False) -> None:
+        self.photos, self.transform, self.mode = tuple(photos), transform, "L" if grey else "RGB"
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.photos[index]
-        with Image.open(path) as image:
-            return self.transform(image.convert("RGB")), label
+        with _opened(path) as image:
+            return self.transform(image.convert(self.mode)), label
 
 
 def _part(root: Path, names: Iterable[str]) -> Path | None:
-    """Find the folder of one part of a split."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """Find the folder of one part of a split, which has folders in it; a class of such a name has none."""
+    found = (root / name for name in names if (root / name).is_dir())
+    return next((part for part in found if any(inner.is_dir() for inner in part.iterdir())), None)
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ def _photos(folder: Path, classes: tuple[str, ...]) -> list[Photo]:
         photos: list[Photo] = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise ValueError(f"data.root: {error} in {folder}; add photos to these classes or remove them") from None
-    return photos
+    return [photo for photo in photos if not Path(photo[0]).name.startswith(".")]
 
 
 def _split(photos: list[Photo], test_fraction: float) -> tuple[tuple[Photo, ...], tuple[Photo, ...]]:
@@ -130,9 +133,25 @@ def _split(photos: list[Photo], test_fraction: float) -> tuple[tuple[Photo, ...]
         tested = min(max(1, round(len(own) * test_fraction)), len(own) - 1)
         parts[0].extend(own[tested:])
         parts[1].extend(own[:tested])
+    if not parts[1]:
+        raise ValueError("data.root: no class has two photos, so there are none to test on; add photos")
     return tuple(parts[0]), tuple(parts[1])
 
 
 def _size_of(path: str) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with _opened(path) as image:
         return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open a photo.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except OSError as error:
+        raise ValueError(f"data.root: {path} cannot be read as an image ({error}); mend or remove it") from None

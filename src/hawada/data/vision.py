@@ -274,6 +274,7 @@ def imagenet(
     std: Sequence[float] | None = None,
     augment: bool = True,
     test_fraction: float = 0.2,
+    channels: int = 3,
 ) -> VisionData:
     """Load ImageNet, or any photos in `root/train/<class>/` and `root/val/<class>/`, or in `root/<class>/` alone.
 
@@ -289,6 +290,7 @@ def imagenet(
         std: The standard deviation of each channel, likewise.
         augment: Whether to train on random crops, mirrored at random, instead of on the centre.
         test_fraction: The fraction of each class to test on, where the folder has no split of its own.
+        channels: The channels of an image: 3, or 1 for grey ones.
 
     Raises:
         ValueError: The folder does not hold photos as described.
@@ -296,11 +298,14 @@ def imagenet(
     from torchvision import transforms
 
     photos = find_photos(root, test_fraction)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_and_width(image_size)
     mean, std = IMAGENET_MEAN if mean is None else mean, IMAGENET_STD if std is None else std
+    if channels == 1 and len(mean) == 3:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
     if photos.shared_size() == (height, width):
-        vary: list[Any] = [transforms.RandomCrop((height, width), padding=[width // 8, height // 8])]
-        centre: list[Any] = []
+        exact = transforms.Resize((height, width))  # of many photos not every size was looked at
+        vary: list[Any] = [exact, transforms.RandomCrop((height, width), padding=[width // 8, height // 8])]
+        centre: list[Any] = [exact]
     else:
         vary = [transforms.RandomResizedCrop((height, width))]
         centre = [transforms.Resize(max(height, width) * 256 // 224), transforms.CenterCrop((height, width))]
@@ -309,17 +314,24 @@ def imagenet(
     if samples is not None:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:samples].tolist()
         chosen = tuple(chosen[index] for index in order)
-    plain = Photos(chosen, transforms.Compose([*centre, *finish]))
-    varied = Photos(chosen, transforms.Compose([*vary, transforms.RandomHorizontalFlip(), *finish]))
+    grey = channels == 1
+    plain = Photos(chosen, transforms.Compose([*centre, *finish]), grey=grey)
+    varied = Photos(chosen, transforms.Compose([*vary, transforms.RandomHorizontalFlip(), *finish]), grey=grey)
     return VisionData(
         varied if augment else plain,
         plain,
-        Photos(photos.test, plain.transform),
+        Photos(photos.test, plain.transform, grey=grey),
         classes=len(photos.classes),
         workers=workers,
         repeats=not augment,
         normalisation=(mean, std),
     )
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """The height and width of images, given these or the side of square ones."""
+    sides = [image_size] if isinstance(image_size, int) else list(image_size)
+    return sides[0], sides[-1]
 
 
 def _in_memory(

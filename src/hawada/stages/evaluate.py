@@ -25,6 +25,7 @@ from hawada.core.task import Scores
 from hawada.core.verdict import Comparison, Latency, Verdict
 from hawada.experiment import Run
 from hawada.experiment.results import (
+    QUALITIES,
     Equivalence,
     EvaluateResult,
     ModelFigures,
@@ -84,7 +85,8 @@ def run(cfg: DictConfig, run: Run) -> EvaluateResult:
         place = str(paths["slim"].resolve())
         metric = subject.task.metric(subject.data.metric, bool(scores["teacher"].figures))
         own: list[dict[str, Any]] = [
-            {metric: quality} for quality in subject.task.qualities(metric, scores["teacher"], scores["slim"])
+            {metric if metric in QUALITIES else "score": quality}
+            for quality in subject.task.qualities(metric, scores["teacher"], scores["slim"])
         ]
         export = run.result("export")
         result = EvaluateResult(

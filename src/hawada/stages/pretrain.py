@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -41,12 +42,13 @@ def run(cfg: DictConfig, run: Run) -> PretrainResult:
         subject.save(folder / "teacher", model, keep_all(subject.groups))
         scores = subject.task.score(model, subject.data.test_loader(cfg.pretrain.batch_size), subject.pick)
         metric = subject.task.metric(subject.data.metric, True)
-        quality = scores.figures[metric]
-        summary, bits = f"test {metric} {format_quality(metric, quality)}", None
+        quality = scores.figures.get(metric)  # some tasks tell nothing of one model alone
+        summary, bits = "trained" if quality is None else f"test {metric} {format_quality(metric, quality)}", None
+        own: dict[str, Any] = {metric if metric in ("accuracy", "perplexity", "mean_iou") else "score": quality}
         if isinstance(subject.data, TextData):
             bits = compare_with_ngram(subject.data, scores)
             summary += f", bits per byte: model {bits.model:.3f}, interpolated byte 5-gram {bits.ngram:.3f}"
-        return run.finish("pretrain", PretrainResult(summary=summary, bits_per_byte=bits, **{metric: quality}))
+        return run.finish("pretrain", PretrainResult(summary=summary, bits_per_byte=bits, **own))
 
 
 def compare_with_ngram(data: TextData, scores: Scores) -> BitsPerByte:

@@ -59,7 +59,8 @@ def _load_images(
     example = adapter.example_inputs(Shape(1))
     mean, std = adapter.normalisation() or (None, None)
     size = example[0].shape[2:]
-    known_of_model = {"mean": mean, "std": std, "image_size": size[0] if len(set(size)) == 1 else list(size)}
+    side = size[0] if len(set(size)) == 1 else list(size)
+    known_of_model = {"mean": mean, "std": std, "image_size": side, "channels": example[0].shape[1]}
     takes = inspect.signature(resolve_name(node["_target_"])).parameters
     handed = {name: value for name, value in known_of_model.items() if name in takes and node.get(name) is None}
     data = build(node, **{name: value for name, value in handed.items() if value is not None})

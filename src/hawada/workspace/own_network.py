@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,9 +35,23 @@ def fill_in_from_photos(cfg: DictConfig) -> None:
     from hawada.data.photos import find_photos
 
     photos = find_photos(Path(root), cfg.data.test_fraction)
-    parameters = inspect.signature(import_factory(adapter.factory)).parameters
-    takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if "num_classes" in open_keys and takes and "num_classes" not in (adapter.arguments or {}):
-        adapter.num_classes = len(photos.classes)
+    if "num_classes" in open_keys and "num_classes" not in (adapter.arguments or {}):
+        given = dict(adapter.arguments or {})
+        if _takes_classes(import_factory(adapter.factory), given, len(photos.classes)):
+            adapter.num_classes = len(photos.classes)
     if "image_size" in open_keys and (size := photos.shared_size()):
         adapter.image_size = size[0] if size[0] == size[1] else list(size)
+
+
+def _takes_classes(factory: Callable[..., Any], arguments: dict[str, Any], classes: int) -> bool:
+    """Whether a factory takes `num_classes`, which one of any keywords may hand on to something that does not."""
+    parameters = inspect.signature(factory).parameters
+    if "num_classes" in parameters:
+        return True
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return False
+    try:
+        factory(**arguments, num_classes=classes)
+    except TypeError:
+        return False
+    return True

@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from hawada.adapters import Adapter, GroupFilter, Shape, load_model, save_model, select_groups
+from hawada.adapters.graph import GraphAdapter
 from hawada.config import build
 from hawada.core.distill import Outputs, OutputsFunction
 from hawada.core.gates import SigmoidGate
@@ -139,6 +141,7 @@ class Subject:
         Raises:
             ValueError: when its images, text or labels are not what the model takes.
         """
+        self._check_classification()
         classes = lambda: self.classes(self.adapter, self.meta)  # noqa: E731
         return load_data(self.cfg.data, self.adapter, classes, model=self.cfg.model.name, device=self.device)
 
@@ -177,6 +180,27 @@ class Subject:
     def _picked(self, model: nn.Module, inputs: torch.Tensor, *, features: bool, hidden: bool) -> Outputs:
         self.check_features(features=features, hidden=hidden)
         return Outputs(self.task.pick(self.adapter.raw(model)(inputs)))
+
+    def _check_classification(self) -> None:
+        """Refuse the task of classification for images whose model returns something else than logits of classes.
+
+        Raises:
+            ValueError: naming the task to choose.
+        """
+        if type(self.task) is not Task or self.adapter.modality != "image":
+            return
+        example = tuple(tensor.to("meta") for tensor in self.adapter.example_inputs(Shape(2)))
+        with torch.no_grad():
+            output = self.adapter.raw(self.meta)(*example)
+        own = type(self.adapter).logits is not GraphAdapter.logits  # it picks the logits itself
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        shape = tuple(self.adapter.logits(output).shape)
+        if (len(tensors) > 1 and not own) or len(shape) != 2 or shape[1] < 2:
+            listed = ", ".join(str(tuple(tensor.shape[1:])) for tensor in tensors)
+            raise ValueError(
+                f"task: {self.cfg.model.name} returns {listed} for a sample, and classification takes one vector of "
+                "two or more logits; set task=outputs, or task=segmentation for a class for each pixel"
+            )
 
     def classes(self, adapter: Adapter, meta: nn.Module) -> int:
         """How many classes, or tokens, a model tells apart when it is shown what ours is; found on shapes alone."""

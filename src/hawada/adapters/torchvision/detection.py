@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hawada.adapters.graph import Declaration, GraphAdapter, Trace
 from hawada.core.gates import Student
-from hawada.core.task import AnyOutputs, Scores
+from hawada.core.task import AnyOutputs, Scores, Task
 
 POOLED, POOLED_FOR_MASKS = 7, 14  # pixels of the regions that second-stage heads take
 NO_OBJECT = -1  # the class of rows that fill up the boxes of an image
@@ -85,7 +85,10 @@ class Detection(AnyOutputs):
     """
 
     def metric(self, of_data: str, labelled: bool) -> str:
-        return "map_50" if labelled else "output_error"
+        return "map_50" if labelled else "agreement"
+
+    def qualities(self, metric: str, teacher: Scores, slim: Scores) -> tuple[float, float]:
+        return Task.qualities(self, metric, teacher, slim)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[Any], pick: Callable[[Any], Tensor]) -> Scores:

@@ -101,6 +101,7 @@ class Distillation:
         """
         positions = student.features if student.logits is None else student.logits  # one row for each position
         assert positions is not None
+        labels = None if labels is None else self.task.labels_of(labels, positions)
         valid = None  # a mask of the positions that count; None when all do
         if labels is not None and labels.shape == positions.shape[:-1] and bool((labels == IGNORED).any()):
             valid = labels != IGNORED

@@ -75,8 +75,8 @@ def _sampled_nll(outputs: Outputs, labels: Tensor | None, chunk: int | None, tas
     rows = outputs.features if outputs.logits is None else outputs.logits
     assert rows is not None
     valid = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-    if labels is not None and labels.shape == valid.shape:
-        valid = labels != IGNORED
+    if labels is not None and task.labels_of(labels, rows).shape == valid.shape:
+        valid = task.labels_of(labels, rows) != IGNORED
     rows = rows[valid]
 
     def nll_of_chunk(part: Tensor) -> Tensor:
