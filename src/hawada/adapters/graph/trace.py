@@ -241,7 +241,10 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
                 f"{name}: {place} depends on the values of tensors ({reason}); write forward without branches or loops "
                 "that do"
             ) from found.error
-        remedy = "set model.adapter.image_size and model.adapter.channels to what the model takes"
+        remedy = (
+            "set model.adapter.image_size and model.adapter.channels to what the model takes; the size may be [height, "
+            "width], [length] of a sequence or [frames, height, width] of a video"
+        )
         if isinstance(found.error, TypeError | IndexError | KeyError | AttributeError):  # it wants something else
             remedy = (
                 f"set model.adapter.example to what forward takes, as in '{describe_forward(model)}': shapes without "

@@ -239,8 +239,9 @@ def _ways(declared: Declaration, op: Op) -> list[Way]:
             for axis in axes_of(field):
                 for number in around:
                     module = declared.trace.module(op.calls[-number])
-                    names = _holding(module, value.shape[axis], index if len(op.outputs) > 1 else 0)
-                    found.setdefault(index, []).extend((name, number, index, axis) for name in names)
+                    places = [index] if len(op.outputs) > 1 else [axis, 0]  # in a list of sizes or a shape
+                    names = [name for place in places for name in _holding(module, value.shape[axis], place)]
+                    found.setdefault(index, []).extend((name, number, index, axis) for name in dict.fromkeys(names))
     single = [Way((attribute,)) for attributes in found.values() for attribute in attributes]
     pieces = [found.get(index, []) for index in range(len(op.outputs))]
     together = _of_pieces(pieces, found.get(len(op.outputs), [])) if len(pieces) > 1 else []
