@@ -177,8 +177,8 @@ INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 
 def planned(stage: str, cfg: DictConfig) -> list[str]:
-    """The stages that a command runs, one or a pipeline's, and checks whether they are done; `inspect` is always done
-    anew and not among them. An export for many targets is `front`.
+    """The stages that a command checks and runs: one, or all of a pipeline's. `inspect` is not among them, because it is
+    always done anew. An export for many targets is `front`.
 
     Raises:
         ValueError: when there is no such stage, or several targets are given to another stage.

@@ -44,7 +44,8 @@ def print_result(result: Conclusion, root: Path) -> None:
     table.add_row("speed-up", "1.00x", f"{1 / ratio.median:.2f}x", "")
     metric = result.metric
     table.add_row(metric, format_quality(metric, teacher.quality), format_quality(metric, slim.quality), "")
-    table.add_row("agreement", "", f"{result.agreement:.2%}", "")
+    if metric != "agreement":
+        table.add_row("agreement", "", f"{result.agreement:.2%}", "")
     if result.target_ms is not None:
         table.add_row("target", "", f"{result.target_ms:.3f} ms", f"{result.target_ratio:.3f}")
     table.add_row("verdict", "", f"[bold {colour}]{result.verdict}[/]", "")

@@ -18,7 +18,9 @@ PERTURBED_BY = 0.2  # what norms begin with, ones and zeros, would hide a wrong 
 
 
 def prove_declaration(subject: Subject) -> None:
-    """Compare a hard-gated and a sliced model of random weights and widths; larger models than that are left out.
+    """Compare a hard-gated and a sliced model of random weights and widths.
+
+    Models with more than `MAX_PARAMETERS` are not compared, since that would take longer than seconds.
 
     Raises:
         ValueError: The two differ; the group that is wrong is named.
@@ -29,8 +31,8 @@ def prove_declaration(subject: Subject) -> None:
         torch.manual_seed(0)
         model = subject.adapter.skeleton().cpu()
         _perturb(model)
-    for branches in (True, False):  # what goes with a branch is not seen
-        keep = _random_keep(subject, branches=branches)
+    for keeps_branches in (True, False):  # where a branch goes, the groups inside it are not compared
+        keep = _random_keep(subject, keeps_branches=keeps_branches)
         difference = _difference(subject, model, keep)
         if not difference <= MAX_RELATIVE_DIFFERENCE:
             break
@@ -46,12 +48,12 @@ def prove_declaration(subject: Subject) -> None:
     )
 
 
-def _random_keep(subject: Subject, *, branches: bool) -> Keep:
-    """Random units of random widths that are allowed; with `branches` none of the branches and layers go."""
+def _random_keep(subject: Subject, *, keeps_branches: bool) -> Keep:
+    """Random units of random widths that are allowed; with `keeps_branches` all branches and layers stay."""
     draw = np.random.default_rng(0)
     groups, policy = subject.groups, subject.policy
     widths = widths_of(random_keep(groups, policy, draw), groups)
-    if branches:
+    if keeps_branches:
         for members in policy.shared(groups):
             allowed = policy.widths(members[0])
             width = allowed[-1] if members[0].removes else int(draw.choice(allowed))

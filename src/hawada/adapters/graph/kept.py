@@ -32,7 +32,7 @@ def list_kept(declared: Declaration) -> list[KeptWhole]:
         if not len(staying):
             continue
         known = [reasons[label] for label in labels[staying].tolist() if label in reasons]
-        reason, remedy = _told(declared.trace, known[0]) if known else _untold(declared, staying)
+        reason, remedy = _reason_at(declared.trace, known[0]) if known else _reason_elsewhere(declared, staying)
         module = tensor.rpartition(".")[0]
         kind = type(declared.trace.model.get_submodule(module)).__name__
         listed.append(KeptWhole(module or tensor, kind, len(staying), reason, remedy))
@@ -60,8 +60,8 @@ def _produced(declared: Declaration) -> Iterator[tuple[str, Field]]:
     yield from found.items()
 
 
-def _told(trace: Trace, obstacle: tuple[Op, str]) -> tuple[str, str]:
-    """The reason that an operator gives, and the remedy."""
+def _reason_at(trace: Trace, obstacle: tuple[Op, str]) -> tuple[str, str]:
+    """Return the reason that an operator gives for keeping channels, and the remedy."""
     op, reason = obstacle
     if reason == OUTPUT:
         return "are outputs of the model", ""
@@ -74,8 +74,8 @@ def _told(trace: Trace, obstacle: tuple[Op, str]) -> tuple[str, str]:
     return f"{op.name} in {where} {reason}", remedy
 
 
-def _untold(declared: Declaration, staying: Field) -> tuple[str, str]:
-    """The reason and the remedy where no operator is in the way."""
+def _reason_elsewhere(declared: Declaration, staying: Field) -> tuple[str, str]:
+    """Return the reason and the remedy where no operator keeps the channels itself."""
     if not declared.stream and declared.is_stream(staying):
         return STREAM
     return "are joined with channels that stay", OWN_ADAPTER
