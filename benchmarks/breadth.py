@@ -232,7 +232,7 @@ def table(known: dict[str, Any]) -> str:
     lines = [
         "# Which networks can be pruned, and how far",
         "",
-        f"Written by `benchmarks/breadth.py --table` from `benchmarks/results/breadth_cpu.json`: torch "
+        "Written by `benchmarks/breadth.py --table` from `benchmarks/results/breadth_cpu.json`: torch "
         f"{environment['torch']}, timm {environment['timm']}, one core of {environment['machine']} beside other work.",
         "",
         f"Of {len(ours)} networks {sum(found['status'] == 'exact' for found in ours)} are exact, {far} of them with at "
