@@ -177,7 +177,7 @@ INTERLINGUA = tuple(name for name in PLANS if name.startswith("interlingua"))
 
 
 def planned(stage: str, cfg: DictConfig) -> list[str]:
-    """The stages that a command checks and runs: one, or all of a pipeline's. `inspect` is not among them, because it is
+    """The stages that a command checks and runs: one, or all of a pipeline's. `inspect` is not among them, as it is
     always done anew. An export for many targets is `front`.
 
     Raises:
