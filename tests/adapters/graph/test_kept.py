@@ -72,10 +72,23 @@ class Padded(nn.Module):
         return self.tail(torch.cat([x * ones.flip(1).cumsum(1), ones[:, :2]], 1))
 
 
+class Recurrent(nn.Module):
+    """Reads the columns of an image with an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.lstm, self.out = nn.LSTM(6, 5, num_layers=2, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+
+    def forward(self, x):
+        columns = torch.relu(self.second(torch.relu(self.first(x)))).mean(2).transpose(1, 2)
+        return self.out(self.lstm(columns)[0][:, -1])
+
+
 @pytest.fixture(autouse=True)
 def own_package(monkeypatch):
     nets = types.ModuleType("mynets")
-    for made in (Sorted, Numbered, Added, Padded):
+    for made in (Sorted, Numbered, Added, Padded, Recurrent):
         monkeypatch.setattr(made, "__module__", "mynets")
         setattr(nets, made.__name__, made)
     monkeypatch.setitem(sys.modules, "mynets", nets)
@@ -101,6 +114,12 @@ def test_a_layer_is_listed_with_the_reason_and_the_remedy(name, module, reason, 
     assert kept[module].kind == "Conv2d" and kept[module].units == 8
     assert kept[module].reason == reason and kept[module].remedy.startswith(remedy)
     assert "tail.last" not in kept
+
+
+def test_what_a_recurrent_layer_reads_stays_and_the_rest_goes():
+    adapter, model, kept = kept_of(factory="mynets.Recurrent")
+    assert kept["second"].reason == "LSTM in LSTM is not understood" and "first" not in kept
+    assert [(group.name, group.units) for group in adapter.groups(model)] == [("first", 8)]
 
 
 def test_the_outputs_of_a_model_are_listed_and_need_no_remedy():

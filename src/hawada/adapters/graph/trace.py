@@ -161,6 +161,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
     def __init__(self, model: nn.Module, limit: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.limit = limit
+        self.unseen = 0  # the modules around whose operators are not written down one by one
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.stack: list[Call] = []
@@ -185,8 +186,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
             raise _Enough
         with torch._C.DisableTorchFunction():  # the default device was filled in already
             result = func(*args, **kwargs)
+        if not self.unseen:
+            self._write(_name_of(func), func, args, kwargs, result)
+        return result
+
+    def _write(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Write down an operator that has run."""
         given = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
-        op = Op(len(self.ops), _name_of(func), func, tuple(given[0]), given[1], (), tuple(self.stack))
+        op = Op(len(self.ops), name, func, tuple(given[0]), given[1], (), tuple(self.stack))
         constant = all(value.constant for value in op.inputs)
         for value in op.inputs:
             value.users.append(op)
@@ -196,7 +203,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
             self._remember(tensor, value)  # an in-place operator makes a new value of an old tensor
         op.outputs = tuple(outputs)
         self.ops.append(op)
-        return result
 
     def _remember(self, tensor: Tensor, value: Value) -> Value:
         self.values[id(tensor)] = value
@@ -213,10 +219,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
             call = Call(path, len(self.calls), len(self.ops), inputs, first)
             self.calls.append(call)
             self.stack.append(call)
+            self.unseen += isinstance(module, nn.RNNBase)
 
         return begin
 
     def _ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(module, nn.RNNBase):  # which would be many operators for every step of the sequence
+            self.unseen -= 1
+            self._write(type(module).__name__, None, (*args, *module.parameters()), kwargs, output)
         call = self.stack.pop()
         call.end = len(self.ops)
         call.output = self.value(output) if isinstance(output, Tensor) else None
