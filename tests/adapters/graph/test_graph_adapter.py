@@ -534,19 +534,25 @@ class Pretrained(CifarResNet):
     def __init__(self, pretrained=False, num_classes=10):
         super().__init__(blocks=1, num_classes=num_classes)
         self.asked.append(pretrained)
-        if pretrained:
-            nn.init.zeros_(self.linear.weight)
+        for parameter in self.parameters() if pretrained else ():
+            nn.init.zeros_(parameter)
 
 
-def test_a_factory_that_loads_its_own_weights_is_asked_for_them_once(tmp_path, monkeypatch):
+def test_a_factory_that_loads_its_own_weights_is_asked_for_them(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["mynets"], "Pretrained", Pretrained, raising=False)
     monkeypatch.setattr(Pretrained, "__module__", "mynets")
     Pretrained.asked.clear()
     adapter = GraphAdapter(factory="mynets.Pretrained", arguments={"pretrained": True}, image_size=32)
     adapter.check_teacher()
-    assert not adapter.teacher().linear.weight.any() and Pretrained.asked == [True]
+    assert not adapter.teacher().linear.weight.any() and all(Pretrained.asked)
     adapter.skeleton()
-    assert Pretrained.asked == [True, False]  # a saved model is built without fetching weights
+    assert not Pretrained.asked[-1]  # a saved model is built without fetching weights
+
+
+def test_a_factory_of_random_weights_is_refused():
+    adapter = GraphAdapter(factory="mynets.CifarResNet", arguments={"blocks": 1}, image_size=32)
+    with pytest.raises(ValueError, match=r"CifarResNet returns a model with random weights; set model\.path to"):
+        adapter.check_teacher()
 
 
 def test_a_model_of_half_precision_is_pruned_in_single(monkeypatch):

@@ -52,7 +52,8 @@ class NormHook(ModelHook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         norm = self.norm
-        x = args[0].float().transpose(norm.dim, -1)  # (..., elements of the axis)
+        given: Tensor = args[0] if args[0].dtype == torch.float64 else args[0].float()
+        x = given.transpose(norm.dim, -1)  # (..., elements of the axis)
         gate = x.new_ones(x.shape[-1])
         for own, at in self.gates:
             gate = multiply_along(gate, own.factor, 0, at.per_unit, at.offsets, at.positions)
