@@ -9,6 +9,7 @@ from hawada.adapters.graph.trace import Op, Value
 from hawada.adapters.graph.walk import Walk, rules
 
 PRODUCTS = rules()
+MULTIPLYING = {"mm", "bmm", "addmm", "baddbmm", "convolution"}
 BETWEEN_ACTIVATIONS = "multiplies activations with each other over channels"
 
 
@@ -156,13 +157,31 @@ def product(op: Op, walk: Walk, left: Value, right: Value) -> list[Field]:
     found += [field for field in ours if axes_of(field) == [i]]
     columns = [field for field in theirs if axes_of(field) == [k]]
     found += columns
-    if right.constant and not left.constant:
+    left_is_weight, right_is_weight = _weights(left, right)
+    if right_is_weight and not left_is_weight:
         for field in columns:
             walk.produce(op, field.reshape(-1))
-    if left.constant and not right.constant:
+    if left_is_weight and not right_is_weight:
         for field in (field for field in ours if axes_of(field) == [i]):
             walk.produce(op, field.reshape(-1))
     return found
+
+
+def _weights(left: Value, right: Value) -> tuple[bool, bool]:
+    """Tell which of two factors is the weight.
+
+    Where both depend on parameters and buffers alone, as in a network that computes position biases, that is the one
+    which no product has made and which is made of a parameter called a weight.
+    """
+    if left.constant and right.constant:
+        return _is_weight(left), _is_weight(right)
+    return left.constant, right.constant
+
+
+def _is_weight(value: Value) -> bool:
+    if value.op is None:
+        return value.name.endswith("weight")
+    return value.op.name not in MULTIPLYING and any(_is_weight(given) for given in value.op.inputs)
 
 
 def _of_batch(walk: Walk, field: Field, rank: int) -> Field:
@@ -178,15 +197,15 @@ def _contract(op: Op, walk: Walk, left: Value, right: Value, over: list[Field], 
     """Channels that are summed over must be read by a parameter; those of two activations stay."""
     ours = over[0].reshape(-1) if over and len(axes_of(over[0])) == 1 else None
     theirs = under[0].reshape(-1) if under and len(axes_of(under[0])) == 1 else None
-    if ours is not None and theirs is not None and left.constant != right.constant:
+    left_is_weight, right_is_weight = _weights(left, right)
+    if ours is not None and theirs is not None and left_is_weight != right_is_weight:
         walk.labels.couple(ours, theirs)
-        walk.consume(op, theirs if right.constant else ours)
+        walk.consume(op, theirs if right_is_weight else ours)
         return
     for field in (*over, *under):
-        if left.constant != right.constant and (not over or not under):
+        if left_is_weight != right_is_weight and (not over or not under):
             walk.labels.keep(field)  # a weight whose inputs are no channels
-            known = left if over else right
-            if not known.constant:
+            if not (left_is_weight if over else right_is_weight):
                 walk.keep_field(op, field, "is multiplied with something that has no channels")
         else:
             walk.keep_field(op, field, BETWEEN_ACTIVATIONS)
