@@ -238,7 +238,8 @@ def table(known: dict[str, Any]) -> str:
         f"Of {len(ours)} networks {sum(found['status'] == 'exact' for found in ours)} are exact, {far} of them with at "
         f"most {GOAL} of the parameters left when every branch stays and every width is half. A difference in float32 "
         "above 1e-5 counts as rounding where it is at most 1e-10 in float64. `—` stands where Torch-Pruning fails, or "
-        "was not tried. The rows were measured while rules were added; those that a later rule freed were measured again.",
+        "was not tried. The rows were measured while rules were added; those that a later rule freed were measured "
+        "again.",
         "",
         "| network | status | left | Torch-Pruning | seconds | what keeps its channels |",
         "|---|---|---|---|---|---|",
