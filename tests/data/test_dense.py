@@ -130,6 +130,15 @@ def test_boxes_in_parts_of_their_own(tmp_path, beside):
     assert (len(data.train), len(data.test)) == (3, 2)
 
 
+def test_boxes_as_coco_itself_lays_them_out(tmp_path):
+    for part, count in (("train2017", 3), ("val2017", 2)):
+        write_coco(tmp_path / part, tmp_path / "annotations" / f"instances_{part}.json", count)
+        (tmp_path / "annotations" / f"captions_{part}.json").write_text("{}")
+    (tmp_path / "test2017").mkdir()  # which has no annotations
+    data = coco(str(tmp_path), image_size=32, workers=0)
+    assert (len(data.train), len(data.test)) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

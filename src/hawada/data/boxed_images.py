@@ -78,7 +78,11 @@ def coco(
     """
     folder = Path(root)
     size = height_and_width(image_size)
-    parts = [next((folder / n for n in names if (folder / n).is_dir()), None) for names in (TRAINING, VALIDATION)]
+    named = sorted(inner for inner in folder.iterdir() if inner.is_dir())  # COCO's own are train2017 and val2017
+    parts = [
+        next((inner for name in names for inner in named if inner.name.startswith(name)), None)
+        for names in (TRAINING, VALIDATION)
+    ]
     if parts[0] is not None and parts[1] is not None:
         (train, classes), (test, of_test) = _read(folder, parts[0]), _read(folder, parts[1])
         if of_test != classes:
@@ -124,8 +128,9 @@ def _annotations(root: Path, part: Path) -> Path:
     for folder in folders:
         listed = sorted(folder.glob("*.json")) if folder.is_dir() else []
         named = [path for path in listed if part is root or folder is part or part.name in path.stem]
-        if len(named) == 1:
-            return named[0]
+        boxes = [path for path in named if path.stem.startswith("instances")] or named
+        if len(boxes) == 1:
+            return boxes[0]
     raise ValueError(
         f"data.root: {part} has no annotation file, or several; put COCO's .json beside the images, or one with "
         f"{part.name} in its name into {root / 'annotations'}"
