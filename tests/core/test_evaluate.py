@@ -38,3 +38,8 @@ def test_what_is_not_a_number_differs_most_wherever_it_is():
     first, second = (torch.ones(2), torch.tensor([1.0, math.nan])), (torch.ones(2), torch.tensor([1.0, 2.0]))
     assert math.isnan(compare_outputs(first, second)["max_abs_diff"])
     assert math.isnan(compare_outputs(first[::-1], second[::-1])["max_abs_diff"])
+
+
+def test_a_difference_that_float32_does_not_show_is_seen():
+    first = torch.ones(2, dtype=torch.float64)
+    assert compare_outputs(first, first + 1e-9)["max_abs_diff"] == pytest.approx(1e-9, rel=1e-6)

@@ -44,8 +44,8 @@ def compare_outputs(first: Any, second: Any) -> dict[str, float]:
     pairs = zip(_tensors(first), _tensors(second), strict=True)
     found = [
         {
-            "max_abs_diff": float((one.float() - other.float()).abs().max()),
-            "max_abs_logit": float(one.float().abs().max()),
+            "max_abs_diff": float((one.double() - other.double()).abs().max()),
+            "max_abs_logit": float(one.double().abs().max()),
         }
         for one, other in pairs
         if one.numel()

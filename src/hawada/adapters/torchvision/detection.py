@@ -177,9 +177,9 @@ def _matched(teacher: Tensor, slim: Tensor) -> tuple[int, int]:
     """How many of the teacher's confident boxes the slim model has, and how many there are."""
     from torchvision.ops import box_iou
 
-    wanted = teacher[teacher[:, 5] > MATCHED_AT]
+    confident = teacher[teacher[:, 5] > MATCHED_AT]
     given = slim[slim[:, 5] > MATCHED_AT / 2]
-    if not len(wanted) or not len(given):
-        return 0, len(wanted)
-    same = (wanted[:, None, 4] == given[None, :, 4]) & (box_iou(wanted[:, :4], given[:, :4]) >= MATCHED_AT)
-    return int(same.any(1).sum()), len(wanted)
+    if not len(confident) or not len(given):
+        return 0, len(confident)
+    same = (confident[:, None, 4] == given[None, :, 4]) & (box_iou(confident[:, :4], given[:, :4]) >= MATCHED_AT)
+    return int(same.any(1).sum()), len(confident)
