@@ -169,13 +169,18 @@ def trained():
 """
 
 
+SEVERAL_INPUTS = [
+    "model=convnet",
+    "model.adapter.factory=several.trained",
+    "model.adapter.example={image: [3, 16, 16], table: [4]}",
+    "data._target_=several.loaders",
+]
+
+
 def test_several_inputs_and_outputs_without_labels_reach_a_verdict(inside, reload_here):
     (inside / "several.py").write_text(SEVERAL)
     done = command.hawada(
-        "model=convnet",
-        "model.adapter.factory=several.trained",
-        "model.adapter.example={image: [3, 16, 16], table: [4]}",
-        "data._target_=several.loaders",
+        *SEVERAL_INPUTS,
         "task=outputs",
         "budget.target_ratio=0.9",
         *QUICK,
@@ -190,11 +195,21 @@ def test_several_inputs_and_outputs_without_labels_reach_a_verdict(inside, reloa
 def test_several_outputs_are_no_classes(inside):
     (inside / "several.py").write_text(SEVERAL)
     done = command.hawada(
-        "model=convnet",
-        "model.adapter.factory=several.trained",
-        "model.adapter.example={image: [3, 16, 16], table: [4]}",
-        "data._target_=several.loaders",
+        *SEVERAL_INPUTS,
         *QUICK,
     )
     assert done.code == 2 and "task: convnet returns (2,), (5,) for a sample" in done.err, done.err
     assert "set task=outputs" in done.err and not (inside / "outputs").exists()
+
+
+@pytest.mark.parametrize(("inner", "takes"), [("num_classes=3", 3), ("classes=3", None)])
+def test_any_keywords_take_the_number_of_classes_where_what_they_reach_does(inside, inner, takes):
+    prepare(inside)
+    name = inner.partition("=")[0]
+    code = f"import mypackage\n\n\ndef net(**given):\n    return inner(**given)\n\n\ndef inner({inner}):\n"
+    (inside / f"given_{name}.py").write_text(code + f"    return mypackage.net({name})\n")
+    given = ["model=convnet", f"model.adapter.factory=given_{name}.net", "data.root=photos", "stage=inspect"]
+    done = command.hawada(*given)
+    assert done.code == 0, done.err
+    config = OmegaConf.load(inside / "outputs" / "convnet-local" / "inspect" / "config.yaml")
+    assert config.model.adapter.num_classes == takes

@@ -221,9 +221,8 @@ class AnyOutputs(Task):
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         tensors = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim]
         batch = max((len(tensor) for tensor in tensors), default=0)
-        rows = [
-            tensor.reshape(batch, -1).float() for tensor in tensors if len(tensor) == batch
-        ]  # others are no samples'
+        of_samples = [tensor for tensor in tensors if len(tensor) == batch]
+        rows = [tensor.reshape(batch, -1).float() for tensor in of_samples]
         self._sizes = tuple(row.shape[1] for row in rows)
         return torch.cat(rows, 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +30,29 @@ def fill_in_from_photos(cfg: DictConfig) -> None:
         return
     if root is None or not Path(root).is_dir():
         return
-    from hawada.adapters.graph import import_factory
     from hawada.data.photos import find_photos
 
     photos = find_photos(Path(root), cfg.data.test_fraction)
-    if "num_classes" in open_keys and "num_classes" not in (adapter.arguments or {}):
-        given = dict(adapter.arguments or {})
-        if _takes_classes(import_factory(adapter.factory), given, len(photos.classes)):
-            adapter.num_classes = len(photos.classes)
+    arguments = dict(adapter.arguments or {})
+    is_open = "num_classes" in open_keys and "num_classes" not in arguments
+    if is_open and _takes_classes(adapter.factory, arguments, len(photos.classes)):
+        adapter.num_classes = len(photos.classes)
     if "image_size" in open_keys and (size := photos.shared_size()):
         adapter.image_size = size[0] if size[0] == size[1] else list(size)
 
 
-def _takes_classes(factory: Callable[..., Any], arguments: dict[str, Any], classes: int) -> bool:
+def _takes_classes(factory: str, arguments: dict[str, Any], classes: int) -> bool:
     """Whether a factory takes `num_classes`, which one of any keywords may hand on to something that does not."""
-    parameters = inspect.signature(factory).parameters
-    if "num_classes" in parameters:
-        return True
-    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return False
+    import torch
+
+    from hawada.adapters.graph import GraphAdapter, import_factory
+
+    parameters = inspect.signature(import_factory(factory)).parameters
+    if "num_classes" in parameters or not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return "num_classes" in parameters
     try:
-        factory(**arguments, num_classes=classes)
+        with torch.device("meta"):  # nothing is computed, and no weights are loaded
+            GraphAdapter(factory=factory, arguments=arguments, num_classes=classes).skeleton()
     except TypeError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Any network of one tensor in and one out: the groups are read from the operators that its forward pass runs."""
+"""Any network: the groups are read from the operators that its forward pass runs."""
 
 import lazy_loader
 

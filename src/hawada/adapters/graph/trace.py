@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -289,10 +290,9 @@ def record(model: nn.Module, inputs: Inputs, limit: int | None = None) -> Trace:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole block would hide its parts
     try:
-        with torch.no_grad(), torch.device("meta"), recorder:  # what the pass makes has no values either
+        # What the pass makes has no values either; past the limit there is nothing more to see.
+        with suppress(_Enough), torch.no_grad(), torch.device("meta"), recorder:
             result = model(*given)
-    except _Enough:
-        pass
     except Exception as raised:  # a forward pass may raise anything
         error = raised
     finally:
